@@ -1,0 +1,114 @@
+//! What a processor must offer.
+
+use std::{ops::Range, sync::Arc};
+
+use crate::{Buffer, Category, DType, HostBytes, Result, Usage, ops};
+
+/// Contents of a fresh buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Init {
+    /// All bytes zero.
+    Zero,
+    /// Whatever was there; the caller writes before it reads.
+    Arbitrary,
+}
+
+/// How often a backend had to ask the system for memory rather than reuse its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AllocationCounts {
+    /// Buffers of at least [`AllocationCounts::LARGE_BYTES`] taken fresh from the system or driver.
+    pub fresh_large: u64,
+    /// Buffers served from the pool.
+    pub reused: u64,
+}
+
+impl AllocationCounts {
+    /// From this size on an allocation counts as large.
+    pub const LARGE_BYTES: usize = 64 * 1024;
+}
+
+/// Buffers of a device and their accounting.
+pub trait Memory {
+    /// Name as the command line spells it.
+    fn name(&self) -> String;
+    /// Whether tensors of this type can be stored and computed with.
+    fn supports(&self, dtype: DType) -> bool;
+    /// A buffer of at least `bytes` bytes.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`], before anything is allocated.
+    fn allocate(&self, bytes: usize, category: Category, init: Init) -> Result<Arc<dyn Buffer>>;
+    /// A buffer with the contents of `source[bytes]`, by reference where the device can (aligned to `align`), else by copy.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    fn adopt(
+        &self,
+        source: HostBytes,
+        bytes: Range<usize>,
+        align: usize,
+        category: Category,
+    ) -> Result<Arc<dyn Buffer>>;
+    /// Copies host bytes to the start of a buffer.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shared`] for an adopted, read-only buffer; [`crate::Error::Length`] if it is too small.
+    fn write(&self, buffer: &mut dyn Buffer, bytes: &[u8]) -> Result<()>;
+    /// Copies the start of a buffer to the host; waits for pending work on it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Length`] if the buffer is too small; [`crate::Error::Launch`] if pending work failed.
+    fn read(&self, buffer: &dyn Buffer, bytes: &mut [u8]) -> Result<()>;
+    /// Memory held, by category.
+    fn usage(&self) -> Usage;
+    /// Forgets peaks: each becomes what is live now.
+    fn reset_peak(&self);
+    /// How often memory was taken fresh or reused since the backend was made.
+    fn allocation_counts(&self) -> AllocationCounts;
+    /// Waits for everything launched.
+    ///
+    /// # Errors
+    /// [`crate::Error::Launch`] if a kernel failed.
+    fn synchronize(&self) -> Result<()>;
+}
+
+/// A processor: memory and every operator. Implemented by implementing the parts.
+pub trait Backend:
+    Memory
+    + ops::elementwise::Elementwise
+    + ops::reduce::Reduce
+    + ops::embedding::Embedding
+    + ops::rms_norm::RmsNorm
+    + ops::rope::Rope
+    + ops::glu::Glu
+    + ops::attention::Attention
+    + ops::linear::Linear
+    + ops::lora_linear::LoraLinear
+    + ops::cross_entropy::CrossEntropy
+    + ops::linear_cross_entropy::LinearCrossEntropy
+    + ops::adamw::AdamW
+    + Send
+    + Sync
+    + 'static
+{
+}
+
+impl<T> Backend for T where
+    T: Memory
+        + ops::elementwise::Elementwise
+        + ops::reduce::Reduce
+        + ops::embedding::Embedding
+        + ops::rms_norm::RmsNorm
+        + ops::rope::Rope
+        + ops::glu::Glu
+        + ops::attention::Attention
+        + ops::linear::Linear
+        + ops::lora_linear::LoraLinear
+        + ops::cross_entropy::CrossEntropy
+        + ops::linear_cross_entropy::LinearCrossEntropy
+        + ops::adamw::AdamW
+        + Send
+        + Sync
+        + 'static
+{
+}

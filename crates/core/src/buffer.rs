@@ -1,0 +1,22 @@
+//! Storage behind a tensor.
+
+use std::{any::Any, sync::Arc};
+
+use crate::Category;
+
+/// Bytes in host memory that a device may adopt without a copy: a memory-mapped file or a shared vector.
+pub type HostBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// A block of device memory. Dropping it returns the block to the backend's pool and its bytes to the ledger.
+pub trait Buffer: Any + Send + Sync {
+    /// Bytes that the ledger counts for this buffer: the size asked for, rounded up to 256.
+    fn accounted_bytes(&self) -> u64;
+    /// What the buffer is held for.
+    fn category(&self) -> Category;
+    /// Moves the buffer's bytes to another category in the ledger.
+    fn retag(&self, category: Category);
+    /// For the owning backend to recover its own type.
+    fn as_any(&self) -> &dyn Any;
+    /// For the owning backend to recover its own type.
+    fn as_any_mut(&mut self) -> &mut dyn Any;
+}

@@ -1,0 +1,143 @@
+//! Linear layer with a low-rank update.                                         Hu et al. 2021, arXiv:2106.09685
+//! - `y = x W^T + bias + scale * (x A^T) B^T`, where `A` is `[rank, in_features]` and `B` `[out_features, rank]`
+//! - with `h = x A^T` and `dh = scale * dy B`: `dx = dy W + dh A`; `dA += dh^T x`; `dB += scale * dy^T h`
+//!
+//! Products run smallest first; `W + scale * B A` is never formed. `A` and `B` may have another storage type than `x`; `h` and
+//! `dh` are f32.
+
+use super::{check, linear};
+use crate::{DType, Result, Tensor, Weight};
+
+/// What defines one adapted layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spec {
+    /// The base layer.
+    pub base: linear::Spec,
+    /// Inner dimension, 1 or more.
+    pub rank: usize,
+    /// Factor of the update: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA.
+    pub scale: f32,
+    /// Storage type of `A` and `B`; their gradients are f32.
+    pub adapter_dtype: DType,
+}
+
+/// A low-rank update.
+#[derive(Clone, Copy, Debug)]
+pub struct Adapter<'a> {
+    /// `[rank, in_features]`
+    pub lora_a: &'a Tensor,
+    /// `[out_features, rank]`
+    pub lora_b: &'a Tensor,
+    /// Factor of the update.
+    pub scale: f32,
+}
+
+/// Results of the forward pass.
+#[derive(Debug)]
+pub struct Forward {
+    /// `[rows, out_features]`
+    pub y: Tensor,
+    /// `h = x A^T`, f32 `[rows, rank]`: what backward reads.
+    pub h: Tensor,
+}
+
+/// Inputs of the backward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Backward<'a> {
+    /// Gradient of `y`.
+    pub dy: &'a Tensor,
+    /// Input of the layer.
+    pub x: &'a Tensor,
+    /// From the forward pass.
+    pub h: &'a Tensor,
+    /// Base matrix.
+    pub weight: &'a Weight,
+    /// The update.
+    pub adapter: Adapter<'a>,
+    /// Whether `dx` is wanted; the product with the base matrix is skipped where it is not.
+    pub needs_dx: bool,
+}
+
+/// Parameter gradients to add to, f32; `None` where not wanted.
+#[derive(Debug, Default)]
+pub struct ParameterGradients<'a> {
+    /// `[rank, in_features]`
+    pub dlora_a: Option<&'a mut Tensor>,
+    /// `[out_features, rank]`
+    pub dlora_b: Option<&'a mut Tensor>,
+}
+
+/// LoRA layers of a backend.
+pub trait LoraLinear {
+    /// `y` and `h`.
+    fn lora_linear_forward(
+        &self,
+        spec: &Spec,
+        x: &Tensor,
+        weight: &Weight,
+        bias: Option<&Tensor>,
+        adapter: Adapter<'_>,
+    ) -> Result<Forward>;
+    /// `dx` if wanted; adds to the parameter gradients.
+    fn lora_linear_backward(
+        &self,
+        spec: &Spec,
+        inputs: Backward<'_>,
+        gradients: ParameterGradients<'_>,
+    ) -> Result<Option<Tensor>>;
+}
+
+fn spec(x: &Tensor, weight: &Weight, adapter: &Adapter<'_>) -> Result<Spec> {
+    const OP: &str = "lora_linear";
+    check::float(OP, "x", x.dtype())?;
+    check::in_features(OP, "x", x, weight)?;
+    check::on(OP, "weight", weight.device(), x.device())?;
+    check::float(OP, "lora_a", adapter.lora_a.dtype())?;
+    check::rank(OP, "lora_a", adapter.lora_a, 2, "[rank, in_features]")?;
+    let (rank, adapter_dtype) = (adapter.lora_a.shape()[0], adapter.lora_a.dtype());
+    if rank == 0 {
+        return check::invalid(OP, "rank", rank, "at least 1");
+    }
+    check::tensor(OP, "lora_a", adapter.lora_a, (&[rank, weight.in_features()], adapter_dtype, x.device()))?;
+    check::tensor(OP, "lora_b", adapter.lora_b, (&[weight.out_features(), rank], adapter_dtype, x.device()))?;
+    let base = linear::Spec {
+        rows: x.shape()[0],
+        in_features: weight.in_features(),
+        out_features: weight.out_features(),
+        dtype: x.dtype(),
+        weight_dtype: weight.dtype(),
+    };
+    Ok(Spec { base, rank, scale: adapter.scale, adapter_dtype })
+}
+
+/// `y = x W^T + bias + scale * (x A^T) B^T`, `x`: `[rows, in_features]`.
+///
+/// # Errors
+/// Shape, dtype or device mismatch; [`crate::Error::InvalidSpec`] for rank 0.
+pub fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, adapter: Adapter<'_>) -> Result<Forward> {
+    let spec = spec(x, weight, &adapter)?;
+    if let Some(bias) = bias {
+        check::float("lora_linear", "bias", bias.dtype())?;
+        check::tensor("lora_linear", "bias", bias, (&[weight.out_features()], bias.dtype(), x.device()))?;
+    }
+    x.device().backend().lora_linear_forward(&spec, x, weight, bias, adapter)
+}
+
+/// `dx` if wanted; adds to the parameter gradients that are given.
+///
+/// # Errors
+/// Shape, dtype or device mismatch; [`crate::Error::Shared`].
+pub fn backward(inputs: Backward<'_>, gradients: ParameterGradients<'_>) -> Result<Option<Tensor>> {
+    let spec = spec(inputs.x, inputs.weight, &inputs.adapter)?;
+    let device = inputs.x.device().clone();
+    let rows = spec.base.rows;
+    check::tensor("lora_linear", "dy", inputs.dy, (&[rows, spec.base.out_features], spec.base.dtype, &device))?;
+    check::tensor("lora_linear", "h", inputs.h, (&[rows, spec.rank], DType::F32, &device))?;
+    if let Some(dlora_a) = &gradients.dlora_a {
+        check::tensor("lora_linear", "dlora_a", dlora_a, (inputs.adapter.lora_a.shape(), DType::F32, &device))?;
+    }
+    if let Some(dlora_b) = &gradients.dlora_b {
+        check::tensor("lora_linear", "dlora_b", dlora_b, (inputs.adapter.lora_b.shape(), DType::F32, &device))?;
+    }
+    device.backend().lora_linear_backward(&spec, inputs, gradients)
+}
