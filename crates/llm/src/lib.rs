@@ -1,1 +1,20 @@
-//! Placeholder.
+//! Decoder language models from Hugging Face folders: configuration, weights, adapters, data, training recipes, generation.
+//!
+//! A [`decoder::Decoder`] is loaded from a folder as the Hub has it, gets adapters ([`decoder::Decoder::add_adapters`] or
+//! [`peft::load`]), and is trained by [`unsloth_train::Trainer`] on packed batches made by [`dataset`] and [`packing`].
+//! [`recipe`] puts the parts together; [`generate`] continues a prompt.
+
+mod attention_block;
+pub mod config;
+pub mod dataset;
+pub mod decoder;
+mod error;
+pub mod generate;
+pub mod packing;
+pub mod peft;
+pub mod recipe;
+mod rope_config;
+pub mod tokenizer;
+pub mod weights;
+
+pub use error::{Error, Result};

@@ -1,0 +1,1 @@
+//! Attention and feed-forward halves of a decoder layer.

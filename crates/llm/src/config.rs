@@ -1,0 +1,1 @@
+//! `config.json` of a Hugging Face folder.

@@ -1,0 +1,1 @@
+//! Pre-tokenised data.

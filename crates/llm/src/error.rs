@@ -1,0 +1,225 @@
+//! The error type of models, files and recipes.
+
+use std::path::{Path, PathBuf};
+
+use unsloth_core::{DType, Shape};
+
+/// Result of every fallible call in this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong between a folder on disk and a trained adapter. Messages name the file, the field, the value
+/// and the rule; what a library reported is the `source`.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An operator or an allocation failed.
+    #[error(transparent)]
+    Core(#[from] unsloth_core::Error),
+    /// Training failed or was configured wrongly.
+    #[error(transparent)]
+    Train(#[from] unsloth_train::Error),
+    /// A file could not be read or written.
+    #[error("cannot {action} `{}`", path.display())]
+    Io {
+        /// What was tried: `read`, `write`, `map`, `create`.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system reported.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file is not JSON, or not of the form expected.
+    #[error("`{}`: not the expected JSON", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why, with line and column.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A field of a model's configuration is missing, out of range or not supported.
+    #[error("`{}`: `{field}` = {value}, must be {rule}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// Field, nested ones with dots.
+        field: String,
+        /// Value found, as JSON; `missing` where there is none.
+        value: String,
+        /// What is accepted.
+        rule: &'static str,
+    },
+    /// The model is of a family that this crate does not have.
+    #[error("`{}`: architecture `{name}` is not supported (supported: llama, qwen2)", path.display())]
+    UnsupportedArchitecture {
+        /// The file.
+        path: PathBuf,
+        /// `model_type`, or the class name where that is what differs.
+        name: String,
+    },
+    /// A folder holds no weights in a form that is read.
+    #[error("`{}`: neither `model.safetensors` nor `model.safetensors.index.json` found", path.display())]
+    NoWeights {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A file that the index of a sharded checkpoint names does not exist.
+    #[error("`{}`: shard `{shard}` is missing", index.display())]
+    MissingShard {
+        /// The index file.
+        index: PathBuf,
+        /// The file it names.
+        shard: String,
+    },
+    /// A safetensors file is truncated or damaged.
+    #[error("`{}`: not a complete safetensors file", path.display())]
+    CorruptWeights {
+        /// The file.
+        path: PathBuf,
+        /// What the parser reported.
+        #[source]
+        source: safetensors::SafeTensorError,
+    },
+    /// A tensor that the model needs is not in the file.
+    #[error("`{}`: tensor `{name}` is missing", path.display())]
+    MissingTensor {
+        /// The file or index searched.
+        path: PathBuf,
+        /// Name of the tensor.
+        name: String,
+    },
+    /// The index says that a shard holds a tensor, but it does not, or two shards hold it.
+    #[error("`{}`: tensor `{name}` is {what}", path.display())]
+    MisplacedTensor {
+        /// The index file.
+        path: PathBuf,
+        /// Name of the tensor.
+        name: String,
+        /// How index and shards disagree.
+        what: &'static str,
+    },
+    /// A tensor has another shape than the configuration says.
+    #[error("`{}`: tensor `{name}` has shape {actual:?}, expected {expected}", path.display())]
+    TensorShape {
+        /// The file.
+        path: PathBuf,
+        /// Name of the tensor.
+        name: String,
+        /// Shape that follows from the configuration.
+        expected: Shape,
+        /// Shape stored.
+        actual: Vec<usize>,
+    },
+    /// A tensor's element type is not one that is read.
+    #[error("`{}`: tensor `{name}` has dtype {actual}, must be F32, F16 or BF16", path.display())]
+    TensorDType {
+        /// The file.
+        path: PathBuf,
+        /// Name of the tensor.
+        name: String,
+        /// Type stored, as the file format spells it.
+        actual: String,
+    },
+    /// Activations were asked for in a type that is not a float.
+    #[error("activations cannot be {dtype}, must be f32, f16 or bf16")]
+    ActivationDType {
+        /// The type asked for.
+        dtype: DType,
+    },
+    /// A field of an adapter's configuration is missing, out of range or not supported.
+    #[error("`{}`: adapter field `{field}` = {value}, must be {rule}", path.display())]
+    Adapter {
+        /// The file.
+        path: PathBuf,
+        /// The field.
+        field: String,
+        /// Value found, as JSON; `missing` where there is none.
+        value: String,
+        /// What is accepted.
+        rule: &'static str,
+    },
+    /// A name asks for adapters on a layer that the model does not have.
+    #[error("no linear layer is named `{name}`; the model has: {available}")]
+    UnknownTarget {
+        /// The name given.
+        name: String,
+        /// The names that exist, comma-separated.
+        available: String,
+    },
+    /// The model has adapters already.
+    #[error("layer `{name}` already has an adapter")]
+    AdapterExists {
+        /// Path of the layer.
+        name: String,
+    },
+    /// The model has no adapters to write.
+    #[error("`{}`: the model has no adapter to save", path.display())]
+    NoAdapter {
+        /// The folder that was to be written.
+        path: PathBuf,
+    },
+    /// An adapter file holds a tensor that belongs to no adapted layer.
+    #[error("`{}`: tensor `{name}` does not belong to any targeted layer", path.display())]
+    UnexpectedTensor {
+        /// The file.
+        path: PathBuf,
+        /// Name of the tensor.
+        name: String,
+    },
+    /// An adapted layer differs from the others in rank or scale, which one `adapter_config.json` cannot say.
+    #[error("layer `{name}` has adapter {field} {actual}, the others have {expected}")]
+    MixedAdapters {
+        /// Path of the layer.
+        name: String,
+        /// `rank` or `scale`.
+        field: &'static str,
+        /// Of the other layers.
+        expected: f32,
+        /// Of this layer.
+        actual: f32,
+    },
+    /// A line of a data file is not usable.
+    #[error("`{}`, line {line}: `{field}` {message}", path.display())]
+    Data {
+        /// The file.
+        path: PathBuf,
+        /// Line number from 1; 0 for the file as a whole.
+        line: usize,
+        /// The field.
+        field: &'static str,
+        /// What is wrong: value and rule.
+        message: String,
+    },
+    /// A setting of a recipe, of loading or of generation is out of its range.
+    #[error("{field} = {value}, must be {rule}")]
+    InvalidOption {
+        /// Name of the setting.
+        field: &'static str,
+        /// Value given.
+        value: String,
+        /// What is accepted.
+        rule: String,
+    },
+    /// A tokenizer file could not be read or failed on a text.
+    #[error("tokenizer `{}` failed", path.display())]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What the library reported.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl Error {
+    /// An [`Error::Io`] for `map_err`.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Error::Io { action, path: path.to_owned(), source }
+    }
+
+    /// An [`Error::Json`] for `map_err`.
+    pub(crate) fn json(path: &Path) -> impl FnOnce(serde_json::Error) -> Self {
+        move |source| Error::Json { path: path.to_owned(), source }
+    }
+}

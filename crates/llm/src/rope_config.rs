@@ -1,0 +1,1 @@
+//! Rotary embedding settings of a Hugging Face configuration.
