@@ -1,1 +1,35 @@
-fn main() {}
+//! Development tasks of unsloth-rs: `cargo xtask <task>`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+mod golden;
+
+/// Development tasks of unsloth-rs.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Turns golden folders of transformers + PEFT into the fixtures under crates/llm/tests/fixtures.
+    Golden(golden::Arguments),
+}
+
+/// The repository: the folder above this crate.
+fn root() -> Result<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent folder")?;
+    Ok(root.to_path_buf())
+}
+
+fn main() -> Result<()> {
+    let root = root()?;
+    match Arguments::parse().task {
+        Task::Golden(arguments) => golden::run(&root, &arguments),
+    }
+}
