@@ -1,0 +1,1 @@
+//! Backends that are wrong in one way each.

@@ -1,0 +1,1 @@
+//! Reference of [`unsloth_core::ops::linear`].

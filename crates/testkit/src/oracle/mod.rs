@@ -1,0 +1,15 @@
+//! References: plain loops over `f64` slices that read like the formulas in [`unsloth_core::ops`], generic over the
+//! arithmetic. No helper is shared with a backend.
+
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod elementwise;
+pub mod embedding;
+pub mod glu;
+pub mod linear;
+pub mod linear_cross_entropy;
+pub mod lora_linear;
+pub mod reduce;
+pub mod rms_norm;
+pub mod rope;

@@ -1,0 +1,1 @@
+//! What [`unsloth_core::ops::glu`] has to show on a device.

@@ -1,0 +1,1 @@
+//! What [`unsloth_core::ops::linear`] has to show on a device.

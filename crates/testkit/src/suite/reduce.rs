@@ -1,0 +1,1 @@
+//! What [`unsloth_core::ops::reduce`] has to show on a device.

@@ -1,0 +1,1 @@
+//! What [`unsloth_core::ops::rms_norm`] has to show on a device.

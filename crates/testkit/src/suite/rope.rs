@@ -1,0 +1,1 @@
+//! What [`unsloth_core::ops::rope`] has to show on a device.

@@ -1,0 +1,1 @@
+//! What [`unsloth_core::ops::rope_table`] has to show.
