@@ -184,12 +184,59 @@ pub enum Error {
     Data {
         /// The file.
         path: PathBuf,
-        /// Line number from 1; 0 for the file as a whole.
+        /// Line number from 1.
         line: usize,
         /// The field.
         field: &'static str,
         /// What is wrong: value and rule.
         message: String,
+    },
+    /// A line of a data file is not a JSON object of the expected form.
+    #[error("`{}`, line {line}, column {column}: {reason}", path.display())]
+    DataSyntax {
+        /// The file.
+        path: PathBuf,
+        /// Line number from 1.
+        line: usize,
+        /// Column in bytes from 1.
+        column: usize,
+        /// What the parser reported, without its own idea of the line.
+        reason: String,
+    },
+    /// A data file is empty.
+    #[error("`{}`: no examples in it", path.display())]
+    NoExamples {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Nothing in a data file can be learned from.
+    #[error("`{}`: none of the {num_examples} examples has a target within its first {max_seq_len} tokens (the first label of an example never counts, -100 means no target)", path.display())]
+    NoTargets {
+        /// The file.
+        path: PathBuf,
+        /// Examples in it.
+        num_examples: usize,
+        /// Limit that examples were cut to, in tokens.
+        max_seq_len: usize,
+    },
+    /// Training met a loss or gradient that is not finite and stopped.
+    #[error("training stopped, the adapter as it was after step {last_good_step} is saved in `{}`", output.display())]
+    Stopped {
+        /// Steps whose effect the saved adapter has; 0 for none.
+        last_good_step: usize,
+        /// Folder of the adapter.
+        output: PathBuf,
+        /// The step at fault and its numbers.
+        #[source]
+        source: unsloth_train::Error,
+    },
+    /// The loss over a data set is not a finite number.
+    #[error("the loss over the first {num_targets} targets is {loss}")]
+    NonFiniteLoss {
+        /// Targets summed over when it happened.
+        num_targets: usize,
+        /// Their mean loss.
+        loss: f64,
     },
     /// A setting of a recipe, of loading or of generation is out of its range.
     #[error("{field} = {value}, must be {rule}")]
