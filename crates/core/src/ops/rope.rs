@@ -87,7 +87,7 @@ pub fn apply(
     let num_kv_heads = k.shape()[1];
     let device = q.device().clone();
     check::tensor("rope", "k", &k, (&[tokens, num_kv_heads, head_dim], q.dtype(), &device))?;
-    if head_dim % 2 != 0 {
+    if !head_dim.is_multiple_of(2) {
         return check::invalid("rope", "head_dim", head_dim, "even");
     }
     check::rank("rope", "cos", angles.cos, 2, "[num_positions, head_dim / 2]")?;

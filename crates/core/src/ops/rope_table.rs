@@ -60,7 +60,7 @@ pub struct RopeSpec {
 
 impl RopeSpec {
     fn validate(&self) -> Result<()> {
-        if self.head_dim == 0 || self.head_dim % 2 != 0 {
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             return check::invalid("rope_table", "head_dim", self.head_dim, "even and positive");
         }
         if !(self.theta > 0.0 && self.theta.is_finite()) {

@@ -1,0 +1,270 @@
+//! Host buffers that are reused from step to step.
+//!
+//! Training asks for the same sizes in every step; taking them from the system each time costs page faults that rival the
+//! arithmetic. The pool keeps released blocks and serves a request with the smallest one that fits without much waste.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use unsloth_core::{AllocationCounts, Category, Error, Init, Result};
+
+use crate::ledger::{Charge, Ledger};
+
+/// One cache line; makes a block 64-byte aligned without pointer arithmetic.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Line([u8; 64]);
+
+/// A block that nobody has asked for during this many allocations goes back to the system. One training step makes a few
+/// thousand, so what a steady loop uses is never given up, and what odd sequence lengths left behind is.
+const IDLE_ALLOCATIONS: u64 = 16 * 1024;
+
+struct Idle {
+    lines: Vec<Line>,
+    since: u64,
+}
+
+#[derive(Default)]
+struct State {
+    /// Released blocks by capacity in lines; within one capacity the last released is reused first: it is warm in cache.
+    idle: BTreeMap<usize, Vec<Idle>>,
+    idle_bytes: u64,
+    resident_bytes: u64,
+    tick: u64,
+    counts: AllocationCounts,
+}
+
+/// What a pool holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolUsage {
+    /// Bytes taken from the system: in use and idle.
+    pub resident_bytes: u64,
+    /// Bytes of released blocks kept for reuse.
+    pub idle_bytes: u64,
+}
+
+/// A pool of 64-byte aligned host blocks with a [`Ledger`].
+pub struct HostPool {
+    ledger: Arc<Ledger>,
+    state: Mutex<State>,
+}
+
+impl HostPool {
+    /// An empty pool that enters what it lends in `ledger`.
+    pub fn new(ledger: Arc<Ledger>) -> Arc<Self> {
+        Arc::new(Self { ledger, state: Mutex::new(State::default()) })
+    }
+
+    /// The account of this pool.
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    /// Lends a block of at least `bytes` bytes.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] if the budget or the system refuses; idle blocks are given back before the system is asked for
+    /// more than the budget.
+    pub fn allocate(self: &Arc<Self>, bytes: usize, category: Category, init: Init) -> Result<HostBlock> {
+        let charge = self.ledger.charge(bytes, category)?;
+        let num_lines = crate::round_up(bytes) / size_of::<Line>();
+        let reused = self.take_idle(num_lines);
+        let lines = match reused {
+            Some(mut lines) => {
+                if init == Init::Zero {
+                    bytemuck::cast_slice_mut::<Line, u8>(&mut lines)[..bytes].fill(0);
+                }
+                lines
+            }
+            None => self.take_fresh(num_lines, &charge)?,
+        };
+        Ok(HostBlock { lines, bytes, charge, pool: Arc::clone(self) })
+    }
+
+    fn take_idle(&self, num_lines: usize) -> Option<Vec<Line>> {
+        let mut state = self.lock();
+        state.tick += 1;
+        // Large blocks may waste a quarter, small ones may be twice as large as needed.
+        let large = num_lines * size_of::<Line>() >= AllocationCounts::LARGE_BYTES;
+        let most = if large { num_lines + num_lines / 4 } else { num_lines * 2 };
+        let capacity = *state.idle.range(num_lines..=most).next()?.0;
+        let blocks = state.idle.get_mut(&capacity)?;
+        let block = blocks.pop()?;
+        if blocks.is_empty() {
+            state.idle.remove(&capacity);
+        }
+        state.idle_bytes -= (capacity * size_of::<Line>()) as u64;
+        state.counts.reused += 1;
+        Some(block.lines)
+    }
+
+    fn take_fresh(&self, num_lines: usize, charge: &Charge) -> Result<Vec<Line>> {
+        let bytes = (num_lines * size_of::<Line>()) as u64;
+        let mut state = self.lock();
+        let oldest = state.tick.saturating_sub(IDLE_ALLOCATIONS);
+        state.release_idle(oldest);
+        if self.ledger.budget_bytes().is_some_and(|budget| state.resident_bytes + bytes > budget) {
+            state.release_idle(u64::MAX);
+        }
+        // Fresh pages come zeroed from the system and are not touched here.
+        let lines = bytemuck::try_zeroed_vec::<Line>(num_lines).map_err(|()| Error::OutOfMemory {
+            device: "host".into(),
+            requested_bytes: bytes,
+            category: charge.category(),
+            budget_bytes: self.ledger.budget_bytes().unwrap_or(u64::MAX),
+            breakdown: Box::new(self.ledger.usage()),
+        })?;
+        state.resident_bytes += bytes;
+        if bytes >= AllocationCounts::LARGE_BYTES as u64 {
+            state.counts.fresh_large += 1;
+        }
+        Ok(lines)
+    }
+
+    /// Gives all idle blocks back to the system.
+    pub fn trim(&self) {
+        self.lock().release_idle(u64::MAX);
+    }
+
+    /// What the pool holds.
+    pub fn usage(&self) -> PoolUsage {
+        let state = self.lock();
+        PoolUsage { resident_bytes: state.resident_bytes, idle_bytes: state.idle_bytes }
+    }
+
+    /// How often memory was taken fresh or reused.
+    pub fn counts(&self) -> AllocationCounts {
+        self.lock().counts
+    }
+
+    /// The state is consistent between any two of its own statements that can panic, so a poisoned lock is usable.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Frees idle blocks that were released before `tick`.
+    fn release_idle(&mut self, tick: u64) {
+        let mut freed = 0u64;
+        self.idle.retain(|&capacity, blocks| {
+            let before = blocks.len();
+            blocks.retain(|block| block.since >= tick);
+            freed += ((before - blocks.len()) * capacity * size_of::<Line>()) as u64;
+            !blocks.is_empty()
+        });
+        self.idle_bytes -= freed;
+        self.resident_bytes -= freed;
+    }
+}
+
+/// A lent block; dropping it returns it to its pool.
+pub struct HostBlock {
+    lines: Vec<Line>,
+    bytes: usize,
+    charge: Charge,
+    pool: Arc<HostPool>,
+}
+
+impl HostBlock {
+    /// The bytes asked for.
+    pub fn as_slice(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.lines)[..self.bytes]
+    }
+
+    /// The bytes asked for, for writing.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.bytes]
+    }
+
+    /// The entry in the ledger.
+    pub fn charge(&self) -> &Charge {
+        &self.charge
+    }
+}
+
+impl Drop for HostBlock {
+    fn drop(&mut self) {
+        let lines = std::mem::take(&mut self.lines);
+        if lines.is_empty() {
+            return;
+        }
+        let mut state = self.pool.lock();
+        let since = state.tick;
+        state.idle_bytes += (lines.len() * size_of::<Line>()) as u64;
+        state.idle.entry(lines.len()).or_default().push(Idle { lines, since });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(budget_bytes: Option<u64>) -> Arc<HostPool> {
+        HostPool::new(Ledger::new("cpu", budget_bytes))
+    }
+
+    #[test]
+    fn reuses_what_was_released_and_is_aligned() {
+        let pool = pool(None);
+        let block = pool.allocate(1 << 20, Category::Activations, Init::Zero).unwrap();
+        let address = block.as_slice().as_ptr() as usize;
+        assert_eq!(address % 64, 0);
+        drop(block);
+        let again = pool.allocate((1 << 20) - 5000, Category::Activations, Init::Arbitrary).unwrap();
+        assert_eq!(again.as_slice().as_ptr() as usize, address);
+        assert_eq!(pool.counts(), AllocationCounts { fresh_large: 1, reused: 1 });
+    }
+
+    #[test]
+    fn zero_means_zero_after_reuse() {
+        let pool = pool(None);
+        let mut block = pool.allocate(1000, Category::Workspace, Init::Arbitrary).unwrap();
+        block.as_mut_slice().fill(7);
+        drop(block);
+        let block = pool.allocate(1000, Category::Workspace, Init::Zero).unwrap();
+        assert_eq!(pool.counts().reused, 1);
+        assert!(block.as_slice().iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn a_much_larger_block_is_not_wasted_on_a_small_request() {
+        let pool = pool(None);
+        drop(pool.allocate(8 << 20, Category::Workspace, Init::Arbitrary).unwrap());
+        let _small = pool.allocate(1 << 20, Category::Workspace, Init::Arbitrary).unwrap();
+        assert_eq!(pool.counts().fresh_large, 2);
+        assert_eq!(pool.usage(), PoolUsage { resident_bytes: 9 << 20, idle_bytes: 8 << 20 });
+        pool.trim();
+        assert_eq!(pool.usage(), PoolUsage { resident_bytes: 1 << 20, idle_bytes: 0 });
+    }
+
+    #[test]
+    fn idle_blocks_make_room_within_the_budget() {
+        let pool = pool(Some(3 << 20));
+        drop(pool.allocate(2 << 20, Category::Workspace, Init::Arbitrary).unwrap());
+        let _block = pool.allocate(1 << 20, Category::Workspace, Init::Arbitrary).unwrap();
+        assert_eq!(pool.usage().resident_bytes, 3 << 20);
+        let _other = pool.allocate(1 << 19, Category::Workspace, Init::Arbitrary).unwrap();
+        assert_eq!(pool.usage().resident_bytes, (1 << 20) + (1 << 19));
+    }
+
+    #[test]
+    fn blocks_idle_for_long_are_given_back() {
+        let pool = pool(None);
+        drop(pool.allocate(1 << 20, Category::Workspace, Init::Arbitrary).unwrap());
+        for _ in 0..=IDLE_ALLOCATIONS {
+            drop(pool.allocate(256, Category::Workspace, Init::Arbitrary).unwrap());
+        }
+        let _block = pool.allocate(4 << 20, Category::Workspace, Init::Arbitrary).unwrap();
+        assert_eq!(pool.usage().idle_bytes, 256);
+    }
+
+    #[test]
+    fn empty_blocks_are_fine() {
+        let pool = pool(None);
+        let block = pool.allocate(0, Category::Workspace, Init::Zero).unwrap();
+        assert!(block.as_slice().is_empty());
+    }
+}
