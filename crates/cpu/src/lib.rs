@@ -1,1 +1,37 @@
-//! Placeholder.
+//! The CPU backend: every operator of the contract in plain Rust, vectorised for the processor it runs on.
+//!
+//! ```
+//! use unsloth_core::{Category, ops::rms_norm};
+//!
+//! let device = unsloth_cpu::device();
+//! let x = device.from_slice(&[3.0f32, 4.0], [1, 2], Category::Activations)?;
+//! let weight = device.from_slice(&[1.0f32, 1.0], [2], Category::Weights)?;
+//! let normed = rms_norm::forward(x, None, &weight, 1e-6, 0.0)?;
+//! assert!((normed.out.to_vec::<f32>()?[1] - 4.0 / 12.5f32.sqrt()).abs() < 1e-6);
+//! # Ok::<(), unsloth_core::Error>(())
+//! ```
+
+mod access;
+mod adamw;
+mod attention;
+mod backend;
+pub mod candle;
+mod cross_entropy;
+mod elementwise;
+mod embedding;
+mod gemm;
+mod glu;
+mod linear;
+mod linear_cross_entropy;
+mod lora_linear;
+mod reduce;
+mod rms_norm;
+mod rope;
+mod simd;
+
+pub use backend::{CpuBackend, CpuOptions};
+
+/// A CPU device with default options: all cores, no budget.
+pub fn device() -> unsloth_core::Device {
+    unsloth_core::Device::new(CpuBackend::with_defaults())
+}
