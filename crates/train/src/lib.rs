@@ -1,1 +1,28 @@
-//! Placeholder.
+//! Adapters, optimisers, schedules, the key-value cache's policy and the trainer of unsloth-rs.
+//!
+//! Nothing here knows a model family: [`Trainer`] trains whatever [`Model::parameters`] returns. Computations return
+//! [`unsloth_core::Error`] (they run inside tape closures); everything that steers a run returns [`Error`].
+
+mod batch;
+mod checkpointing;
+mod error;
+mod evaluate;
+mod kv_cache;
+mod linear;
+mod lora;
+mod model;
+mod optimizer;
+mod schedule;
+mod trainer;
+
+pub use batch::{Batch, Document};
+pub use checkpointing::Checkpointing;
+pub use error::{Error, Result};
+pub use evaluate::evaluate;
+pub use kv_cache::{KvCache, KvCacheSpec};
+pub use linear::Linear;
+pub use lora::LoraConfig;
+pub use model::Model;
+pub use optimizer::{AdamW, AdamWConfig};
+pub use schedule::{Schedule, ScheduleKind};
+pub use trainer::{StepMetrics, Trainer, TrainerConfig};

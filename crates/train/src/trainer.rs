@@ -1,0 +1,214 @@
+//! The loop of a run: gradients of micro-batches, one optimiser step, metrics.
+//!
+//! Nothing in a step waits for the device. Whether a step may change parameters is decided there; the host reads a step's
+//! scalars while the next one is under way.
+
+use unsloth_autograd::{GradStore, Tape};
+use unsloth_core::{
+    Tensor,
+    ops::{adamw::StepState, cross_entropy::LossSpec, elementwise},
+};
+
+use crate::{AdamW, AdamWConfig, Batch, Error, Model, Result, Schedule, error::invalid};
+
+/// How parameters are changed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TrainerConfig {
+    /// The optimiser.
+    pub adamw: AdamWConfig,
+    /// Learning rate by step.
+    pub schedule: Schedule,
+    /// Gradients with a larger norm are scaled down to it; positive.
+    pub max_grad_norm: Option<f32>,
+}
+
+impl TrainerConfig {
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a field out of its range.
+    pub fn validate(&self) -> Result<()> {
+        self.adamw.validate()?;
+        self.schedule.validate()?;
+        match self.max_grad_norm {
+            Some(max) if !(max > 0.0 && max.is_finite()) => invalid("max_grad_norm", max, "positive and finite"),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepMetrics {
+    /// The step, from 1.
+    pub step: usize,
+    /// Mean loss over all targets of the step, before its change of the parameters.
+    pub loss: f32,
+    /// Learning rate.
+    pub learning_rate: f32,
+    /// Norm of all gradients, before clipping.
+    pub grad_norm: f32,
+    /// Tokens of the step.
+    pub num_tokens: usize,
+    /// Tokens that have a target.
+    pub num_targets: usize,
+}
+
+/// Metrics of a step whose scalars the host has not read yet.
+struct Pending {
+    /// All but `loss` and `grad_norm`, which are still on the device.
+    metrics: StepMetrics,
+    loss: Tensor,
+    /// Copy of the [`StepState`], which the next step overwrites.
+    state: Tensor,
+}
+
+/// Trains the parameters of a model.
+pub struct Trainer<M: Model> {
+    model: M,
+    config: TrainerConfig,
+    gradients: GradStore,
+    optimizer: AdamW,
+    /// Steps begun.
+    num_steps: usize,
+    pending: Option<Pending>,
+    /// The step that failed.
+    stopped: Option<usize>,
+}
+
+impl<M: Model> Trainer<M> {
+    /// A trainer before its first step. Gradients and moments of all parameters are allocated now.
+    ///
+    /// # Errors
+    /// As [`TrainerConfig::validate`]; [`Error::InvalidConfig`] if the model has no parameter to train;
+    /// [`unsloth_core::Error::OutOfMemory`].
+    pub fn new(model: M, config: TrainerConfig) -> Result<Self> {
+        config.validate()?;
+        let optimizer = AdamW::new(model.device(), &model.parameters(), config.adamw)?;
+        let parameters: Vec<_> = optimizer.parameters().cloned().collect();
+        if parameters.is_empty() {
+            return invalid("parameters", 0, "at least one parameter to train");
+        }
+        let gradients = GradStore::new(&parameters)?;
+        Ok(Self { model, config, gradients, optimizer, num_steps: 0, pending: None, stopped: None })
+    }
+
+    /// One optimiser step over micro-batches, whose losses are divided by the number of targets of all of them: however a
+    /// batch is split, the step is the same up to rounding. Returns the metrics of the step before.
+    ///
+    /// # Errors
+    /// [`Error::NoTargets`], after which the trainer can go on. All others stop it, and later calls give
+    /// [`Error::Stopped`]: [`Error::NonFinite`] if the step *before* this one was not finite, in which case neither it nor
+    /// this one has changed a parameter; [`Error::Step`] if an operator failed.
+    pub fn step(&mut self, micro_batches: &[Batch]) -> Result<Option<StepMetrics>> {
+        self.check_running()?;
+        let step = self.num_steps + 1;
+        let num_targets: usize = micro_batches.iter().map(|batch| batch.num_targets).sum();
+        if num_targets == 0 {
+            return Err(Error::NoTargets { step });
+        }
+        self.num_steps = step;
+        let metrics = StepMetrics {
+            step,
+            loss: f32::NAN,
+            learning_rate: self.config.schedule.rate(step - 1),
+            grad_norm: f32::NAN,
+            num_tokens: micro_batches.iter().map(Batch::num_tokens).sum(),
+            num_targets,
+        };
+        let launched = self.launch(micro_batches, metrics).map_err(|source| {
+            self.stopped = Some(step);
+            Error::Step { step, source }
+        })?;
+        let before = self.pending.replace(launched);
+        self.read(before)
+    }
+
+    /// Waits for the last step and returns its metrics, unless they have been returned. Parameters are then final.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] if the last step was not finite; [`Error::Stopped`] if there is nothing to wait for because an
+    /// earlier call failed.
+    pub fn finish(&mut self) -> Result<Option<StepMetrics>> {
+        match self.pending.take() {
+            None => self.check_running().map(|()| None),
+            last => self.read(last),
+        }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+
+    /// Gives the model back.
+    pub fn into_model(self) -> M {
+        self.model
+    }
+
+    /// Gradients of the latest step, before clipping.
+    pub fn gradients(&self) -> &GradStore {
+        &self.gradients
+    }
+
+    /// The optimiser and its moments.
+    pub fn optimizer(&self) -> &AdamW {
+        &self.optimizer
+    }
+
+    /// Steps begun so far.
+    pub fn num_steps(&self) -> usize {
+        self.num_steps
+    }
+
+    fn check_running(&self) -> Result<()> {
+        match self.stopped {
+            Some(step) => Err(Error::Stopped { step }),
+            None => Ok(()),
+        }
+    }
+
+    /// Everything of a step that runs on the device.
+    fn launch(&mut self, micro_batches: &[Batch], metrics: StepMetrics) -> unsloth_core::Result<Pending> {
+        self.gradients.zero()?;
+        let spec = LossSpec::mean(metrics.num_targets);
+        let mut loss: Option<Tensor> = None;
+        for batch in micro_batches {
+            let tape = Tape::new();
+            let part = self.model.loss(&tape, batch, spec)?;
+            tape.backward(&part, &mut self.gradients)?;
+            loss = Some(match loss {
+                Some(sum) => elementwise::add(sum, part.tensor())?,
+                None => part.into_tensor(),
+            });
+        }
+        // `step` has refused an empty list: it has no target.
+        let loss = loss.ok_or(unsloth_core::Error::InvalidSpec {
+            op: "trainer",
+            field: "micro_batches",
+            value: "0".to_owned(),
+            rule: "at least 1",
+        })?;
+        self.optimizer.control(&loss, &self.gradients, self.config.max_grad_norm)?;
+        self.optimizer.step(&self.gradients, metrics.learning_rate)?;
+        Ok(Pending { metrics, loss, state: elementwise::copy(self.optimizer.state().tensor())? })
+    }
+
+    fn read(&mut self, pending: Option<Pending>) -> Result<Option<StepMetrics>> {
+        let Some(Pending { mut metrics, loss, state }) = pending else {
+            return Ok(None);
+        };
+        let step = metrics.step;
+        let read = || Ok((loss.to_vec::<f32>()?, state.to_vec::<f32>()?));
+        let (loss, state) = read().map_err(|source| {
+            self.stopped = Some(step);
+            Error::Step { step, source }
+        })?;
+        (metrics.loss, metrics.grad_norm) = (loss[0], state[StepState::GRAD_NORM]);
+        if state[StepState::SKIP] != 0.0 {
+            self.stopped = Some(step);
+            // The step after it was skipped too, and has no metrics of its own worth reporting.
+            self.pending = None;
+            return Err(Error::NonFinite { step, loss: metrics.loss, grad_norm: metrics.grad_norm });
+        }
+        Ok(Some(metrics))
+    }
+}
