@@ -195,3 +195,69 @@ fn folder_bytes(folder: &Path) -> Result<u64> {
     }
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn i64_bytes(values: &[i64]) -> Vec<u8> {
+        values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    /// Two sequences of three tokens, the second padded by one; an adapter of one module.
+    fn plant(folder: &Path, lora_b: f32) {
+        let (ids, labels, mask) = ([1, 2, 3, 4, 5, 0], [-100, 2, 3, -100, 5, -100], [1, 1, 1, 1, 1, 0]);
+        let tensors: Vec<(&str, Vec<usize>, Vec<u8>)> = vec![
+            ("input_ids", vec![2, 3], i64_bytes(&ids)),
+            ("labels", vec![2, 3], i64_bytes(&labels)),
+            ("attention_mask", vec![2, 3], i64_bytes(&mask)),
+            ("train_input_ids", vec![2, 1, 3], i64_bytes(&ids)),
+            ("train_labels", vec![2, 1, 3], i64_bytes(&labels)),
+        ];
+        let view =
+            |shape: &[usize], dtype, bytes: &'static [u8]| TensorView::new(dtype, shape.to_vec(), bytes).unwrap();
+        let leak = |bytes: Vec<u8>| -> &'static [u8] { bytes.leak() };
+        let mut golden: Vec<(String, TensorView<'_>)> =
+            tensors.into_iter().map(|(n, s, b)| (n.to_owned(), view(&s, Dtype::I64, leak(b)))).collect();
+        golden.push(("lora.m.A".into(), view(&[1, 1], Dtype::F32, leak(1.0f32.to_le_bytes().to_vec()))));
+        golden.push(("lora.m.B".into(), view(&[1, 1], Dtype::F32, leak(lora_b.to_le_bytes().to_vec()))));
+        let adapter = ["A", "B"].map(|half| {
+            let bytes = leak((if half == "A" { 1.0f32 } else { 2.0 }).to_le_bytes().to_vec());
+            (format!("base_model.model.m.lora_{half}.weight"), view(&[1, 1], Dtype::F32, bytes))
+        });
+        for sub in ["model", "adapter"] {
+            fs::create_dir_all(folder.join(sub)).unwrap();
+        }
+        serialize_to_file(golden, None, &folder.join("golden.safetensors")).unwrap();
+        serialize_to_file(adapter, None, &folder.join("adapter/adapter_model.safetensors")).unwrap();
+        fs::write(folder.join("golden.json"), "{}").unwrap();
+        fs::write(folder.join("adapter/adapter_config.json"), "{}").unwrap();
+        for (file, _) in MODEL_FILES.iter().filter(|(_, required)| *required) {
+            fs::write(folder.join("model").join(file), file).unwrap();
+        }
+    }
+
+    #[test]
+    fn converts_a_golden_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        plant(&folder.path().join("tiny"), 2.0);
+        let target = folder.path().join("fixture");
+        convert(&Source::find(folder.path(), "tiny").unwrap(), &target).unwrap();
+        let text = |file: &str| fs::read_to_string(target.join(file)).unwrap();
+        let first = "{\"input_ids\":[1,2,3],\"labels\":[-100,2,3]}\n";
+        assert_eq!(text("train.jsonl"), format!("{first}{{\"input_ids\":[4,5,0],\"labels\":[-100,5,-100]}}\n"));
+        assert_eq!(text("eval.jsonl"), format!("{first}{{\"input_ids\":[4,5],\"labels\":[-100,5]}}\n"));
+        assert_eq!(text("model/tokenizer.json"), "tokenizer.json");
+        let golden = fs::read(target.join("golden.safetensors")).unwrap();
+        assert!(SafeTensors::deserialize(&golden).unwrap().names().iter().all(|name| !name.starts_with("lora.")));
+    }
+
+    #[test]
+    fn refuses_an_adapter_that_the_numbers_were_not_made_with() {
+        let folder = tempfile::tempdir().unwrap();
+        plant(&folder.path().join("tiny"), 3.0);
+        let source = Source::find(folder.path(), "tiny").unwrap();
+        let error = convert(&source, &folder.path().join("fixture")).unwrap_err();
+        assert!(error.to_string().starts_with("lora.m.B differs from"), "{error}");
+    }
+}

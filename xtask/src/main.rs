@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
+mod cargo;
+mod check;
 mod golden;
+mod test;
 
 /// Development tasks of unsloth-rs.
 #[derive(Parser)]
@@ -17,6 +20,10 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    /// Formatting, lints, documentation, the arrows between crates and the rules for sources.
+    Check,
+    /// Every test of every crate, and a list of what did not run.
+    Test,
     /// Turns golden folders of transformers + PEFT into the fixtures under crates/llm/tests/fixtures.
     Golden(golden::Arguments),
 }
@@ -30,6 +37,8 @@ fn root() -> Result<PathBuf> {
 fn main() -> Result<()> {
     let root = root()?;
     match Arguments::parse().task {
+        Task::Check => check::run(&root),
+        Task::Test => test::run(&root),
         Task::Golden(arguments) => golden::run(&root, &arguments),
     }
 }

@@ -1,0 +1,105 @@
+//! `cargo xtask test`: everything that must pass for every change.
+
+use std::{
+    collections::BTreeSet,
+    io::{BufRead, BufReader},
+    path::Path,
+    process::Stdio,
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cargo;
+
+pub(crate) fn run(root: &Path) -> Result<()> {
+    // Output of passing tests says which device ran a suite.
+    let arguments = ["test", "--workspace", "--no-fail-fast", "--", "--show-output"];
+    println!("$ cargo {}", arguments.join(" "));
+    let mut child = cargo::command(root, &arguments).stdout(Stdio::piped()).spawn().context("starting cargo")?;
+    let stdout = child.stdout.take().context("cargo has no standard output")?;
+    let mut summary = Summary::default();
+    for line in BufReader::new(stdout).lines() {
+        let line = line?;
+        summary.read(&line);
+        if !summary.in_successes {
+            println!("{line}");
+        }
+    }
+    let status = child.wait()?;
+    print!("{summary}");
+    ensure!(status.success(), "cargo test: {status}");
+    ensure!(summary.failed == 0 && summary.passed > 0, "cargo test reported success without a passing test");
+    Ok(())
+}
+
+/// Totals over the test binaries, from libtest's own lines.
+#[derive(Default)]
+struct Summary {
+    passed: u64,
+    failed: u64,
+    ignored: Vec<String>,
+    /// Devices that suites passed on.
+    devices: BTreeSet<String>,
+    /// Inside the output of passing tests.
+    in_successes: bool,
+}
+
+impl Summary {
+    fn read(&mut self, line: &str) {
+        self.in_successes = match line {
+            "successes:" => true,
+            "failures:" => false,
+            _ => self.in_successes && !line.starts_with("test result: "),
+        };
+        if let Some(counts) = line.strip_prefix("test result: ") {
+            self.passed += count(counts, " passed");
+            self.failed += count(counts, " failed");
+        } else if let Some((name, rest)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
+            && rest.starts_with("ignored")
+        {
+            self.ignored.push(format!("{name}: not run ({rest})"));
+        } else if let Some((_, device)) = line.split_once(": passed on ") {
+            self.devices.insert(device.to_owned());
+        }
+    }
+}
+
+/// The number in front of ` passed` in `ok. 3 passed; 0 failed; ...`.
+fn count(counts: &str, what: &str) -> u64 {
+    let field = counts.split(['.', ';']).find_map(|field| field.strip_suffix(what));
+    field.and_then(|number| number.trim().parse().ok()).unwrap_or(0)
+}
+
+impl std::fmt::Display for Summary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let devices: Vec<&str> = self.devices.iter().map(String::as_str).collect();
+        writeln!(f, "\nsuites ran on: {}", if devices.is_empty() { "no device".into() } else { devices.join(", ") })?;
+        for line in &self.ignored {
+            writeln!(f, "{line}")?;
+        }
+        writeln!(f, "gpu suites: not run (no GPU backend in this build)")?;
+        writeln!(f, "xtask test: {} passed, {} failed, {} ignored", self.passed, self.failed, self.ignored.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Summary;
+
+    #[test]
+    fn sums_over_binaries_and_names_what_was_ignored() {
+        let mut summary = Summary::default();
+        let text = "running 3 tests\n\
+            test a::b ... ok\n\
+            test slow ... ignored, needs an idle machine\n\
+            successes:\n\n---- rope stdout ----\nrope: passed on cpu\n\nsuccesses:\n    rope\n\nfailures:\n    x\n\
+            test result: FAILED. 3 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s\n\
+            test result: ok. 40 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.25s\n";
+        text.lines().for_each(|line| summary.read(line));
+        assert_eq!((summary.passed, summary.failed), (43, 1));
+        assert_eq!(summary.ignored, ["slow: not run (ignored, needs an idle machine)"]);
+        assert_eq!(summary.devices.iter().collect::<Vec<_>>(), ["cpu"]);
+        assert!(!summary.in_successes);
+        assert!(summary.to_string().ends_with("xtask test: 43 passed, 1 failed, 1 ignored\n"));
+    }
+}
