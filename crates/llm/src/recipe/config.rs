@@ -1,0 +1,222 @@
+//! What a training run is told.
+
+use std::path::PathBuf;
+
+use unsloth_core::DType;
+use unsloth_train::{AdamWConfig, Checkpointing, LoraConfig, Schedule, ScheduleKind, TrainerConfig};
+
+use crate::{
+    Error, Result,
+    packing::{BatchOptions, Batches, at_least},
+};
+
+/// How long a run is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RunLength {
+    /// Optimiser steps, at least 1.
+    Steps(usize),
+    /// Passes over the data, above 0, rounded up to whole steps.
+    Epochs(f64),
+}
+
+/// How long the learning rate rises.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Warmup {
+    /// Optimiser steps.
+    Steps(usize),
+    /// Share of the run in `[0, 1]`, rounded up to whole steps.
+    Ratio(f64),
+}
+
+impl Warmup {
+    /// Warm-up steps of a run.
+    pub fn num_steps(self, total_steps: usize) -> usize {
+        match self {
+            Warmup::Steps(steps) => steps,
+            Warmup::Ratio(ratio) => (total_steps as f64 * ratio).ceil() as usize,
+        }
+    }
+}
+
+/// A run that trains low-rank adapters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainConfig {
+    /// Folder with the model as Hugging Face has it.
+    pub model: PathBuf,
+    /// JSONL files, read one after another; at least one.
+    pub data: Vec<PathBuf>,
+    /// Folder for the adapter and the metrics; made if it is not there.
+    pub output: PathBuf,
+    /// Folder of an adapter to go on from; a new one is made without.
+    pub adapter: Option<PathBuf>,
+    /// Type of activations.
+    pub dtype: DType,
+    /// Of the order of the data and of new adapters.
+    pub seed: u64,
+    /// Inner dimension of the adapters. `None`: that of `adapter`, or 16 for a new one.
+    pub rank: Option<usize>,
+    /// Scale numerator of the adapters. `None`: that of `adapter`, or 16 for a new one.
+    pub alpha: Option<f32>,
+    /// Names of the layers that get a new adapter, such as `q_proj`. `None`: those of `adapter`, or every linear layer for a
+    /// new one.
+    pub targets: Option<Vec<String>>,
+    /// Longer examples are cut to their first tokens. `None`: the model's limit or 2048, the smaller.
+    pub max_seq_len: Option<usize>,
+    /// Whether a sequence takes as many documents as fit, instead of one.
+    pub packing: bool,
+    /// Whether each epoch has its own order, instead of the data's.
+    pub shuffle: bool,
+    /// How long the run is.
+    pub length: RunLength,
+    /// Sequences of a micro-batch, at least 1.
+    pub batch_size: usize,
+    /// Micro-batches of a step, at least 1.
+    pub grad_accum: usize,
+    /// The full learning rate, 0 or more.
+    pub learning_rate: f64,
+    /// What follows the warm-up.
+    pub schedule: ScheduleKind,
+    /// How long the learning rate rises.
+    pub warmup: Warmup,
+    /// The optimiser.
+    pub adamw: AdamWConfig,
+    /// Gradients with a larger norm are scaled down to it; positive. `None`: never.
+    pub max_grad_norm: Option<f32>,
+    /// Which layers are computed again in the backward pass instead of kept.
+    pub checkpointing: Checkpointing,
+}
+
+impl TrainConfig {
+    /// The settings that `unsloth train` has without options.
+    pub fn new(model: PathBuf, data: Vec<PathBuf>, output: PathBuf) -> Self {
+        Self {
+            model,
+            data,
+            output,
+            adapter: None,
+            dtype: DType::F32,
+            seed: 0,
+            rank: None,
+            alpha: None,
+            targets: None,
+            max_seq_len: None,
+            packing: true,
+            shuffle: true,
+            length: RunLength::Epochs(1.0),
+            batch_size: 1,
+            grad_accum: 1,
+            learning_rate: 2e-4,
+            schedule: ScheduleKind::Cosine,
+            warmup: Warmup::Ratio(0.03),
+            adamw: AdamWConfig::default(),
+            max_grad_norm: Some(1.0),
+            checkpointing: Checkpointing::None,
+        }
+    }
+
+    /// Checks what needs neither the model nor the data, so that a typing error does not cost the time to load them.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] or [`unsloth_train::Error::InvalidConfig`], naming the field.
+    pub fn validate(&self) -> Result<()> {
+        at_least("data", self.data.len(), 1)?;
+        if !matches!(self.dtype, DType::F32 | DType::BF16) {
+            // Gradients of f16 activations underflow without loss scaling, which is worse than a refusal.
+            return invalid("dtype", self.dtype, "f32 or bf16 for training");
+        }
+        self.new_adapter().validate()?;
+        if self.targets.as_ref().is_some_and(Vec::is_empty) {
+            return invalid("targets", "", "at least one name");
+        }
+        at_least("max_seq_len", self.max_seq_len.unwrap_or(1), 1)?;
+        match self.length {
+            RunLength::Steps(steps) => at_least("steps", steps, 1)?,
+            RunLength::Epochs(epochs) if !(epochs > 0.0 && epochs.is_finite()) => {
+                return invalid("epochs", epochs, "above 0 and finite");
+            }
+            RunLength::Epochs(_) => {}
+        }
+        at_least("batch_size", self.batch_size, 1)?;
+        at_least("grad_accum", self.grad_accum, 1)?;
+        match self.warmup {
+            Warmup::Ratio(ratio) if !(0.0..=1.0).contains(&ratio) => return invalid("warmup_ratio", ratio, "in [0, 1]"),
+            _ => {}
+        }
+        self.trainer(1).validate()?;
+        Ok(())
+    }
+
+    /// The adapter to make where none is loaded.
+    pub(super) fn new_adapter(&self) -> LoraConfig {
+        LoraConfig { rank: self.rank.unwrap_or(16), alpha: self.alpha.unwrap_or(16.0) }
+    }
+
+    pub(super) fn batch_options(&self, max_seq_len: usize) -> BatchOptions {
+        let &Self { packing, shuffle, seed, batch_size, grad_accum, .. } = self;
+        BatchOptions { packing, shuffle, seed, max_seq_len, batch_size, grad_accum }
+    }
+
+    pub(super) fn num_steps(&self, batches: &Batches) -> Result<usize> {
+        match self.length {
+            RunLength::Steps(steps) => Ok(steps),
+            RunLength::Epochs(epochs) => batches.num_steps(epochs),
+        }
+    }
+
+    pub(super) fn trainer(&self, total_steps: usize) -> TrainerConfig {
+        let warmup_steps = self.warmup.num_steps(total_steps);
+        let &Self { schedule: kind, learning_rate, adamw, max_grad_norm, .. } = self;
+        TrainerConfig { adamw, schedule: Schedule { kind, learning_rate, warmup_steps, total_steps }, max_grad_norm }
+    }
+}
+
+pub(super) fn invalid<T>(field: &'static str, value: impl std::fmt::Display, rule: &str) -> Result<T> {
+    Err(Error::InvalidOption { field, value: value.to_string(), rule: rule.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> TrainConfig {
+        TrainConfig::new("model".into(), vec!["data.jsonl".into()], "out".into())
+    }
+
+    #[test]
+    fn defaults_are_valid() {
+        config().validate().unwrap();
+    }
+
+    #[test]
+    fn every_field_is_checked() {
+        let cases: [(&str, fn(&mut TrainConfig)); 16] = [
+            ("data", |c| c.data.clear()),
+            ("dtype", |c| c.dtype = DType::F16),
+            ("rank", |c| c.rank = Some(0)),
+            ("alpha", |c| c.alpha = Some(f32::NAN)),
+            ("targets", |c| c.targets = Some(vec![])),
+            ("max_seq_len", |c| c.max_seq_len = Some(0)),
+            ("steps", |c| c.length = RunLength::Steps(0)),
+            ("epochs", |c| c.length = RunLength::Epochs(f64::NAN)),
+            ("batch_size", |c| c.batch_size = 0),
+            ("grad_accum", |c| c.grad_accum = 0),
+            ("warmup_ratio", |c| c.warmup = Warmup::Ratio(1.5)),
+            ("learning_rate", |c| c.learning_rate = -1.0),
+            ("weight_decay", |c| c.adamw.weight_decay = -0.1),
+            ("beta2", |c| c.adamw.beta2 = 1.0),
+            ("eps", |c| c.adamw.eps = 0.0),
+            ("max_grad_norm", |c| c.max_grad_norm = Some(0.0)),
+        ];
+        for (field, spoil) in cases {
+            let mut config = config();
+            spoil(&mut config);
+            let message = config.validate().unwrap_err().to_string();
+            assert!(message.starts_with(&format!("{field} = ")), "{field}: {message}");
+        }
+    }
+
+    #[test]
+    fn warm_up_rounds_up() {
+        assert_eq!([Warmup::Ratio(0.03), Warmup::Ratio(0.0), Warmup::Steps(7)].map(|w| w.num_steps(20)), [1, 0, 7]);
+    }
+}

@@ -1,0 +1,39 @@
+//! Training and evaluation from files to files.
+
+mod config;
+mod evaluate;
+mod output;
+mod train;
+
+use std::path::Path;
+
+pub use config::{RunLength, TrainConfig, Warmup};
+pub use evaluate::{EvalConfig, Evaluation, evaluate};
+pub use train::{Event, Prepared, StepRecord, Summary, train};
+use unsloth_core::{DType, Device};
+
+use crate::{
+    Result,
+    decoder::{Decoder, LoadOptions},
+    peft,
+};
+
+/// Examples are cut to this many tokens where neither the user nor the model asks for less.
+const DEFAULT_MAX_SEQ_LEN: usize = 2048;
+
+/// A model with, if a folder is given, its adapter, ready to compute in `dtype`.
+///
+/// # Errors
+/// As [`Decoder::load`] and [`peft::load`].
+pub fn load_model(device: &Device, model: &Path, adapter: Option<&Path>, dtype: DType) -> Result<Decoder> {
+    let mut decoder = Decoder::load(model, device, LoadOptions { dtype })?;
+    if let Some(adapter) = adapter {
+        peft::load(adapter, &mut decoder)?;
+    }
+    Ok(decoder)
+}
+
+/// The limit asked for, or the model's or [`DEFAULT_MAX_SEQ_LEN`], the smaller.
+fn max_seq_len(asked: Option<usize>, model: &Decoder) -> usize {
+    asked.unwrap_or_else(|| model.config().max_position_embeddings.min(DEFAULT_MAX_SEQ_LEN))
+}

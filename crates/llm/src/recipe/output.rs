@@ -1,0 +1,148 @@
+//! The folder that a run writes.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use serde::Serialize;
+
+use crate::{Error, Result};
+
+/// What a tokenizer may consist of, across the families and versions of transformers.
+const TOKENIZER_FILES: [&str; 9] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// A folder known to be writable. If the run ends before it has written anything, a folder made for it is removed again.
+pub(super) struct OutputFolder {
+    path: PathBuf,
+    is_new: bool,
+}
+
+impl OutputFolder {
+    /// # Errors
+    /// [`Error::Io`] if the folder cannot be made or written to.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let is_new = !path.exists();
+        fs::create_dir_all(path).map_err(Error::io("create", path))?;
+        let folder = Self { path: path.to_owned(), is_new };
+        // Permission bits do not tell: only writing does.
+        tempfile::tempfile_in(path).map_err(Error::io("write to", path))?;
+        Ok(folder)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Copies the files that make up a tokenizer, those that exist.
+    pub(super) fn copy_tokenizer(&self, model: &Path) -> Result<()> {
+        for name in TOKENIZER_FILES {
+            let (from, to) = (model.join(name), self.path.join(name));
+            if from.is_file() {
+                let mut source = File::open(&from).map_err(Error::io("read", &from))?;
+                replace(&to, |target| io::copy(&mut source, target).map(drop)).map_err(Error::io("write", &to))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for OutputFolder {
+    fn drop(&mut self) {
+        if self.is_new {
+            // Fails, as it should, if anything was written.
+            let _ = fs::remove_dir(&self.path);
+        }
+    }
+}
+
+/// Writes a file under a temporary name beside `path`, flushes it to the disk, and renames it.
+fn replace(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".tmp");
+    let temporary = PathBuf::from(temporary);
+    let finish = || {
+        let mut file = File::create(&temporary)?;
+        write(&mut file)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    };
+    finish().inspect_err(|_| {
+        // The first error is the one to report.
+        let _ = fs::remove_file(&temporary);
+    })
+}
+
+/// Lines of JSON, each complete on disk before the next step begins.
+pub(super) struct JsonLines {
+    path: PathBuf,
+    file: File,
+}
+
+impl JsonLines {
+    /// Starts an empty file.
+    pub(super) fn create(path: PathBuf) -> Result<Self> {
+        let file = File::create(&path).map_err(Error::io("create", &path))?;
+        Ok(Self { path, file })
+    }
+
+    pub(super) fn push(&mut self, record: &impl Serialize) -> Result<()> {
+        let mut line = serde_json::to_vec(record).map_err(Error::json(&self.path))?;
+        line.push(b'\n');
+        // One unbuffered write: a reader, or a crash, never sees half a line.
+        self.file.write_all(&line).map_err(Error::io("write", &self.path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unused_new_folder_is_removed() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("a/b");
+        drop(OutputFolder::open(&path).unwrap());
+        assert!(!path.exists());
+        let used = OutputFolder::open(&path).unwrap();
+        JsonLines::create(path.join("m.jsonl")).unwrap().push(&[1, 2]).unwrap();
+        drop(used);
+        assert_eq!(fs::read_to_string(path.join("m.jsonl")).unwrap(), "[1,2]\n");
+        // An existing folder stays, whether used or not.
+        drop(OutputFolder::open(parent.path()).unwrap());
+        assert!(parent.path().exists());
+    }
+
+    #[test]
+    fn a_file_in_place_of_the_folder_is_an_error() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("out");
+        fs::write(&path, "x").unwrap();
+        let error = OutputFolder::open(&path).err().unwrap().to_string();
+        assert!(error.contains("cannot create") && error.contains("out`"), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "x");
+    }
+
+    #[test]
+    fn a_failed_replacement_leaves_the_old_file_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, "old").unwrap();
+        let failing = |file: &mut File| file.write_all(b"ne").and(Err(io::Error::other("disk full")));
+        assert!(replace(&path, failing).is_err());
+        assert_eq!((fs::read_to_string(&path).unwrap().as_str(), fs::read_dir(folder.path()).unwrap().count()), ("old", 1));
+        replace(&path, |file| file.write_all(b"new")).unwrap();
+        assert_eq!((fs::read_to_string(&path).unwrap().as_str(), fs::read_dir(folder.path()).unwrap().count()), ("new", 1));
+    }
+}
