@@ -1,0 +1,141 @@
+//! Leaves that training changes, and the matrices and vectors of layers, trained or frozen.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use unsloth_core::{DType, Device, Result, Tensor, Weight};
+
+/// Identity of a [`Parameter`] within the process; ordered by creation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParameterId(u64);
+
+struct Inner {
+    id: ParameterId,
+    name: String,
+    value: RwLock<Tensor>,
+}
+
+/// A tensor that training changes. Clones are the same parameter.
+#[derive(Clone)]
+pub struct Parameter(Arc<Inner>);
+
+impl Parameter {
+    /// Makes a parameter; `name` is its path in the model, as in `model.norm.weight`.
+    pub fn new(name: impl Into<String>, value: Tensor) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let id = ParameterId(NEXT.fetch_add(1, Ordering::Relaxed));
+        Self(Arc::new(Inner { id, name: name.into(), value: RwLock::new(value) }))
+    }
+
+    /// Identity: equal for clones, different for all other parameters.
+    pub fn id(&self) -> ParameterId {
+        self.0.id
+    }
+
+    /// Path in the model.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The current value; shares the buffer, so drop it before the next [`Parameter::update`].
+    pub fn value(&self) -> Tensor {
+        // A panic in `update` leaves a valid tensor behind, so a poisoned lock carries no broken state.
+        self.0.value.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes the value in place. `f` must not ask this parameter for its value: the lock is held.
+    ///
+    /// # Errors
+    /// Those of `f`; [`unsloth_core::Error::Shared`] from operators that write in place while a tensor from
+    /// [`Parameter::value`] is still alive.
+    pub fn update<R>(&self, f: impl FnOnce(&mut Tensor) -> Result<R>) -> Result<R> {
+        f(&mut self.0.value.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl fmt::Debug for Parameter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Parameter({}, {:?})", self.name(), self.value())
+    }
+}
+
+/// The matrix of a linear layer or an embedding table, `[out_features, in_features]`.
+#[derive(Clone, Debug)]
+pub enum Matrix {
+    /// Trained: gets a gradient where it is registered in the [`crate::GradStore`].
+    Trainable(Parameter),
+    /// Not trained: no gradient, no cost.
+    Frozen(Weight),
+}
+
+impl Matrix {
+    /// The form that operators read; shares the buffer.
+    ///
+    /// # Errors
+    /// [`unsloth_core::Error::Shape`] if a parameter does not have two dimensions.
+    pub fn weight(&self) -> Result<Weight> {
+        match self {
+            Matrix::Trainable(parameter) => {
+                let value = parameter.value();
+                value.device().clone().prepare_weight(value)
+            }
+            Matrix::Frozen(weight) => Ok(weight.clone()),
+        }
+    }
+
+    /// The parameter, if the matrix is trained.
+    pub fn parameter(&self) -> Option<&Parameter> {
+        match self {
+            Matrix::Trainable(parameter) => Some(parameter),
+            Matrix::Frozen(_) => None,
+        }
+    }
+
+    /// Storage type of the elements, or of what they dequantise to.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Matrix::Trainable(parameter) => parameter.value().dtype(),
+            Matrix::Frozen(weight) => weight.dtype(),
+        }
+    }
+
+    /// Where the matrix lives.
+    pub fn device(&self) -> Device {
+        match self {
+            Matrix::Trainable(parameter) => parameter.value().device().clone(),
+            Matrix::Frozen(weight) => weight.device().clone(),
+        }
+    }
+}
+
+/// The weight of a norm or a bias, `[features]`.
+#[derive(Clone, Debug)]
+pub enum Vector {
+    /// Trained: gets a gradient where it is registered in the [`crate::GradStore`].
+    Trainable(Parameter),
+    /// Not trained: no gradient, no cost.
+    Frozen(Tensor),
+}
+
+impl Vector {
+    /// The current value; shares the buffer.
+    pub fn tensor(&self) -> Tensor {
+        match self {
+            Vector::Trainable(parameter) => parameter.value(),
+            Vector::Frozen(tensor) => tensor.clone(),
+        }
+    }
+
+    /// The parameter, if the vector is trained.
+    pub fn parameter(&self) -> Option<&Parameter> {
+        match self {
+            Vector::Trainable(parameter) => Some(parameter),
+            Vector::Frozen(_) => None,
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! Values that operators work on.
+
+use unsloth_core::{DType, Shape, Tensor};
+
+/// Where on which tape a value was computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Source {
+    /// Identity of the tape.
+    pub(crate) tape: u64,
+    /// Position of the node.
+    pub(crate) node: usize,
+    /// Which of the node's outputs.
+    pub(crate) output: usize,
+}
+
+/// A tensor and, where its gradient matters, its place on a tape. Cloning shares the buffer.
+#[derive(Clone, Debug)]
+pub struct Var {
+    tensor: Tensor,
+    source: Option<Source>,
+}
+
+impl Var {
+    pub(crate) fn new(tensor: Tensor, source: Option<Source>) -> Self {
+        Self { tensor, source }
+    }
+
+    /// A value that nothing is differentiated with respect to.
+    pub fn constant(tensor: Tensor) -> Self {
+        Self { tensor, source: None }
+    }
+
+    /// The value.
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+
+    /// The value, off the tape.
+    pub fn into_tensor(self) -> Tensor {
+        self.tensor
+    }
+
+    /// Dimensions of the value.
+    pub fn shape(&self) -> &Shape {
+        self.tensor.shape()
+    }
+
+    /// Storage type of the value.
+    pub fn dtype(&self) -> DType {
+        self.tensor.dtype()
+    }
+
+    /// Whether the value depends on a variable or a trained parameter of a tape.
+    pub fn requires_grad(&self) -> bool {
+        self.source.is_some()
+    }
+
+    pub(crate) fn source(&self) -> Option<Source> {
+        self.source
+    }
+}
