@@ -1,7 +1,10 @@
 //! Loss without training.
 
 use unsloth_autograd::Tape;
-use unsloth_core::ops::{cross_entropy::LossSpec, elementwise};
+use unsloth_core::{
+    Category, DType,
+    ops::{cross_entropy::LossSpec, elementwise},
+};
 
 use crate::{Batch, Error, Model, Result};
 
@@ -14,7 +17,7 @@ pub fn evaluate(model: &impl Model, batches: &[Batch]) -> Result<f32> {
     if num_targets == 0 {
         return Err(Error::NothingToEvaluate);
     }
-    let mut total = model.device().from_slice(&[0.0f32], [1], unsloth_core::Category::Workspace)?;
+    let mut total = model.device().zeros([1], DType::F32, Category::Activations)?;
     for batch in batches {
         let loss = model.loss(&Tape::inference(), batch, LossSpec::mean(num_targets))?;
         total = elementwise::add(total, loss.tensor())?;

@@ -4,12 +4,12 @@ use unsloth_autograd::{
     Matrix, Parameter, Tape, Var, Vector,
     ops::{self, LoraAdapter},
 };
-use unsloth_core::{Category, DType, Device, rng::Philox};
+use unsloth_core::{Category, DType, rng::Philox};
 
 use crate::{Error, LoraConfig, Result};
 
 /// `y = x W^T + bias`, and `+ scale (x A^T) B^T` where there is an adapter.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Linear {
     /// Module path as in the checkpoint, such as `model.layers.0.self_attn.q_proj`.
     pub name: String,
@@ -82,7 +82,7 @@ impl Linear {
         if self.adapter.is_some() {
             return Err(Error::AdapterExists { layer: self.name.clone() });
         }
-        let device = device(&self.weight);
+        let device = self.weight.device();
         let a = initial_a(&Philox::new(seed, index), config.rank, in_features);
         let lora_a = device.from_slice(&a, [config.rank, in_features], Category::Adapters)?;
         let lora_b = device.zeros([out_features, config.rank], DType::F32, Category::Adapters)?;
@@ -104,13 +104,6 @@ fn dimensions(weight: &Matrix) -> (usize, usize) {
             (dimension(0), dimension(1))
         }
         Matrix::Frozen(weight) => (weight.out_features(), weight.in_features()),
-    }
-}
-
-fn device(weight: &Matrix) -> Device {
-    match weight {
-        Matrix::Trainable(parameter) => parameter.value().device().clone(),
-        Matrix::Frozen(weight) => weight.device().clone(),
     }
 }
 

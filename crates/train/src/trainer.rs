@@ -5,7 +5,7 @@
 
 use unsloth_autograd::{GradStore, Tape};
 use unsloth_core::{
-    Tensor,
+    Category, DType, Tensor,
     ops::{adamw::StepState, cross_entropy::LossSpec, elementwise},
 };
 
@@ -170,23 +170,13 @@ impl<M: Model> Trainer<M> {
     fn launch(&mut self, micro_batches: &[Batch], metrics: StepMetrics) -> unsloth_core::Result<Pending> {
         self.gradients.zero()?;
         let spec = LossSpec::mean(metrics.num_targets);
-        let mut loss: Option<Tensor> = None;
+        let mut loss = self.model.device().zeros([1], DType::F32, Category::Activations)?;
         for batch in micro_batches {
             let tape = Tape::new();
             let part = self.model.loss(&tape, batch, spec)?;
             tape.backward(&part, &mut self.gradients)?;
-            loss = Some(match loss {
-                Some(sum) => elementwise::add(sum, part.tensor())?,
-                None => part.into_tensor(),
-            });
+            loss = elementwise::add(loss, part.tensor())?;
         }
-        // `step` has refused an empty list: it has no target.
-        let loss = loss.ok_or(unsloth_core::Error::InvalidSpec {
-            op: "trainer",
-            field: "micro_batches",
-            value: "0".to_owned(),
-            rule: "at least 1",
-        })?;
         self.optimizer.control(&loss, &self.gradients, self.config.max_grad_norm)?;
         self.optimizer.step(&self.gradients, metrics.learning_rate)?;
         Ok(Pending { metrics, loss, state: elementwise::copy(self.optimizer.state().tensor())? })
