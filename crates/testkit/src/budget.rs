@@ -3,11 +3,12 @@
 //! `max|actual - exact| <= 2 * max|naive - exact| + floor`. The naive form rounds every tensor of the unfused formula, so a
 //! fused operator that keeps intermediates in f32 is usually better than it; the factor 2 admits another order of summation.
 
-use unsloth_core::DType;
+use unsloth_core::{DType, Tensor};
 
 use crate::{
     arith::unit_roundoff,
-    report::{Case, Checked, FailureKind},
+    data,
+    report::{Case, Checked, Failure, FailureKind},
 };
 
 /// What is added to the budget, because the naive form can be exact by luck where a correct device is not.
@@ -100,6 +101,15 @@ pub fn check(case: &Case, tensor: &str, actual: &[f64], expected: Expected<'_>) 
             Err(case.failure(FailureKind::Budget { tensor, index, actual, exact, error, limit }))
         }
     }
+}
+
+/// [`check`] of a device tensor.
+///
+/// # Errors
+/// As [`check`], or the tensor cannot be read.
+pub fn check_tensor(case: &Case, name: &str, tensor: &Tensor, expected: Expected<'_>) -> Checked {
+    let actual = data::read(tensor).map_err(|error| Failure::from(error).within(case))?;
+    check(case, name, &actual, expected)
 }
 
 #[cfg(test)]

@@ -29,6 +29,15 @@ pub fn same_bits(case: &Case, tensor: &str, a: &Tensor, b: &Tensor) -> Checked {
     }
 }
 
+/// The tensor has this shape and type.
+///
+/// # Errors
+/// A failure with both if it does not.
+pub fn form(case: &Case, name: &str, tensor: &Tensor, (shape, dtype): (&[usize], DType)) -> Checked {
+    let what = format!("`{name}` is {tensor:?}, expected {dtype} {shape:?}");
+    holds(case, &what, **tensor.shape() == *shape && tensor.dtype() == dtype)
+}
+
 /// A property holds.
 ///
 /// # Errors
