@@ -1,6 +1,9 @@
 //! Development tasks of unsloth-rs: `cargo xtask <task>`.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -34,11 +37,22 @@ fn root() -> Result<PathBuf> {
     Ok(root.to_path_buf())
 }
 
-fn main() -> Result<()> {
+fn run(task: &Task) -> Result<()> {
     let root = root()?;
-    match Arguments::parse().task {
+    match task {
         Task::Check => check::run(&root),
         Task::Test => test::run(&root),
-        Task::Golden(arguments) => golden::run(&root, &arguments),
+        Task::Golden(arguments) => golden::run(&root, arguments),
+    }
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Not by returning the error: its Debug form adds a backtrace, which hides what the task has printed.
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
