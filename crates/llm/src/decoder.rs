@@ -1,1 +1,322 @@
-//! A decoder-only transformer.
+//! A decoder-only transformer of the Llama kind.                       Touvron et al. 2023, arXiv:2307.09288
+//!
+//! Per layer: `x += o(attention(rope(q(n)), rope(k(n)), v(n)))` with `n = rms_norm(x)`, then
+//! `x += down(act(gate(n)) * up(n))` with `n = rms_norm(x)`; logits are `head(rms_norm(x))`. Rows are packed tokens,
+//! `[tokens, hidden_size]`; no token sees another sequence.
+
+use std::{
+    cell::RefCell,
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::Arc,
+};
+
+use unsloth_autograd::{
+    Matrix, Parameter, Tape, Var, Vector, checkpoint,
+    ops::{self, RopeAngles},
+};
+use unsloth_core::{Category, DType, Device, Sequences, Tensor, ops::cross_entropy::LossSpec};
+use unsloth_train::{Batch, Checkpointing, KvCache, KvCacheSpec, Linear, LoraConfig, Model};
+
+use crate::{
+    Error, Result,
+    config::DecoderConfig,
+    layer::{Context, Dimensions, Layer, Loader},
+    weights::Checkpoint,
+};
+
+/// How a model is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Storage type of activations, and of weights where it is not f32; under f32 weights stay as stored.
+    pub dtype: DType,
+}
+
+/// Which linear layers get adapters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Targets {
+    /// All but the head, as PEFT's `all-linear`.
+    AllLinear,
+    /// Layers of these names: the whole module path, or its last parts, such as `q_proj`.
+    Names(Vec<String>),
+}
+
+/// `all-linear`, or names separated by commas.
+impl FromStr for Targets {
+    type Err = Error;
+
+    /// # Errors
+    /// [`Error::InvalidOption`] for an empty name.
+    fn from_str(text: &str) -> Result<Self> {
+        if text.eq_ignore_ascii_case("all-linear") {
+            return Ok(Targets::AllLinear);
+        }
+        let names: Vec<String> = text.split(',').map(|name| name.trim().to_owned()).collect();
+        if names.iter().any(String::is_empty) {
+            let rule = "all-linear or names separated by commas".to_owned();
+            return Err(Error::InvalidOption { field: "targets", value: format!("`{text}`"), rule });
+        }
+        Ok(Targets::Names(names))
+    }
+}
+
+impl fmt::Display for Targets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Targets::AllLinear => f.write_str("all-linear"),
+            Targets::Names(names) => f.write_str(&names.join(",")),
+        }
+    }
+}
+
+/// Rotary tables, f32 `[num_positions, head_dim / 2]`.
+struct Tables {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+/// A language model with frozen base weights and, where they were added, trained adapters.
+pub struct Decoder {
+    folder: PathBuf,
+    config: DecoderConfig,
+    device: Device,
+    dtype: DType,
+    embedding: Matrix,
+    /// Shared with the functions that recompute them in a backward pass.
+    layers: Arc<Vec<Layer>>,
+    norm: Vector,
+    /// The embedding's matrix itself where the two are tied.
+    head: Matrix,
+    /// Made for the longest sequence seen so far.
+    tables: RefCell<Option<Tables>>,
+    checkpointing: Checkpointing,
+    unused_tensors: Vec<String>,
+}
+
+impl Decoder {
+    /// Loads a Hugging Face folder: `config.json`, `generation_config.json` if there is one, and safetensors weights, which
+    /// are memory-mapped and must not be changed while the model is alive.
+    ///
+    /// # Errors
+    /// As [`DecoderConfig::load`], [`Checkpoint::open`] and [`Checkpoint::tensor`]; [`Error::ActivationDType`];
+    /// [`unsloth_core::Error::UnsupportedDType`] if the device lacks the type.
+    pub fn load(folder: &Path, device: &Device, options: LoadOptions) -> Result<Self> {
+        let LoadOptions { dtype } = options;
+        if !dtype.is_float() {
+            return Err(Error::ActivationDType { dtype });
+        }
+        if !device.supports(dtype) {
+            return Err(unsloth_core::Error::UnsupportedDType { op: "load", dtype, device: device.name() }.into());
+        }
+        let config = DecoderConfig::load(folder)?;
+        let checkpoint = Checkpoint::open(folder)?;
+        let loader = Loader { checkpoint: &checkpoint, device, dtype };
+        let table = [config.vocab_size, config.hidden_size];
+        let embedding = loader.matrix("model.embed_tokens.weight", table)?;
+        let layers = (0..config.num_layers).map(|index| Layer::load(&loader, &config, index));
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let norm = loader.vector("model.norm.weight", config.hidden_size)?;
+        let head =
+            if config.tie_word_embeddings { embedding.clone() } else { loader.matrix("lm_head.weight", table)? };
+        // Frequencies that old checkpoints store; they follow from the configuration.
+        let mut unused_tensors = checkpoint.unused();
+        unused_tensors.retain(|name| !name.ends_with("rotary_emb.inv_freq"));
+        Ok(Self {
+            folder: folder.to_owned(),
+            config,
+            device: device.clone(),
+            dtype,
+            embedding,
+            layers: Arc::new(layers),
+            norm,
+            head,
+            tables: RefCell::new(None),
+            checkpointing: Checkpointing::None,
+            unused_tensors,
+        })
+    }
+
+    /// The folder that it was loaded from, as it was given.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// What defines the model.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// Storage type of activations.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Tensors of the checkpoint that the model has no place for, sorted; transformers warns of such.
+    pub fn unused_tensors(&self) -> &[String] {
+        &self.unused_tensors
+    }
+
+    /// All linear layers but the head, in the order in which they are computed.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.layers.iter().flat_map(Layer::linears)
+    }
+
+    /// The same layers, to be changed.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        Arc::make_mut(&mut self.layers).iter_mut().flat_map(Layer::linears_mut)
+    }
+
+    /// What of a training pass is recomputed rather than kept. Gradients have the same bits under every policy.
+    pub fn set_checkpointing(&mut self, checkpointing: Checkpointing) {
+        self.checkpointing = checkpointing;
+    }
+
+    /// Adds adapters that change nothing yet. The initial `A` of a layer depends on `seed` and the layer alone, not on which
+    /// others are targeted. If it fails, no layer has been changed.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTarget`], [`Error::HeadTarget`]; [`Error::AdapterExists`]; otherwise as
+    /// [`Linear::add_adapter`].
+    pub fn add_adapters(&mut self, config: &LoraConfig, targets: &Targets, seed: u64) -> Result<()> {
+        let selected = self.select(targets)?;
+        if let Some((linear, _)) = self.linears().zip(&selected).find(|(linear, _)| linear.adapter.is_some()) {
+            return Err(Error::AdapterExists { name: linear.name.clone() });
+        }
+        // On clones, so that a rank that only some layers refuse leaves the model as it was.
+        let mut layers = self.layers.as_ref().clone();
+        let linears = layers.iter_mut().flat_map(Layer::linears_mut);
+        for (index, (linear, _)) in (0u32..).zip(linears.zip(selected)).filter(|(_, (_, selected))| *selected) {
+            linear.add_adapter(config, seed, index)?;
+        }
+        self.layers = Arc::new(layers);
+        Ok(())
+    }
+
+    /// For each of [`Decoder::linears`], whether it is among the targets.
+    pub(crate) fn select(&self, targets: &Targets) -> Result<Vec<bool>> {
+        let paths: Vec<&str> = self.linears().map(|linear| linear.name.as_str()).collect();
+        let Targets::Names(names) = targets else {
+            return Ok(vec![true; paths.len()]);
+        };
+        if let Some(name) = names.iter().find(|name| !paths.iter().any(|path| matches(path, name))) {
+            if matches("lm_head", name) {
+                return Err(Error::HeadTarget { name: name.clone() });
+            }
+            let mut available: Vec<&str> = paths.iter().filter_map(|path| path.rsplit('.').next()).collect();
+            available.sort_unstable();
+            available.dedup();
+            return Err(Error::UnknownTarget { name: name.clone(), available: available.join(", ") });
+        }
+        Ok(paths.iter().map(|path| names.iter().any(|name| matches(path, name))).collect())
+    }
+
+    /// Final hidden states of all tokens, normed: `[tokens, hidden_size]`.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary; [`unsloth_core::Error::OutOfMemory`].
+    pub fn hidden(&self, tape: &Tape, batch: &Batch) -> unsloth_core::Result<Var> {
+        let context = self.context(&batch.positions, &batch.sequences, batch.sequences.max_seqlen())?;
+        let mut stream = ops::embedding(tape, &self.embedding, &batch.ids, self.dtype)?;
+        for segment in self.checkpointing.segments(self.layers.len()) {
+            let (layers, context) = (self.layers.clone(), context.clone());
+            let run = move |tape: &Tape, inputs: &[Var]| {
+                let mut stream = inputs[0].clone();
+                for layer in &layers[segment.clone()] {
+                    stream = layer.forward(tape, &stream, &context)?;
+                }
+                Ok(vec![stream])
+            };
+            let mut outputs = match self.checkpointing.is_active() {
+                true => checkpoint(tape, &[&stream], run)?,
+                false => run(tape, &[stream])?,
+            };
+            stream = outputs.swap_remove(0);
+        }
+        ops::rms_norm(tape, &stream, &self.norm, context.dimensions.norm)
+    }
+
+    /// Logits of all tokens, `[tokens, vocab_size]`, for tests and inspection: [`Model::loss`] never forms them.
+    ///
+    /// # Errors
+    /// As [`Decoder::hidden`].
+    pub fn logits(&self, tape: &Tape, batch: &Batch) -> unsloth_core::Result<Var> {
+        let hidden = self.hidden(tape, batch)?;
+        ops::linear(tape, &hidden, &self.head, None)
+    }
+
+    /// An empty cache for one sequence of at most `capacity` tokens.
+    pub(crate) fn kv_cache(&self, capacity: usize) -> unsloth_core::Result<KvCache> {
+        let spec = KvCacheSpec {
+            num_layers: self.config.num_layers,
+            num_seqs: 1,
+            capacity,
+            num_kv_heads: self.config.num_kv_heads,
+            head_dim: self.config.head_dim,
+            dtype: self.dtype,
+        };
+        KvCache::new(&self.device, spec)
+    }
+
+    /// Logits behind the last of some new tokens of one sequence, `vocab_size` of them on the host. `past` tokens are in the
+    /// cache; the new ones are appended.
+    pub(crate) fn next_logits(&self, ids: &[i32], past: usize, cache: &mut KvCache) -> unsloth_core::Result<Vec<f32>> {
+        let tape = Tape::inference();
+        // Lengths fit i32: they are at most `max_position_embeddings`, which is checked when the configuration is read.
+        let positions: Vec<i32> = (past..past + ids.len()).map(|position| position as i32).collect();
+        let positions = self.device.from_slice(&positions, [ids.len()], Category::Activations)?;
+        let sequences = Sequences::from_lengths(&self.device, &[ids.len()])?;
+        let context = self.context(&positions, &sequences, past + ids.len())?;
+        let last = self.device.from_slice(&[ids.len() as i32 - 1], [1], Category::Activations)?;
+        let ids = self.device.from_slice(ids, [ids.len()], Category::Activations)?;
+        let mut stream = ops::embedding(&tape, &self.embedding, &ids, self.dtype)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            stream = layer.forward_cached(&stream, &context, (cache, index))?;
+        }
+        // A lookup of one row, so that the prompt's other rows are neither normed nor multiplied by the head.
+        let rows = Matrix::Frozen(self.device.prepare_weight(stream.into_tensor())?);
+        let last = ops::embedding(&tape, &rows, &last, self.dtype)?;
+        let normed = ops::rms_norm(&tape, &last, &self.norm, context.dimensions.norm)?;
+        ops::linear(&tape, &normed, &self.head, None)?.tensor().to_f32_vec()
+    }
+
+    fn context(
+        &self,
+        positions: &Tensor,
+        sequences: &Sequences,
+        num_positions: usize,
+    ) -> unsloth_core::Result<Context> {
+        let mut tables = self.tables.borrow_mut();
+        let tables = match &*tables {
+            Some(tables) if tables.cos.shape()[0] >= num_positions => tables,
+            _ => {
+                // Powers of two, so that a generation does not make them anew for every token.
+                let rows = num_positions.next_power_of_two();
+                let (cos, sin) = self.config.rope.tables(&self.device, rows)?;
+                &*tables.insert(Tables { cos, sin })
+            }
+        };
+        let angles = RopeAngles { cos: tables.cos.clone(), sin: tables.sin.clone(), positions: positions.clone() };
+        Ok(Context { dimensions: Dimensions::new(&self.config), angles, sequences: sequences.clone() })
+    }
+}
+
+/// Whether a target name means a module path: all of it, or its last parts.
+fn matches(path: &str, name: &str) -> bool {
+    path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+impl Model for Decoder {
+    fn loss(&self, tape: &Tape, batch: &Batch, loss: LossSpec) -> unsloth_core::Result<Var> {
+        let hidden = self.hidden(tape, batch)?;
+        ops::linear_cross_entropy(tape, &hidden, &self.head, &batch.targets, loss)
+    }
+
+    fn parameters(&self) -> Vec<Parameter> {
+        self.linears().flat_map(Linear::parameters).collect()
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+}

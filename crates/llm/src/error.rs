@@ -147,6 +147,12 @@ pub enum Error {
         /// The names that exist, comma-separated.
         available: String,
     },
+    /// Adapters were asked for on the head, whose logits are never formed whole.
+    #[error("`{name}`: adapters on the head are not supported")]
+    HeadTarget {
+        /// The name given.
+        name: String,
+    },
     /// The model has adapters already.
     #[error("layer `{name}` already has an adapter")]
     AdapterExists {
@@ -247,6 +253,12 @@ pub enum Error {
         value: String,
         /// What is accepted.
         rule: String,
+    },
+    /// The model computes NaN: its weights or activations have overflowed.
+    #[error("the logits behind token {position} are not numbers")]
+    NonFiniteLogits {
+        /// Tokens of prompt and generation so far.
+        position: usize,
     },
     /// A tokenizer file could not be read or failed on a text.
     #[error("tokenizer `{}` failed", path.display())]

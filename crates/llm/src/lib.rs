@@ -4,16 +4,19 @@
 //! [`peft::load`]), and is trained by [`unsloth_train::Trainer`] on packed batches made by [`dataset`] and [`packing`].
 //! [`recipe`] puts the parts together; [`generate`] continues a prompt.
 
-mod attention_block;
+mod atomic;
 pub mod config;
 pub mod dataset;
 pub mod decoder;
 mod error;
+mod fields;
 pub mod generate;
+mod layer;
 pub mod packing;
 pub mod peft;
 pub mod recipe;
 mod rope_config;
+pub mod text_stream;
 pub mod tokenizer;
 pub mod weights;
 

@@ -1,1 +1,231 @@
-//! Tensors of a safetensors checkpoint.
+//! Tensors of a safetensors checkpoint: one file, or shards with an index.
+//!
+//! Files are memory-mapped. A tensor that is wanted in the type it is stored in is adopted from the mapping without a copy
+//! where the device can; any other is converted on its own, so that at most one tensor exists twice.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+use unsloth_core::{Category, DType, Device, HostBytes, Shape, Tensor, ops::elementwise};
+
+use crate::{Error, Result, fields::read_object};
+
+/// What to take from a checkpoint.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    /// Name of the tensor.
+    pub name: &'a str,
+    /// Shape it must have.
+    pub shape: Shape,
+    /// Type to give it; a float.
+    pub dtype: DType,
+    /// What the memory is for.
+    pub category: Category,
+}
+
+/// Where a tensor lies.
+struct Entry {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Range<usize>,
+}
+
+struct MappedFile {
+    path: PathBuf,
+    bytes: HostBytes,
+}
+
+/// Memory-mapped tensors by name. The files must not be changed while tensors taken from them are alive.
+pub struct Checkpoint {
+    /// The single file, or the index.
+    path: PathBuf,
+    files: Vec<MappedFile>,
+    entries: BTreeMap<String, Entry>,
+    used: RefCell<BTreeSet<String>>,
+}
+
+impl Checkpoint {
+    /// Opens `model.safetensors` of a folder, or the shards that `model.safetensors.index.json` names.
+    ///
+    /// # Errors
+    /// [`Error::NoWeights`]; otherwise as [`Checkpoint::open_file`], and [`Error::Json`], [`Error::MissingShard`] or
+    /// [`Error::MisplacedTensor`] where index and shards disagree.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let single = folder.join("model.safetensors");
+        let index = folder.join("model.safetensors.index.json");
+        if single.is_file() {
+            Self::open_file(&single)
+        } else if index.is_file() {
+            Self::open_index(&index, folder)
+        } else {
+            Err(Error::NoWeights { path: folder.to_owned() })
+        }
+    }
+
+    /// Opens one safetensors file.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::CorruptWeights`] for a truncated or damaged file.
+    pub fn open_file(path: &Path) -> Result<Self> {
+        let (file, entries) = map_file(path, 0)?;
+        Ok(Self { path: path.to_owned(), files: vec![file], entries, used: RefCell::default() })
+    }
+
+    fn open_index(path: &Path, folder: &Path) -> Result<Self> {
+        let (mut files, mut entries) = (Vec::new(), BTreeMap::new());
+        let mut shards: BTreeMap<String, BTreeMap<String, Entry>> = BTreeMap::new();
+        for (name, shard) in weight_map(path)? {
+            let held = match shards.entry(shard) {
+                std::collections::btree_map::Entry::Occupied(held) => held.into_mut(),
+                std::collections::btree_map::Entry::Vacant(new) => {
+                    let shard_path = folder.join(new.key());
+                    if !shard_path.is_file() {
+                        return Err(Error::MissingShard { index: path.to_owned(), shard: new.key().clone() });
+                    }
+                    let (file, held) = map_file(&shard_path, files.len())?;
+                    files.push(file);
+                    new.insert(held)
+                }
+            };
+            let Some(entry) = held.remove(&name) else {
+                let what = "not in the shard that the index names";
+                return Err(Error::MisplacedTensor { path: path.to_owned(), name, what });
+            };
+            entries.insert(name, entry);
+        }
+        Ok(Self { path: path.to_owned(), files, entries, used: RefCell::default() })
+    }
+
+    /// The file, or the index of a sharded checkpoint.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Names of the tensors that nobody has taken, sorted.
+    pub fn unused(&self) -> Vec<String> {
+        let used = self.used.borrow();
+        self.entries.keys().filter(|name| !used.contains(*name)).cloned().collect()
+    }
+
+    /// Type that a tensor is stored in.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::TensorDType`] unless it is f32, f16 or bf16.
+    pub fn stored_dtype(&self, name: &str) -> Result<DType> {
+        let entry = self.entry(name)?;
+        match entry.dtype {
+            Dtype::F32 => Ok(DType::F32),
+            Dtype::F16 => Ok(DType::F16),
+            Dtype::BF16 => Ok(DType::BF16),
+            other => {
+                let path = self.files[entry.file].path.clone();
+                Err(Error::TensorDType { path, name: name.to_owned(), actual: other.to_string() })
+            }
+        }
+    }
+
+    /// Shape of a tensor as stored.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn stored_shape(&self, name: &str) -> Result<&[usize]> {
+        Ok(&self.entry(name)?.shape)
+    }
+
+    /// Takes a tensor: the mapped bytes themselves where they have the wanted type and the device can read them, else a
+    /// converted copy. It may be read-only.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::stored_dtype`]; [`Error::TensorShape`]; [`unsloth_core::Error::OutOfMemory`],
+    /// [`unsloth_core::Error::UnsupportedDType`].
+    pub fn tensor(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
+        Ok(elementwise::cast(&self.stored(device, wanted)?, wanted.dtype)?)
+    }
+
+    /// Takes a tensor as a copy that can be written.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`].
+    pub fn tensor_copy(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
+        let stored = self.stored(device, wanted)?;
+        // A cast to the same type would share the mapping.
+        if stored.dtype() == wanted.dtype {
+            Ok(elementwise::copy(&stored)?)
+        } else {
+            Ok(elementwise::cast(&stored, wanted.dtype)?)
+        }
+    }
+
+    fn stored(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
+        let dtype = self.stored_dtype(wanted.name)?;
+        let entry = self.entry(wanted.name)?;
+        let file = &self.files[entry.file];
+        if *entry.shape != *wanted.shape {
+            let (path, name) = (file.path.clone(), wanted.name.to_owned());
+            return Err(Error::TensorShape { path, name, expected: wanted.shape, actual: entry.shape.clone() });
+        }
+        let bytes = entry.bytes.clone();
+        let tensor = device.adopt(file.bytes.clone(), bytes, wanted.shape, dtype, wanted.category)?;
+        self.used.borrow_mut().insert(wanted.name.to_owned());
+        Ok(tensor)
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        let missing = || Error::MissingTensor { path: self.path.clone(), name: name.to_owned() };
+        self.entries.get(name).ok_or_else(missing)
+    }
+}
+
+#[allow(unsafe_code, reason = "mapping a file is the only way to use weights without copying them")]
+fn map_file(path: &Path, index: usize) -> Result<(MappedFile, BTreeMap<String, Entry>)> {
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    // SAFETY: the mapping is private and never written through; that nobody changes the file meanwhile is what the
+    // documentation of `Checkpoint` asks of the caller. All reads lie within the length checked against the header below.
+    let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
+    let (header_bytes, metadata) =
+        SafeTensors::read_metadata(&map).map_err(|source| Error::CorruptWeights { path: path.to_owned(), source })?;
+    // The header's own length stands before it in eight bytes.
+    let data = 8 + header_bytes;
+    let entry = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
+        let bytes = data + info.data_offsets.0..data + info.data_offsets.1;
+        (name, Entry { file: index, dtype: info.dtype, shape: info.shape.clone(), bytes })
+    };
+    let entries = metadata.tensors().into_iter().map(entry).collect();
+    Ok((MappedFile { path: path.to_owned(), bytes: Arc::new(map) }, entries))
+}
+
+/// Tensor names and the shard that holds each, from an index file.
+fn weight_map(path: &Path) -> Result<BTreeMap<String, String>> {
+    let index = read_object(path)?;
+    let refuse = |field: String, value: String, rule| Error::Config { path: path.to_owned(), field, value, rule };
+    let Some(Value::Object(map)) = index.get("weight_map") else {
+        let value = index.get("weight_map").map_or_else(|| "missing".to_owned(), Value::to_string);
+        return Err(refuse("weight_map".to_owned(), value, "an object of tensor names and file names"));
+    };
+    let shard = |(name, file): (&String, &Value)| {
+        // A name with a folder in it could lead out of the checkpoint.
+        let plain = |file: &&str| Path::new(file).file_name().is_some_and(|name| name == *file);
+        match file.as_str().filter(plain) {
+            Some(file) => Ok((name.clone(), file.to_owned())),
+            None => {
+                Err(refuse(format!("weight_map.{name}"), file.to_string(), "the name of a file in the same folder"))
+            }
+        }
+    };
+    map.iter().map(shard).collect()
+}

@@ -1,1 +1,0 @@
-//! Attention and feed-forward halves of a decoder layer.
