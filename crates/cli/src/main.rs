@@ -1,1 +1,45 @@
-fn main() {}
+//! The command line of unsloth-rs: arguments to configurations, events to lines.
+//!
+//! Exit status: 0 done, 1 failed with one line on standard error, 2 wrong usage.
+
+mod args;
+mod eval;
+mod generate;
+mod train;
+
+use std::{io::Write, process::ExitCode};
+
+use clap::Parser;
+
+/// Fine-tune language models on whatever processor you have.
+#[derive(Parser)]
+#[command(name = "unsloth", version, about, max_term_width = 100)]
+enum Command {
+    /// Train a low-rank adapter for a Hugging Face model on pre-tokenised data.
+    Train(train::Args),
+    /// Mean loss and perplexity of a model, with or without an adapter, over data.
+    Eval(eval::Args),
+    /// Continue a prompt greedily.
+    Generate(generate::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Command::parse() {
+        Command::Train(args) => train::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Generate(args) => generate::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // `{:#}` joins the causes; a library's message may still have lines of its own.
+            note(&format!("error: {error:#}").replace('\n', " "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// One line on standard error. A reader that has gone away is no reason to stop a run.
+fn note(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}

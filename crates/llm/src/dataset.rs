@@ -206,7 +206,8 @@ impl Place<'_> {
             return Err(self.error("input_ids", "is empty".into()));
         }
         if let Some((index, id)) = example.input_ids.iter().enumerate().find(|(_, id)| !in_vocabulary(id)) {
-            let message = format!("holds {id} at index {index}, must be 0 or more and below the vocabulary size {vocab_size}");
+            let message =
+                format!("holds {id} at index {index}, must be 0 or more and below the vocabulary size {vocab_size}");
             return Err(self.error("input_ids", message));
         }
         let Some(labels) = &example.labels else { return Ok(()) };
@@ -249,7 +250,10 @@ mod tests {
         let data = read(&[text, "{\"input_ids\":[7,8],\"labels\":null}"], OPTIONS).unwrap();
         let documents: Vec<_> = (0..data.num_documents()).map(|i| data.document(i)).collect();
         assert_eq!(documents.iter().map(|d| d.ids).collect::<Vec<_>>(), [&[1, 2, 3][..], &[5, 6], &[7, 8]]);
-        assert_eq!(documents.iter().map(|d| d.targets).collect::<Vec<_>>(), [&[2, 3, -100][..], &[6, -100], &[8, -100]]);
+        assert_eq!(
+            documents.iter().map(|d| d.targets).collect::<Vec<_>>(),
+            [&[2, 3, -100][..], &[6, -100], &[8, -100]]
+        );
         assert_eq!(data.lengths(), [3, 2, 2]);
         let expected = Report { num_examples: 3, num_tokens: 7, num_targets: 4, num_truncated: 0, num_dropped: 0 };
         assert_eq!(data.report(), expected);
@@ -283,7 +287,10 @@ mod tests {
     fn values_are_checked() {
         assert!(message("{\"input_ids\":[]}").contains("line 1: `input_ids` is empty"));
         let text = message("\n{\"input_ids\":[1,100]}");
-        assert!(text.contains("line 2: `input_ids` holds 100 at index 1") && text.contains("vocabulary size 100"), "{text}");
+        assert!(
+            text.contains("line 2: `input_ids` holds 100 at index 1") && text.contains("vocabulary size 100"),
+            "{text}"
+        );
         assert!(message("{\"input_ids\":[-1,1]}").contains("holds -1 at index 0"));
         assert!(message("{\"input_ids\":[1,2],\"labels\":[1]}").contains("`labels` has 1 entries, `input_ids` has 2"));
         assert!(message("{\"input_ids\":[1,2],\"labels\":[-100,-99]}").contains("`labels` holds -99 at index 1"));
@@ -300,6 +307,9 @@ mod tests {
         assert!(text.contains("none of the 2 examples has a target"), "{text}");
         assert!(matches!(read(&["{\"input_ids\":[1,2]}", ""], OPTIONS), Err(Error::NoExamples { .. })));
         let zero = ReadOptions { max_seq_len: 0, ..OPTIONS };
-        assert!(matches!(read(&["{\"input_ids\":[1,2]}"], zero), Err(Error::InvalidOption { field: "max_seq_len", .. })));
+        assert!(matches!(
+            read(&["{\"input_ids\":[1,2]}"], zero),
+            Err(Error::InvalidOption { field: "max_seq_len", .. })
+        ));
     }
 }

@@ -7,6 +7,7 @@ use unsloth_train::{AdamWConfig, Checkpointing, LoraConfig, Schedule, ScheduleKi
 
 use crate::{
     Error, Result,
+    decoder::Targets,
     packing::{BatchOptions, Batches, at_least},
 };
 
@@ -57,9 +58,8 @@ pub struct TrainConfig {
     pub rank: Option<usize>,
     /// Scale numerator of the adapters. `None`: that of `adapter`, or 16 for a new one.
     pub alpha: Option<f32>,
-    /// Names of the layers that get a new adapter, such as `q_proj`. `None`: those of `adapter`, or every linear layer for a
-    /// new one.
-    pub targets: Option<Vec<String>>,
+    /// Layers that have adapters. `None`: those of `adapter`, or every linear layer for a new one.
+    pub targets: Option<Targets>,
     /// Longer examples are cut to their first tokens. `None`: the model's limit or 2048, the smaller.
     pub max_seq_len: Option<usize>,
     /// Whether a sequence takes as many documents as fit, instead of one.
@@ -125,9 +125,6 @@ impl TrainConfig {
             return invalid("dtype", self.dtype, "f32 or bf16 for training");
         }
         self.new_adapter().validate()?;
-        if self.targets.as_ref().is_some_and(Vec::is_empty) {
-            return invalid("targets", "", "at least one name");
-        }
         at_least("max_seq_len", self.max_seq_len.unwrap_or(1), 1)?;
         match self.length {
             RunLength::Steps(steps) => at_least("steps", steps, 1)?,
@@ -139,7 +136,9 @@ impl TrainConfig {
         at_least("batch_size", self.batch_size, 1)?;
         at_least("grad_accum", self.grad_accum, 1)?;
         match self.warmup {
-            Warmup::Ratio(ratio) if !(0.0..=1.0).contains(&ratio) => return invalid("warmup_ratio", ratio, "in [0, 1]"),
+            Warmup::Ratio(ratio) if !(0.0..=1.0).contains(&ratio) => {
+                return invalid("warmup_ratio", ratio, "in [0, 1]");
+            }
             _ => {}
         }
         self.trainer(1).validate()?;
@@ -189,12 +188,11 @@ mod tests {
 
     #[test]
     fn every_field_is_checked() {
-        let cases: [(&str, fn(&mut TrainConfig)); 16] = [
+        let cases: [(&str, fn(&mut TrainConfig)); 15] = [
             ("data", |c| c.data.clear()),
             ("dtype", |c| c.dtype = DType::F16),
             ("rank", |c| c.rank = Some(0)),
             ("alpha", |c| c.alpha = Some(f32::NAN)),
-            ("targets", |c| c.targets = Some(vec![])),
             ("max_seq_len", |c| c.max_seq_len = Some(0)),
             ("steps", |c| c.length = RunLength::Steps(0)),
             ("epochs", |c| c.length = RunLength::Epochs(f64::NAN)),

@@ -62,7 +62,8 @@ pub fn evaluate(device: &Device, config: &EvalConfig) -> Result<Evaluation> {
     config.validate()?;
     let model = load_model(device, &config.model, config.adapter.as_deref(), config.dtype)?;
     let max_seq_len = max_seq_len(config.max_seq_len, &model);
-    let dataset = Dataset::read_jsonl(&config.data, ReadOptions { vocab_size: model.config().vocab_size, max_seq_len })?;
+    let dataset =
+        Dataset::read_jsonl(&config.data, ReadOptions { vocab_size: model.config().vocab_size, max_seq_len })?;
     // Summed in f64 on the host: millions of targets would lose the small differences in f32.
     let mut sum = 0.0f64;
     let mut tokens = 0usize;

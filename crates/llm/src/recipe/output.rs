@@ -2,13 +2,13 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Write},
+    io::Write,
     path::{Path, PathBuf},
 };
 
 use serde::Serialize;
 
-use crate::{Error, Result};
+use crate::{Error, Result, atomic};
 
 /// What a tokenizer may consist of, across the families and versions of transformers.
 const TOKENIZER_FILES: [&str; 9] = [
@@ -50,8 +50,7 @@ impl OutputFolder {
         for name in TOKENIZER_FILES {
             let (from, to) = (model.join(name), self.path.join(name));
             if from.is_file() {
-                let mut source = File::open(&from).map_err(Error::io("read", &from))?;
-                replace(&to, |target| io::copy(&mut source, target).map(drop)).map_err(Error::io("write", &to))?;
+                atomic::write(&to, &fs::read(&from).map_err(Error::io("read", &from))?)?;
             }
         }
         Ok(())
@@ -65,23 +64,6 @@ impl Drop for OutputFolder {
             let _ = fs::remove_dir(&self.path);
         }
     }
-}
-
-/// Writes a file under a temporary name beside `path`, flushes it to the disk, and renames it.
-fn replace(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
-    let temporary = PathBuf::from(temporary);
-    let finish = || {
-        let mut file = File::create(&temporary)?;
-        write(&mut file)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    finish().inspect_err(|_| {
-        // The first error is the one to report.
-        let _ = fs::remove_file(&temporary);
-    })
 }
 
 /// Lines of JSON, each complete on disk before the next step begins.
@@ -132,17 +114,5 @@ mod tests {
         let error = OutputFolder::open(&path).err().unwrap().to_string();
         assert!(error.contains("cannot create") && error.contains("out`"), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "x");
-    }
-
-    #[test]
-    fn a_failed_replacement_leaves_the_old_file_and_nothing_else() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("file");
-        fs::write(&path, "old").unwrap();
-        let failing = |file: &mut File| file.write_all(b"ne").and(Err(io::Error::other("disk full")));
-        assert!(replace(&path, failing).is_err());
-        assert_eq!((fs::read_to_string(&path).unwrap().as_str(), fs::read_dir(folder.path()).unwrap().count()), ("old", 1));
-        replace(&path, |file| file.write_all(b"new")).unwrap();
-        assert_eq!((fs::read_to_string(&path).unwrap().as_str(), fs::read_dir(folder.path()).unwrap().count()), ("new", 1));
     }
 }

@@ -17,13 +17,13 @@ use super::{
 use crate::{
     Error, Result,
     dataset::{Dataset, ReadOptions, Report},
-    decoder::{Decoder, LoadOptions},
+    decoder::{Decoder, LoadOptions, Targets},
     packing::{Batches, Step},
     peft,
 };
 
 /// What a run tells while it works.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// Model and data are loaded; training begins.
     Prepared(Prepared),
@@ -32,7 +32,7 @@ pub enum Event {
 }
 
 /// A run before its first step.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Prepared {
     /// What was read.
     pub data: Report,
@@ -42,6 +42,8 @@ pub struct Prepared {
     pub total_steps: usize,
     /// Elements of all trained tensors.
     pub num_trained: usize,
+    /// Tensors of the checkpoint that the model has no place for.
+    pub unused_tensors: Vec<String>,
 }
 
 /// One line of `metrics.jsonl`.
@@ -99,7 +101,8 @@ pub fn train(device: &Device, config: &TrainConfig, on_event: &mut dyn FnMut(Eve
     let total_steps = config.num_steps(&batches)?;
     let trainer = Trainer::new(model, config.trainer(total_steps))?;
     let num_trained = trainer.optimizer().parameters().map(|parameter| parameter.value().num_elements()).sum();
-    on_event(Event::Prepared(Prepared { data: dataset.report(), max_seq_len, total_steps, num_trained }));
+    let (data, unused_tensors) = (dataset.report(), trainer.model().unused_tensors().to_vec());
+    on_event(Event::Prepared(Prepared { data, max_seq_len, total_steps, num_trained, unused_tensors }));
 
     let metrics = JsonLines::create(output.path().join("metrics.jsonl"))?;
     let mut run = Run { device, trainer, metrics, on_event, records: Records::default() };
@@ -124,18 +127,26 @@ pub fn train(device: &Device, config: &TrainConfig, on_event: &mut dyn FnMut(Eve
 fn prepare_model(device: &Device, config: &TrainConfig) -> Result<Decoder> {
     let mut model = Decoder::load(&config.model, device, LoadOptions { dtype: config.dtype })?;
     model.set_checkpointing(config.checkpointing);
-    match &config.adapter {
-        Some(folder) => {
-            let loaded = peft::load(folder, &mut model)?;
-            if let Some(rank) = config.rank.filter(|&rank| rank != loaded.rank) {
-                return invalid("rank", rank, &format!("{}, as the adapter in `{}` has it", loaded.rank, folder.display()));
-            }
-            if let Some(alpha) = config.alpha.filter(|&alpha| alpha != loaded.alpha) {
-                let rule = format!("{}, as the adapter in `{}` has it", loaded.alpha, folder.display());
-                return invalid("alpha", alpha, &rule);
-            }
+    let Some(folder) = &config.adapter else {
+        let targets = config.targets.as_ref().unwrap_or(&Targets::AllLinear);
+        model.add_adapters(&config.new_adapter(), targets, config.seed)?;
+        return Ok(model);
+    };
+    let loaded = peft::load(folder, &mut model)?;
+    let rule = |value: String| format!("{value}, as the adapter in `{}` has it", folder.display());
+    if let Some(rank) = config.rank.filter(|&rank| rank != loaded.rank) {
+        return invalid("rank", rank, &rule(loaded.rank.to_string()));
+    }
+    if let Some(alpha) = config.alpha.filter(|&alpha| alpha != loaded.alpha) {
+        return invalid("alpha", alpha, &rule(loaded.alpha.to_string()));
+    }
+    if let Some(targets) = &config.targets {
+        let selected = model.select(targets)?;
+        if let Some((linear, _)) = model.linears().zip(selected).find(|(linear, on)| linear.adapter.is_some() != *on) {
+            let differs =
+                format!("the layers that the adapter in `{}` has; `{}` differs", folder.display(), linear.name);
+            return invalid("targets", targets, &differs);
         }
-        None => model.add_adapters(&config.new_adapter(), config.targets.as_deref(), config.seed)?,
     }
     Ok(model)
 }

@@ -1,0 +1,118 @@
+//! The numbers of transformers and PEFT, through the binary.
+
+mod support;
+
+use std::path::Path;
+
+use support::*;
+
+/// The command of the golden run.
+fn golden_run(name: &str, output: &Path) -> Outcome {
+    let root = fixture(name);
+    let paths = [&root.join("model"), &root.join("train.jsonl"), &root.join("adapter"), output];
+    unsloth(line(
+        "train --model {} --data {} --adapter {} --output {} --batch-size 2 --packing false --shuffle false --steps 20 \
+         --learning-rate 1e-3 --warmup-steps 3 --weight-decay 0.01 --rank 8 --alpha 16 --dtype f32",
+        &paths,
+    ))
+}
+
+fn curve_and_adapter(name: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let outcome = golden_run(name, &output).succeeded();
+    assert!(outcome.stderr.contains("step 20/20"), "{}", outcome.stderr);
+
+    let golden = read_tensors(&fixture(name).join("golden.safetensors"));
+    let metrics = read_metrics(&output);
+    assert_eq!(metrics.len(), 20);
+    for (index, record) in metrics.iter().enumerate() {
+        assert_eq!(record["step"], index + 1);
+        for (field, tensor, limit) in
+            [("loss", "train_losses", 1e-4), ("lr", "train_lrs", 1e-9), ("grad_norm", "train_grad_norms", 1e-4)]
+        {
+            let (actual, expected) = (record[field].as_f64().unwrap(), golden[tensor].data[index]);
+            let error = (actual - expected).abs();
+            assert!(error <= limit, "step {}: {field} {actual}, expected {expected}", index + 1);
+        }
+        assert_eq!(record["tokens"], 96 * (index + 1));
+        assert!(
+            record["tokens_per_second"].as_f64().unwrap() > 0.0 && record["peak_bytes"].as_u64().unwrap() > 1 << 20
+        );
+    }
+
+    let adapter = read_tensors(&output.join("adapter_model.safetensors"));
+    assert_eq!(adapter.len(), 4 * 7 * 2);
+    for (path, values) in &adapter {
+        let path = path.strip_prefix("base_model.model.").unwrap().strip_suffix(".weight").unwrap();
+        let expected = &golden[&format!("final.{}", path.replace("lora_", ""))];
+        assert_eq!(values.shape, expected.shape, "{path}");
+        let error = relative_error(&values.data, &expected.data);
+        assert!(error <= 1e-3, "{path}: {error}");
+    }
+}
+
+fn eval_losses(name: &str) {
+    let root = fixture(name);
+    let golden = read_tensors(&root.join("golden.safetensors"));
+    let (model, data, adapter) = (root.join("model"), root.join("eval.jsonl"), root.join("adapter"));
+    // Two rows of 48, less 10 prompt labels, less 8 of padding, less the one that no token precedes in the second row.
+    let targets = golden["labels"].data.chunks(48).flat_map(|row| &row[1..]).filter(|&&label| label != -100.0).count();
+    for batch_size in [1, 2] {
+        let base = line("eval --json --model {} --data {} --batch-size", &[&model, &data]);
+        let mut base: Vec<String> = base;
+        base.push(batch_size.to_string());
+        let mut adapted = base.clone();
+        adapted.extend(line("--adapter {}", &[&adapter]));
+        for (args, tensor) in [(base, "base_loss"), (adapted, "loss")] {
+            let found = unsloth(args).succeeded().json();
+            let (loss, expected) = (found["loss"].as_f64().unwrap(), golden[tensor].data[0]);
+            assert!((loss - expected).abs() <= 1e-5, "{tensor}: {loss}, expected {expected}");
+            assert_eq!(found["tokens"], targets);
+            assert!((found["perplexity"].as_f64().unwrap() - loss.exp()).abs() <= 1e-9 * loss.exp());
+        }
+    }
+}
+
+fn greedy_tokens(name: &str) {
+    let root = fixture(name);
+    let golden = read_tensors(&root.join("golden.safetensors"));
+    let ids = |tensor: &str| golden[tensor].data.iter().map(|&id| id as i64).collect::<Vec<_>>();
+    let prompt = ids("gen_prompt").iter().map(i64::to_string).collect::<Vec<_>>().join(",");
+    let text = "Licensed under the Apache License, Version 2.0; you may not use this file except in";
+    for (adapter, expected) in [("", "gen_base"), ("--adapter {}", "gen_lora")] {
+        let paths = [root.join("model"), root.join("adapter")];
+        let common = format!("generate --model {{}} {adapter} --ignore-eos --max-new-tokens 32 --json");
+        for (option, prompt) in [("--tokens", prompt.as_str()), ("--prompt", text)] {
+            let mut args = line(&common, &[&paths[0], &paths[1]]);
+            args.extend([option.to_owned(), prompt.to_owned()]);
+            let found = unsloth(args).succeeded().json();
+            assert_eq!(found["prompt_tokens"], serde_json::json!(ids("gen_prompt")), "{option}");
+            assert_eq!(found["tokens"], serde_json::json!(ids(expected)), "{option} {adapter}");
+            assert_eq!(found["stop_reason"], "length");
+            assert!(!found["text"].as_str().unwrap().is_empty());
+            assert!(found["tokens_per_second"].as_f64().unwrap() > 0.0);
+        }
+    }
+}
+
+macro_rules! golden {
+    ($($module:ident: $name:literal),+) => {$(
+        mod $module {
+            #[test]
+            fn curve_and_adapter() {
+                super::curve_and_adapter($name);
+            }
+            #[test]
+            fn eval_losses() {
+                super::eval_losses($name);
+            }
+            #[test]
+            fn greedy_tokens() {
+                super::greedy_tokens($name);
+            }
+        }
+    )+};
+}
+
+golden!(llama: "tiny-llama", llama3: "tiny-llama3", qwen2: "tiny-qwen2");

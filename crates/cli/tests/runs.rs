@@ -1,0 +1,176 @@
+//! What two runs have in common, and what a run leaves behind.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use support::*;
+use tempfile::TempDir;
+
+/// A short run on `tiny-llama` with these options; gives its output folder.
+fn train(folder: &TempDir, name: &str, options: &str) -> PathBuf {
+    let (root, output) = (fixture("tiny-llama"), folder.path().join(name));
+    let common = "train --quiet --model {} --data {} --output {} --learning-rate 1e-2 --warmup-steps 0";
+    let mut args = line(common, &[&root.join("model"), &root.join("train.jsonl"), &output]);
+    args.extend(line(options, &[&root.join("adapter")]));
+    let outcome = unsloth(args).succeeded();
+    assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("", ""));
+    output
+}
+
+#[test]
+fn same_seed_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = "--steps 6 --batch-size 2 --max-seq-len 100 --rank 4 --seed";
+    let runs = [7, 7, 8].map(|seed| format!("{options} {seed}"));
+    let outputs = [0, 1, 2].map(|run: usize| train(&folder, &run.to_string(), &runs[run]));
+    assert_eq!(adapter_bytes(&outputs[0]), adapter_bytes(&outputs[1]));
+    assert_ne!(adapter_bytes(&outputs[0]), adapter_bytes(&outputs[2]));
+    assert_eq!(column(&read_metrics(&outputs[0]), "loss"), column(&read_metrics(&outputs[1]), "loss"));
+    // Two documents of 48 tokens fit into 100: four of them are a micro-batch of two sequences.
+    assert_eq!(column(&read_metrics(&outputs[0]), "tokens"), [1, 2, 3, 4, 5, 6].map(|step| f64::from(step * 192)));
+}
+
+#[test]
+fn checkpointing_changes_no_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |policy: &str| train(&folder, policy, &format!("--steps 4 --adapter {{}} --checkpointing {policy}"));
+    let plain = run("none");
+    for policy in ["every:1", "every:3", "sqrt"] {
+        let output = run(policy);
+        assert_eq!(adapter_bytes(&output), adapter_bytes(&plain), "{policy}");
+        assert_eq!(column(&read_metrics(&output), "grad_norm"), column(&read_metrics(&plain), "grad_norm"), "{policy}");
+    }
+}
+
+#[test]
+fn accumulated_micro_batches_equal_one_batch() {
+    let folder = tempfile::tempdir().unwrap();
+    let common = "--steps 8 --adapter {} --packing false --shuffle false --learning-rate 1e-3";
+    let common = common.replace(" --learning-rate 1e-3", "");
+    let whole = train(&folder, "whole", &format!("{common} --batch-size 2"));
+    let parts = train(&folder, "parts", &format!("{common} --grad-accum 2"));
+    let (whole_metrics, parts_metrics) = (read_metrics(&whole), read_metrics(&parts));
+    for field in ["loss", "grad_norm"] {
+        let error = relative_error(&column(&parts_metrics, field), &column(&whole_metrics, field));
+        assert!(error <= 1e-5, "{field}: {error}");
+    }
+    assert_eq!(column(&parts_metrics, "tokens"), column(&whole_metrics, "tokens"));
+    let expected = read_tensors(&whole.join("adapter_model.safetensors"));
+    for (name, values) in read_tensors(&parts.join("adapter_model.safetensors")) {
+        let error = relative_error(&values.data, &expected[&name].data);
+        assert!(error <= 1e-3, "{name}: {error}");
+    }
+}
+
+#[test]
+fn epochs_cover_the_data() {
+    let folder = tempfile::tempdir().unwrap();
+    // 40 documents in micro-batches of 3: 14 an epoch, 21 for one and a half.
+    let output = train(&folder, "out", "--epochs 1.5 --packing false --batch-size 3 --rank 2 --targets q_proj");
+    let tokens = column(&read_metrics(&output), "tokens");
+    assert_eq!((tokens.len(), tokens[13]), (21, 40.0 * 48.0));
+}
+
+#[test]
+fn written_adapter_is_what_peft_reads() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = "--steps 2 --rank 4 --alpha 6 --targets q_proj,down_proj";
+    let output = train(&folder, "out", options);
+    let tensors = read_tensors(&output.join("adapter_model.safetensors"));
+    let mut expected = Vec::new();
+    for layer in 0..4 {
+        for (module, out_features, in_features) in [("mlp.down_proj", 64, 176), ("self_attn.q_proj", 64, 64)] {
+            let prefix = format!("base_model.model.model.layers.{layer}.{module}");
+            expected.push((format!("{prefix}.lora_A.weight"), vec![4, in_features]));
+            expected.push((format!("{prefix}.lora_B.weight"), vec![out_features, 4]));
+        }
+    }
+    let found: Vec<_> = tensors.iter().map(|(name, values)| (name.clone(), values.shape.clone())).collect();
+    assert_eq!(found, expected);
+    assert!(tensors.values().all(|values| values.dtype == safetensors::Dtype::F32));
+
+    let config: Value = serde_json::from_slice(&std::fs::read(output.join("adapter_config.json")).unwrap()).unwrap();
+    for (field, value) in [
+        ("peft_type", json!("LORA")),
+        ("task_type", json!("CAUSAL_LM")),
+        ("r", json!(4)),
+        ("bias", json!("none")),
+        ("lora_dropout", json!(0.0)),
+        ("fan_in_fan_out", json!(false)),
+        ("inference_mode", json!(true)),
+        ("use_rslora", json!(false)),
+        ("use_dora", json!(false)),
+    ] {
+        assert_eq!(config[field], value, "{field}");
+    }
+    assert_eq!(config["lora_alpha"].as_f64(), Some(6.0));
+    assert!(config["base_model_name_or_path"].as_str().unwrap().contains("model"));
+    let mut targets: Vec<&str> =
+        config["target_modules"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
+    targets.sort_unstable();
+    assert_eq!(targets, ["down_proj", "q_proj"]);
+
+    for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+        let copied = std::fs::read(output.join(name)).unwrap();
+        assert_eq!(copied, std::fs::read(fixture("tiny-llama").join("model").join(name)).unwrap(), "{name}");
+    }
+    let expected = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "metrics.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ];
+    assert_eq!(names(&output), expected);
+}
+
+#[test]
+fn a_written_adapter_goes_on_training() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = train(&folder, "first", "--steps 12 --rank 8 --alpha 16");
+    let root = fixture("tiny-llama");
+    let eval = |adapter: Option<&Path>| {
+        let mut args = line("eval --json --model {} --data {}", &[&root.join("model"), &root.join("train.jsonl")]);
+        args.extend(adapter.map(|folder| line("--adapter {}", &[folder])).unwrap_or_default());
+        unsloth(args).succeeded().json()["loss"].as_f64().unwrap()
+    };
+    let second = folder.path().join("second");
+    let paths = [&root.join("model"), &root.join("train.jsonl"), &first, &second];
+    let args =
+        line("train --quiet --model {} --data {} --adapter {} --output {} --steps 12 --learning-rate 1e-2", &paths);
+    unsloth(args).succeeded();
+    let (base, once, twice) = (eval(None), eval(Some(&first)), eval(Some(&second)));
+    assert!(once < base - 0.1 && twice < once - 0.1, "{base} {once} {twice}");
+}
+
+#[test]
+fn bf16_activations_train() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |dtype: &str| train(&folder, dtype, &format!("--steps 10 --adapter {{}} --dtype {dtype}"));
+    let (wide, narrow) = (column(&read_metrics(&run("f32")), "loss"), column(&read_metrics(&run("bf16")), "loss"));
+    // bf16 keeps 8 bits: a loss near 8 agrees to about a hundredth.
+    assert!(wide.iter().zip(&narrow).all(|(w, n)| (w - n).abs() < 0.1), "{wide:?} {narrow:?}");
+    assert_ne!(wide, narrow);
+}
+
+#[test]
+fn generate_streams_text_or_ids() {
+    let root = fixture("tiny-llama");
+    let folder = tempfile::tempdir().unwrap();
+    let command = "generate --model {} --tokens 5,6,7 --ignore-eos --max-new-tokens 8";
+    let model = copy_model("tiny-llama", folder.path());
+    let found = unsloth(line(&format!("{command} --json"), &[&model])).succeeded().json();
+    let streamed = unsloth(line(command, &[&root.join("model")])).succeeded().stdout;
+    assert_eq!(streamed.trim_end_matches('\n'), found["text"].as_str().unwrap().trim_end_matches('\n'));
+
+    std::fs::remove_file(model.join("tokenizer.json")).unwrap();
+    let bare = unsloth(line(&format!("{command} --json"), &[&model])).succeeded().json();
+    assert_eq!((&bare["text"], &bare["tokens"]), (&Value::Null, &found["tokens"]));
+    let streamed = unsloth(line(command, &[&model])).succeeded().stdout;
+    let ids: Vec<i64> = streamed.trim().split(',').map(|id| id.trim().parse().unwrap()).collect();
+    assert_eq!(json!(ids), found["tokens"]);
+    unsloth(line("generate --model {} --prompt x", &[&model])).failed_with(&["tokenizer"]);
+}
