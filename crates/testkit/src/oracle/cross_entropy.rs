@@ -39,7 +39,7 @@ pub fn forward(a: &impl Arith, spec: &LossSpec, logits: &[f64], targets: &[i32])
         nll.push(a.stat(lse - picked - smoothing * mean + z_loss * lse * lse));
         all_lse[t] = lse;
     }
-    Forward { loss: a.stat(a.sum(nll.into_iter()) / spec.num_targets as f64), lse: all_lse }
+    Forward { loss: a.stat(a.sum(nll) / spec.num_targets as f64), lse: all_lse }
 }
 
 /// `dlogits`, with the loss scale; rows without a target get 0.
