@@ -1,0 +1,146 @@
+//! Checks and geometry of one launch.
+
+use cubecl::{prelude::*, server::Handle};
+
+use crate::LaunchError;
+
+/// One launch of one kernel on one device: refuses what the device would fail at in silence.
+pub struct Launch<'a, R: Runtime> {
+    client: &'a ComputeClient<R>,
+    kernel: &'static str,
+}
+
+/// Cubes that walk over rows: cube `c` takes rows `c`, `c + count`, ...
+#[derive(Clone, Debug)]
+pub struct RowGrid {
+    /// Number of cubes, at most the number of rows.
+    pub count: CubeCount,
+    /// Units of a cube in one dimension.
+    pub dim: CubeDim,
+    /// The same number for a compile-time argument; a power of two.
+    pub units: usize,
+}
+
+impl<'a, R: Runtime> Launch<'a, R> {
+    /// Checks for a launch of `kernel`, named in every error.
+    pub fn new(client: &'a ComputeClient<R>, kernel: &'static str) -> Self {
+        Self { client, kernel }
+    }
+
+    /// The client to launch on.
+    pub fn client(&self) -> &'a ComputeClient<R> {
+        self.client
+    }
+
+    fn limit(&self, what: &'static str, value: u64, limit: u64) -> Result<(), LaunchError> {
+        if value <= limit { Ok(()) } else { Err(LaunchError::Limit { kernel: self.kernel, what, value, limit }) }
+    }
+
+    /// # Errors
+    /// [`LaunchError::Unsupported`] unless the device stores and computes with `E`.
+    pub fn element<E: CubePrimitive>(&self) -> Result<(), LaunchError> {
+        let element = E::as_type_native_unchecked();
+        if self.client.properties().supports_type(element) {
+            return Ok(());
+        }
+        let device = R::name(self.client).to_owned();
+        Err(LaunchError::Unsupported { kernel: self.kernel, what: format!("element type {element}"), device })
+    }
+
+    /// A buffer as an array of `len` elements of `E` in vectors of `width`.
+    ///
+    /// # Errors
+    /// [`LaunchError::Length`] if the buffer is smaller; [`LaunchError::Limit`] beyond 2^31 elements, which kernels index in
+    /// 32 bits on some devices, or beyond the largest binding; [`LaunchError::Invalid`] if `width` does not divide `len`.
+    pub fn vectors<E: CubePrimitive>(
+        &self,
+        arg: &'static str,
+        handle: &Handle,
+        len: usize,
+        width: usize,
+    ) -> Result<ArrayArg<R>, LaunchError> {
+        let kernel = self.kernel;
+        if width == 0 || !len.is_multiple_of(width) {
+            let (value, rule) = (len as u64, "a multiple of the vector width");
+            return Err(LaunchError::Invalid { kernel, field: arg, value, rule });
+        }
+        let expected = (len as u64).saturating_mul(E::as_type_native_unchecked().size() as u64);
+        let actual = handle.size_in_used();
+        if actual < expected {
+            return Err(LaunchError::Length { kernel, arg, expected, actual });
+        }
+        self.limit("elements of a buffer", len as u64, i32::MAX as u64)?;
+        self.limit("bytes of a buffer", expected, self.client.properties().memory.max_page_size)?;
+        #[allow(unsafe_code, reason = "CubeCL takes the length of a raw buffer on trust")]
+        // SAFETY: the buffer holds at least `len` elements of `E`: compared just above.
+        Ok(unsafe { ArrayArg::from_raw_parts(handle.clone(), len / width) })
+    }
+
+    /// A buffer as an array of `len` elements of `E`.
+    ///
+    /// # Errors
+    /// As [`Launch::vectors`].
+    pub fn array<E: CubePrimitive>(
+        &self,
+        arg: &'static str,
+        handle: &Handle,
+        len: usize,
+    ) -> Result<ArrayArg<R>, LaunchError> {
+        self.vectors::<E>(arg, handle, len, 1)
+    }
+
+    /// # Errors
+    /// [`LaunchError::Limit`] if the cube has more units, or needs more shared memory, than the device offers.
+    pub fn cube(&self, dim: CubeDim, shared_bytes: usize) -> Result<(), LaunchError> {
+        let hardware = &self.client.properties().hardware;
+        self.limit("units per cube", u64::from(dim.num_elems()), u64::from(hardware.max_units_per_cube))?;
+        self.limit("cube width", u64::from(dim.x), u64::from(hardware.max_cube_dim.0))?;
+        self.limit("cube height", u64::from(dim.y), u64::from(hardware.max_cube_dim.1))?;
+        self.limit("cube depth", u64::from(dim.z), u64::from(hardware.max_cube_dim.2))?;
+        self.limit("bytes of shared memory", shared_bytes as u64, hardware.max_shared_memory_size as u64)
+    }
+
+    /// # Errors
+    /// [`LaunchError::Limit`] if a dimension of the grid exceeds the device's.
+    pub fn cubes(&self, x: usize, y: usize, z: usize) -> Result<CubeCount, LaunchError> {
+        let most = self.client.properties().hardware.max_cube_count;
+        self.limit("cubes in x", x as u64, u64::from(most.0))?;
+        self.limit("cubes in y", y as u64, u64::from(most.1))?;
+        self.limit("cubes in z", z as u64, u64::from(most.2))?;
+        Ok(CubeCount::Static(x as u32, y as u32, z as u32))
+    }
+
+    /// Units of a cube that shares `work` items: the smallest power of two that covers them, at most 256 and the device's
+    /// limit, at least one plane.
+    pub fn units_for(&self, work: usize) -> usize {
+        let hardware = &self.client.properties().hardware;
+        let most = (hardware.max_units_per_cube.min(hardware.max_cube_dim.0) as usize).min(256);
+        let most = if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 };
+        work.next_power_of_two().clamp((hardware.plane_size_min.max(1) as usize).min(most), most)
+    }
+
+    /// One cube per row of `work` items, at most as many cubes as the device takes in one dimension: the kernel walks on by
+    /// `CUBE_COUNT`.
+    pub fn rows(&self, rows: usize, work: usize) -> RowGrid {
+        let units = self.units_for(work);
+        let most = self.client.properties().hardware.max_cube_count.0 as usize;
+        let count = CubeCount::Static(rows.clamp(1, most) as u32, 1, 1);
+        RowGrid { count, dim: CubeDim::new_1d(units as u32), units }
+    }
+
+    /// Units that each take items `unit`, `unit + total`, ...: enough cubes to fill any device.
+    pub fn flat(&self, items: usize) -> RowGrid {
+        let units = self.units_for(items);
+        let most = self.client.properties().hardware.max_cube_count.0 as usize;
+        let count = CubeCount::Static(items.div_ceil(units).clamp(1, most.min(32 * 1024)) as u32, 1, 1);
+        RowGrid { count, dim: CubeDim::new_1d(units as u32), units }
+    }
+
+    /// The widest vector of `E` that divides `len`, at most what one load of the device carries.
+    pub fn vector_width<E: CubePrimitive>(&self, len: usize) -> usize {
+        let hardware = &self.client.properties().hardware;
+        let bits = E::as_type_native_unchecked().size_bits().max(1);
+        let widest = (hardware.load_width as usize / bits).min(hardware.max_vector_size).min(8);
+        [8, 4, 2].into_iter().find(|&width| width <= widest && len.is_multiple_of(width)).unwrap_or(1)
+    }
+}

@@ -1,0 +1,238 @@
+//! Fused RMSNorm, optionally with a residual add.                               Zhang & Sennrich 2019, arXiv:1910.07467
+//!
+//! `sum = x + residual` (or `x`), `rstd = 1 / sqrt(mean(sum^2) + eps)`, `out = sum * rstd * (weight + offset)`.
+//!
+//! Work: one cube per row. Traffic: the row is read twice (the second time from cache), `out` is written once.
+//! Numerics: sums are f32 for every element type. `dweight` is a fixed-order sum over blocks of rows, no float atomics, so it
+//! has the same bits on every run.
+
+use cubecl::{prelude::*, server::Handle};
+use unsloth_common::{Launch, LaunchError, cube_sum};
+
+/// Sizes and constants of one normalisation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Shape {
+    /// Number of rows.
+    pub rows: usize,
+    /// Elements of a row.
+    pub hidden_size: usize,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Added to every weight: 0, or 1 for Gemma.
+    pub weight_offset: f32,
+}
+
+/// Buffers of the forward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Forward<'a> {
+    /// `[rows, hidden_size]` of `E`.
+    pub x: &'a Handle,
+    /// `[hidden_size]` of `W`.
+    pub weight: &'a Handle,
+    /// `[rows, hidden_size]` of `E`, overwritten.
+    pub out: &'a Handle,
+    /// `[rows]` f32, overwritten.
+    pub rstd: &'a Handle,
+}
+
+/// Launches `out, rstd = rms_norm(x, weight)`.
+///
+/// # Errors
+/// [`LaunchError`] for an element type that the device lacks, a buffer that is too small, or a limit exceeded.
+pub fn forward<R: Runtime, E: Float, W: Float>(
+    client: &ComputeClient<R>,
+    shape: Shape,
+    args: Forward<'_>,
+) -> Result<(), LaunchError> {
+    let launch = Launch::new(client, "rms_norm_forward");
+    launch.element::<E>()?;
+    launch.element::<W>()?;
+    if shape.rows == 0 || shape.hidden_size == 0 {
+        return Ok(());
+    }
+    let (len, width) = (shape.rows * shape.hidden_size, launch.vector_width::<f32>(shape.hidden_size));
+    let grid = launch.rows(shape.rows, shape.hidden_size / width);
+    launch.cube(grid.dim, grid.units * size_of::<f32>())?;
+    forward_kernel::launch::<E, W, R>(
+        client,
+        grid.count,
+        grid.dim,
+        width,
+        launch.vectors::<E>("x", args.x, len, width)?,
+        launch.vectors::<W>("weight", args.weight, shape.hidden_size, width)?,
+        launch.vectors::<E>("out", args.out, len, width)?,
+        launch.array::<f32>("rstd", args.rstd, shape.rows)?,
+        shape.rows as u32,
+        (shape.hidden_size / width) as u32,
+        shape.eps,
+        shape.weight_offset,
+        grid.units,
+    );
+    Ok(())
+}
+
+/// Buffers of the forward pass with a residual.
+#[derive(Clone, Copy, Debug)]
+pub struct AddForward<'a> {
+    /// `[rows, hidden_size]` of `E`: `x` on entry, `x + residual` on return.
+    pub x: &'a Handle,
+    /// `[rows, hidden_size]` of `E`.
+    pub residual: &'a Handle,
+    /// `[hidden_size]` of `W`.
+    pub weight: &'a Handle,
+    /// `[rows, hidden_size]` of `E`, overwritten.
+    pub out: &'a Handle,
+    /// `[rows]` f32, overwritten.
+    pub rstd: &'a Handle,
+}
+
+/// Launches `x += residual`, `out, rstd = rms_norm(x, weight)`. The sum is rounded to `E` before it is normalised.
+///
+/// # Errors
+/// As [`forward`].
+pub fn add_forward<R: Runtime, E: Float, W: Float>(
+    client: &ComputeClient<R>,
+    shape: Shape,
+    args: AddForward<'_>,
+) -> Result<(), LaunchError> {
+    let launch = Launch::new(client, "rms_norm_add_forward");
+    launch.element::<E>()?;
+    launch.element::<W>()?;
+    if shape.rows == 0 || shape.hidden_size == 0 {
+        return Ok(());
+    }
+    let (len, width) = (shape.rows * shape.hidden_size, launch.vector_width::<f32>(shape.hidden_size));
+    let grid = launch.rows(shape.rows, shape.hidden_size / width);
+    launch.cube(grid.dim, grid.units * size_of::<f32>())?;
+    add_forward_kernel::launch::<E, W, R>(
+        client,
+        grid.count,
+        grid.dim,
+        width,
+        launch.vectors::<E>("x", args.x, len, width)?,
+        launch.vectors::<E>("residual", args.residual, len, width)?,
+        launch.vectors::<W>("weight", args.weight, shape.hidden_size, width)?,
+        launch.vectors::<E>("out", args.out, len, width)?,
+        launch.array::<f32>("rstd", args.rstd, shape.rows)?,
+        shape.rows as u32,
+        (shape.hidden_size / width) as u32,
+        shape.eps,
+        shape.weight_offset,
+        grid.units,
+    );
+    Ok(())
+}
+
+/// Sum over the components of a vector, first to last.
+#[cube]
+fn horizontal_sum<N: Size>(vector: Vector<f32, N>) -> f32 {
+    let mut sum = 0.0f32;
+    #[unroll]
+    for i in 0..vector.size() {
+        sum += vector[i];
+    }
+    sum
+}
+
+/// Writes `out` and `rstd` of one row whose square sum this unit has a part of.
+#[cube]
+fn write_row<E: Float, W: Float, N: Size>(
+    x: &Array<Vector<E, N>>,
+    weight: &Array<Vector<W, N>>,
+    out: &mut Array<Vector<E, N>>,
+    rstd: &mut Array<f32>,
+    squares: Vector<f32, N>,
+    row: usize,
+    cols: usize,
+    eps: f32,
+    weight_offset: f32,
+    #[comptime] units: usize,
+) {
+    let width = N::value();
+    let sum = cube_sum(horizontal_sum::<N>(squares), units);
+    let hidden = f32::cast_from(cols as u32) * comptime!(width as f32);
+    let r = f32::inverse_sqrt(sum / hidden + eps);
+    let mut i = UNIT_POS as usize;
+    while i < cols {
+        let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
+        let normed = Vector::<f32, N>::cast_from(x[row * cols + i]) * Vector::new(r);
+        out[row * cols + i] = Vector::cast_from(normed * w);
+        i += units;
+    }
+    if UNIT_POS == 0 {
+        rstd[row] = r;
+    }
+}
+
+/// Grid: cube = row (walking on by `CUBE_COUNT`), units stride the columns.
+#[cube(launch)]
+fn forward_kernel<E: Float, W: Float, N: Size>(
+    x: &Array<Vector<E, N>>,
+    weight: &Array<Vector<W, N>>,
+    out: &mut Array<Vector<E, N>>,
+    rstd: &mut Array<f32>,
+    rows: u32,
+    cols: u32,
+    eps: f32,
+    weight_offset: f32,
+    #[comptime] units: usize,
+) {
+    let cols = cols as usize;
+    let mut row = CUBE_POS as usize;
+    while row < rows as usize {
+        let mut squares = Vector::<f32, N>::new(0.0);
+        let mut i = UNIT_POS as usize;
+        while i < cols {
+            let value = Vector::<f32, N>::cast_from(x[row * cols + i]);
+            squares += value * value;
+            i += units;
+        }
+        write_row::<E, W, N>(x, weight, out, rstd, squares, row, cols, eps, weight_offset, units);
+        row += CUBE_COUNT as usize;
+    }
+}
+
+/// Grid as [`forward_kernel`]. Each unit reads back only what it wrote itself.
+#[cube(launch)]
+fn add_forward_kernel<E: Float, W: Float, N: Size>(
+    x: &mut Array<Vector<E, N>>,
+    residual: &Array<Vector<E, N>>,
+    weight: &Array<Vector<W, N>>,
+    out: &mut Array<Vector<E, N>>,
+    rstd: &mut Array<f32>,
+    rows: u32,
+    cols: u32,
+    eps: f32,
+    weight_offset: f32,
+    #[comptime] units: usize,
+) {
+    let cols = cols as usize;
+    let width = N::value();
+    let mut row = CUBE_POS as usize;
+    while row < rows as usize {
+        let mut squares = Vector::<f32, N>::new(0.0);
+        let mut i = UNIT_POS as usize;
+        while i < cols {
+            let at = row * cols + i;
+            let sum = Vector::<f32, N>::cast_from(x[at]) + Vector::<f32, N>::cast_from(residual[at]);
+            x[at] = Vector::cast_from(sum);
+            let rounded = Vector::<f32, N>::cast_from(x[at]);
+            squares += rounded * rounded;
+            i += units;
+        }
+        let total = cube_sum(horizontal_sum::<N>(squares), units);
+        let hidden = f32::cast_from(cols as u32) * comptime!(width as f32);
+        let r = f32::inverse_sqrt(total / hidden + eps);
+        let mut i = UNIT_POS as usize;
+        while i < cols {
+            let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
+            let normed = Vector::<f32, N>::cast_from(x[row * cols + i]) * Vector::new(r);
+            out[row * cols + i] = Vector::cast_from(normed * w);
+            i += units;
+        }
+        if UNIT_POS == 0 {
+            rstd[row] = r;
+        }
+        row += CUBE_COUNT as usize;
+    }
+}
