@@ -9,10 +9,13 @@ use super::files;
 
 /// Crates from the lowest layer up, by folder, and the crates of this workspace that each may name under `[dependencies]`. A crate
 /// names only crates above its own line here, and siblings do not see each other.
-const ARROWS: [(&str, &[&str]); 11] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     ("crates/core", &[]),
     ("crates/memory", &["unsloth-core"]),
     ("crates/testkit", &["unsloth-core"]),
+    // Kernels know CubeCL alone, so that a user of CubeCL can take one crate of them.
+    ("crates/kernels/common", &[]),
+    ("crates/kernels/norm", &["unsloth-common"]),
     ("crates/cpu", &["unsloth-core", "unsloth-memory"]),
     ("crates/autograd", &["unsloth-core"]),
     ("crates/train", &["unsloth-core", "unsloth-autograd"]),
@@ -136,7 +139,8 @@ mod tests {
         let mut below: Vec<String> = Vec::new();
         for (folder, arrows) in ARROWS {
             assert!(arrows.iter().all(|arrow| below.iter().any(|name| name == arrow)), "{folder}: {arrows:?}");
-            below.push(format!("unsloth-{}", folder.trim_start_matches("crates/").trim_start_matches("unsloth-")));
+            let name = folder.rsplit('/').next().unwrap_or(folder);
+            below.push(format!("unsloth-{}", name.trim_start_matches("unsloth-")));
         }
     }
 
