@@ -1,0 +1,133 @@
+//! Buffers that are only accounted for.
+
+use std::{any::Any, ops::Range, sync::Arc};
+
+use unsloth_core::{
+    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Result, Shape, Tensor, Usage,
+};
+use unsloth_memory::{Charge, Ledger};
+
+/// Which device is planned for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlanOptions {
+    /// Most bytes that may be held at once; `None` means no limit.
+    pub budget_bytes: Option<u64>,
+    /// Threads of the planned CPU: each has scratch of its own in attention.
+    pub num_threads: usize,
+}
+
+impl Default for PlanOptions {
+    /// No limit, and as many threads as this machine has cores.
+    fn default() -> Self {
+        let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { budget_bytes: None, num_threads }
+    }
+}
+
+/// The device `plan`: shapes and a ledger.
+pub struct PlanBackend {
+    ledger: Arc<Ledger>,
+    pub(crate) num_threads: usize,
+}
+
+impl PlanBackend {
+    /// A device with nothing on it.
+    pub fn new(options: PlanOptions) -> Self {
+        let PlanOptions { budget_bytes, num_threads } = options;
+        Self { ledger: Ledger::new("plan", budget_bytes), num_threads: num_threads.max(1) }
+    }
+
+    /// Enters scratch of `len` f32 until the result is dropped.
+    pub(crate) fn workspace(&self, len: usize) -> Result<Charge> {
+        self.ledger.charge(len.saturating_mul(size_of::<f32>()), Category::Workspace)
+    }
+}
+
+struct PlanBuffer {
+    charge: Charge,
+    /// Adopted memory is read-only: an in-place operator copies it, here as on the CPU.
+    owned: bool,
+}
+
+impl Buffer for PlanBuffer {
+    fn accounted_bytes(&self) -> u64 {
+        self.charge.bytes()
+    }
+    fn category(&self) -> Category {
+        self.charge.category()
+    }
+    fn retag(&self, category: Category) {
+        self.charge.retag(category);
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
+impl Memory for PlanBackend {
+    fn name(&self) -> String {
+        "plan".into()
+    }
+
+    fn supports(&self, dtype: DType) -> bool {
+        matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::I32)
+    }
+
+    fn allocate(&self, bytes: usize, category: Category, _init: Init) -> Result<Arc<dyn Buffer>> {
+        Ok(Arc::new(PlanBuffer { charge: self.ledger.charge(bytes, category)?, owned: true }))
+    }
+
+    fn adopt(
+        &self,
+        _source: HostBytes,
+        bytes: Range<usize>,
+        _align: usize,
+        category: Category,
+    ) -> Result<Arc<dyn Buffer>> {
+        Ok(Arc::new(PlanBuffer { charge: self.ledger.charge(bytes.len(), category)?, owned: false }))
+    }
+
+    fn write(&self, buffer: &mut dyn Buffer, bytes: &[u8]) -> Result<()> {
+        let (expected, actual) = (bytes.len(), buffer.accounted_bytes() as usize);
+        if expected > actual {
+            return Err(Error::Length { op: "write", arg: "buffer", expected, actual });
+        }
+        Ok(())
+    }
+
+    /// Gives zeros: nothing was computed.
+    fn read(&self, _buffer: &dyn Buffer, bytes: &mut [u8]) -> Result<()> {
+        bytes.fill(0);
+        Ok(())
+    }
+
+    fn usage(&self) -> Usage {
+        self.ledger.usage()
+    }
+
+    fn reset_peak(&self) {
+        self.ledger.reset_peak();
+    }
+
+    fn allocation_counts(&self) -> AllocationCounts {
+        AllocationCounts::default()
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// An activation on the device of `like`.
+pub(crate) fn output(like: &Tensor, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
+    like.device().empty(shape, dtype, Category::Activations)
+}
+
+/// What an in-place operator works on: the tensor itself if nobody shares it, else a copy.
+pub(crate) fn take_or_copy(tensor: Tensor) -> Result<Tensor> {
+    let owned = tensor.buffer().as_any().downcast_ref::<PlanBuffer>().is_some_and(|buffer| buffer.owned);
+    if owned && tensor.is_unique() { Ok(tensor) } else { output(&tensor, tensor.dtype(), *tensor.shape()) }
+}

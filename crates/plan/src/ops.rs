@@ -1,0 +1,254 @@
+//! Every operator as the buffers it makes.
+
+use unsloth_core::{
+    DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
+    ops::{
+        adamw, attention, cross_entropy, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear,
+        reduce, rms_norm, rope,
+    },
+};
+
+use crate::{
+    backend::{PlanBackend, output, take_or_copy},
+    scratch,
+};
+
+impl elementwise::Elementwise for PlanBackend {
+    fn add(&self, a: Tensor, _b: &Tensor) -> Result<Tensor> {
+        take_or_copy(a)
+    }
+    fn mul(&self, a: Tensor, _b: &Tensor) -> Result<Tensor> {
+        take_or_copy(a)
+    }
+    fn scale(&self, x: Tensor, _factor: f32) -> Result<Tensor> {
+        take_or_copy(x)
+    }
+    fn scale_by(&self, x: Tensor, _scalar: &Tensor) -> Result<Tensor> {
+        take_or_copy(x)
+    }
+    fn accumulate(&self, _accumulator: &mut Tensor, _x: &Tensor) -> Result<()> {
+        Ok(())
+    }
+    fn cast(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        x.device().empty(*x.shape(), dtype, x.buffer().category())
+    }
+    fn copy(&self, x: &Tensor) -> Result<Tensor> {
+        x.device().empty(*x.shape(), x.dtype(), x.buffer().category())
+    }
+    fn fill_zero(&self, _x: &mut Tensor) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl reduce::Reduce for PlanBackend {
+    fn sum(&self, x: &Tensor) -> Result<Tensor> {
+        output(x, DType::F32, [1])
+    }
+    fn all_finite(&self, tensors: &[&Tensor]) -> Result<Tensor> {
+        output(tensors[0], DType::F32, [1])
+    }
+    fn grad_norm(&self, tensors: &[&Tensor]) -> Result<Tensor> {
+        output(tensors[0], DType::F32, [1])
+    }
+}
+
+impl embedding::Embedding for PlanBackend {
+    fn embedding_forward(&self, spec: &embedding::Spec, _weight: &Weight, ids: &Tensor) -> Result<Tensor> {
+        output(ids, spec.dtype, [spec.tokens, spec.hidden_size])
+    }
+    fn embedding_backward(
+        &self,
+        _spec: &embedding::Spec,
+        _ids: &Tensor,
+        _dout: &Tensor,
+        _dweight: &mut Tensor,
+    ) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl rms_norm::RmsNorm for PlanBackend {
+    fn rms_norm_forward(
+        &self,
+        spec: &rms_norm::Spec,
+        x: Tensor,
+        residual: Option<&Tensor>,
+        _weight: &Tensor,
+    ) -> Result<rms_norm::Forward> {
+        let out = output(&x, spec.dtype, [spec.rows, spec.hidden_size])?;
+        let rstd = output(&x, DType::F32, [spec.rows])?;
+        let sum = residual.map(|_| take_or_copy(x)).transpose()?;
+        Ok(rms_norm::Forward { out, sum, rstd })
+    }
+    fn rms_norm_backward(
+        &self,
+        _spec: &rms_norm::Spec,
+        inputs: rms_norm::Backward<'_>,
+        _dweight: Option<&mut Tensor>,
+    ) -> Result<Tensor> {
+        take_or_copy(inputs.dout)
+    }
+}
+
+impl rope::Rope for PlanBackend {
+    fn rope(&self, _spec: &rope::Spec, q: Tensor, k: Tensor, _angles: rope::Angles<'_>) -> Result<(Tensor, Tensor)> {
+        Ok((take_or_copy(q)?, take_or_copy(k)?))
+    }
+}
+
+impl glu::Glu for PlanBackend {
+    fn glu_forward(&self, spec: &glu::Spec, gate: &Tensor, _up: &Tensor) -> Result<Tensor> {
+        output(gate, spec.dtype, *gate.shape())
+    }
+    fn glu_backward(&self, _spec: &glu::Spec, _dout: &Tensor, gate: Tensor, up: Tensor) -> Result<glu::Gradients> {
+        Ok(glu::Gradients { dgate: take_or_copy(gate)?, dup: take_or_copy(up)? })
+    }
+}
+
+impl attention::Attention for PlanBackend {
+    fn attention_forward(&self, spec: &attention::Spec, inputs: attention::Inputs<'_>) -> Result<attention::Forward> {
+        let out = output(inputs.q, spec.dtype, *inputs.q.shape())?;
+        let lse = output(inputs.q, DType::F32, [spec.num_heads, inputs.q.shape()[0]])?;
+        let _scratch = self.workspace(scratch::attention_forward(spec, self.num_threads))?;
+        Ok(attention::Forward { out, lse })
+    }
+    fn attention_backward(
+        &self,
+        spec: &attention::Spec,
+        inputs: attention::Inputs<'_>,
+        _backward: attention::Backward<'_>,
+    ) -> Result<attention::Gradients> {
+        let like = |x: &Tensor| output(x, spec.dtype, *x.shape());
+        let gradients = attention::Gradients { dq: like(inputs.q)?, dk: like(inputs.k)?, dv: like(inputs.v)? };
+        let scratch = scratch::attention_backward(spec, inputs.seq_k.max_seqlen(), self.num_threads);
+        let _scratch = self.workspace(scratch)?;
+        Ok(gradients)
+    }
+    fn attention_cached(
+        &self,
+        spec: &attention::Spec,
+        q: &Tensor,
+        _seq_q: &Sequences,
+        _kv: KvView<'_>,
+    ) -> Result<Tensor> {
+        output(q, spec.dtype, *q.shape())
+    }
+    fn kv_append(&self, _cache: &mut Tensor, _rows: &Tensor, _seqs: &Sequences, _start: &Lengths) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl linear::Linear for PlanBackend {
+    fn linear_forward(
+        &self,
+        spec: &linear::Spec,
+        x: &Tensor,
+        _weight: &Weight,
+        _bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let y = output(x, spec.dtype, [spec.rows, spec.out_features])?;
+        let _scratch = self.workspace(scratch::linear(spec))?;
+        Ok(y)
+    }
+    fn linear_input_gradient(&self, spec: &linear::Spec, dy: &Tensor, _weight: &Weight) -> Result<Tensor> {
+        let dx = output(dy, spec.dtype, [spec.rows, spec.in_features])?;
+        let _scratch = self.workspace(scratch::linear(spec))?;
+        Ok(dx)
+    }
+    fn linear_weight_gradient(
+        &self,
+        _spec: &linear::Spec,
+        _dy: &Tensor,
+        _x: &Tensor,
+        _dweight: &mut Tensor,
+    ) -> Result<()> {
+        Ok(())
+    }
+    fn linear_bias_gradient(&self, _spec: &linear::Spec, _dy: &Tensor, _dbias: &mut Tensor) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl lora_linear::LoraLinear for PlanBackend {
+    fn lora_linear_forward(
+        &self,
+        spec: &lora_linear::Spec,
+        x: &Tensor,
+        _weight: &Weight,
+        _bias: Option<&Tensor>,
+        _adapter: lora_linear::Adapter<'_>,
+    ) -> Result<lora_linear::Forward> {
+        let h = output(x, DType::F32, [spec.base.rows, spec.rank])?;
+        let y = output(x, spec.base.dtype, [spec.base.rows, spec.base.out_features])?;
+        let _scratch = self.workspace(scratch::linear(&spec.base))?;
+        Ok(lora_linear::Forward { y, h })
+    }
+    fn lora_linear_backward(
+        &self,
+        spec: &lora_linear::Spec,
+        inputs: lora_linear::Backward<'_>,
+        gradients: lora_linear::ParameterGradients<'_>,
+    ) -> Result<Option<Tensor>> {
+        if gradients.dlora_a.is_none() && !inputs.needs_dx {
+            return Ok(None);
+        }
+        let _dh = output(inputs.dy, DType::F32, [spec.base.rows, spec.rank])?;
+        if !inputs.needs_dx {
+            return Ok(None);
+        }
+        let dx = output(inputs.dy, spec.base.dtype, [spec.base.rows, spec.base.in_features])?;
+        let _scratch = self.workspace(scratch::linear(&spec.base))?;
+        Ok(Some(dx))
+    }
+}
+
+impl cross_entropy::CrossEntropy for PlanBackend {
+    fn cross_entropy_forward(
+        &self,
+        spec: &cross_entropy::Spec,
+        logits: &Tensor,
+        _targets: &Tensor,
+    ) -> Result<cross_entropy::Forward> {
+        let lse = output(logits, DType::F32, [spec.tokens])?;
+        Ok(cross_entropy::Forward { loss: output(logits, DType::F32, [1])?, lse })
+    }
+    fn cross_entropy_backward(
+        &self,
+        _spec: &cross_entropy::Spec,
+        logits: Tensor,
+        _targets: &Tensor,
+        _lse: &Tensor,
+    ) -> Result<Tensor> {
+        take_or_copy(logits)
+    }
+}
+
+impl linear_cross_entropy::LinearCrossEntropy for PlanBackend {
+    fn linear_cross_entropy(
+        &self,
+        spec: &linear_cross_entropy::Spec,
+        x: &Tensor,
+        _weight: &Weight,
+        _targets: &Tensor,
+        _dweight: Option<&mut Tensor>,
+    ) -> Result<linear_cross_entropy::Forward> {
+        let dx = spec.needs_dx.then(|| output(x, spec.dtype, *x.shape())).transpose()?;
+        let _scratch = self.workspace(scratch::linear_cross_entropy(spec))?;
+        Ok(linear_cross_entropy::Forward { loss: output(x, DType::F32, [1])?, dx })
+    }
+}
+
+impl adamw::AdamW for PlanBackend {
+    fn step_control(
+        &self,
+        _spec: &adamw::ControlSpec,
+        _norm: &Tensor,
+        _finite: &Tensor,
+        _state: &mut Tensor,
+    ) -> Result<()> {
+        Ok(())
+    }
+    fn adamw(&self, _spec: &adamw::Spec, _buffers: adamw::Buffers<'_>, _state: &Tensor) -> Result<()> {
+        Ok(())
+    }
+}
