@@ -1,0 +1,76 @@
+//! What tasks on several threads share: scratch and disjoint pieces of the outputs.
+
+use std::{
+    marker::PhantomData,
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
+
+use rayon::prelude::*;
+use unsloth_core::Result;
+
+use crate::CpuBackend;
+
+/// A slice of which tasks write disjoint ranges, each contiguous but interleaved with the ranges of other tasks.
+pub(super) struct Disjoint<'a, T> {
+    start: *mut T,
+    len: usize,
+    slice: PhantomData<&'a mut [T]>,
+}
+
+#[allow(unsafe_code, reason = "rows of one head are not one contiguous slice that could be split safely")]
+// SAFETY: `piece`, the only access, demands ranges that no other task uses; elements are sent between threads as with any
+// `&mut [T]`.
+unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
+
+#[allow(unsafe_code, reason = "see `Sync`")]
+// SAFETY: as for a `&mut [T]`.
+unsafe impl<T: Send> Send for Disjoint<'_, T> {}
+
+impl<'a, T> Disjoint<'a, T> {
+    pub(super) fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
+    }
+
+    /// # Safety
+    /// While the piece lives, no other piece may overlap it.
+    #[allow(unsafe_code, reason = "the caller promises that ranges do not overlap")]
+    #[allow(clippy::mut_from_ref, reason = "pieces are disjoint by the caller's promise")]
+    pub(super) unsafe fn piece(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "a task writes inside the slice");
+        // SAFETY: the range lies in the slice (asserted), which is borrowed mutably for `'a`; nobody else holds a part of
+        // this range (promised by the caller).
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}
+
+impl CpuBackend {
+    /// Runs `work(task, scratch)` for every task, on one thread each, with `scratch_len` f32 of arbitrary contents. There is one
+    /// scratch per thread, taken before the first task, so that memory does not depend on how tasks are scheduled.
+    pub(super) fn for_each_task<Task: Sync>(
+        &self,
+        tasks: &[Task],
+        scratch_len: usize,
+        work: impl Fn(&Task, &mut [f32]) + Sync,
+    ) -> Result<()> {
+        let threads = if tasks.len() < 2 { 1 } else { self.run(rayon::current_num_threads) };
+        let mut scratch = self.workspace(threads * scratch_len)?;
+        if threads == 1 {
+            tasks.iter().for_each(|task| work(task, &mut scratch[..scratch_len]));
+            return Ok(());
+        }
+        let slabs = Mutex::new(scratch[..threads * scratch_len].chunks_mut(scratch_len).collect::<Vec<_>>());
+        let free = || slabs.lock().unwrap_or_else(PoisonError::into_inner);
+        self.run(|| {
+            tasks.par_iter().with_max_len(1).for_each(|task| {
+                let slab = free().pop();
+                let Some(slab) = slab else {
+                    unreachable!("a thread runs one task at a time, and each thread has a slab")
+                };
+                work(task, slab);
+                free().push(slab);
+            });
+        });
+        Ok(())
+    }
+}
