@@ -66,10 +66,22 @@ impl Arith for Rounded {
 pub fn round(dtype: DType, value: f64) -> f64 {
     match dtype {
         DType::F32 => f64::from(value as f32),
-        DType::F16 => f16::from_f64(value).to_f64(),
-        DType::BF16 => bf16::from_f64(value).to_f64(),
+        DType::F16 => f16::from_f32(to_odd(value)).to_f64(),
+        DType::BF16 => bf16::from_f32(to_odd(value)).to_f64(),
         other => panic!("rounding is for float types, not {other}"),
     }
+}
+
+/// An f32 that rounds to the same half-precision value as `value` does: an inexact one is cut off and its last bit set, so that
+/// it cannot be taken for a tie. (`half` converts f64 by its upper 32 bits alone, which loses such bits.)
+pub(crate) fn to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    if f64::from(nearest) == value || !nearest.is_finite() {
+        return nearest;
+    }
+    let bits = nearest.to_bits();
+    let cut = if f64::from(nearest).abs() > value.abs() { bits - 1 } else { bits };
+    f32::from_bits(cut | 1)
 }
 
 /// Largest relative error of rounding to a float type: half a unit in the last place.
@@ -95,6 +107,11 @@ mod tests {
         assert_eq!(round(DType::BF16, 1.0 + 2f64.powi(-8)), 1.0);
         assert_eq!(round(DType::BF16, 1.0 + 3.0 * 2f64.powi(-8)), 1.0 + 2f64.powi(-6));
         assert_eq!(round(DType::F16, 1.0 + 2f64.powi(-11)), 1.0);
+        // Next to a tie, by the last bit of f32 and of f64.
+        assert_eq!(round(DType::BF16, 1.0 + 2f64.powi(-8) + 2f64.powi(-23)), 1.0 + 2f64.powi(-7));
+        assert_eq!(round(DType::BF16, 1.0 + 2f64.powi(-8) + 2f64.powi(-52)), 1.0 + 2f64.powi(-7));
+        assert_eq!(round(DType::BF16, 1.0 + 2f64.powi(-8) - 2f64.powi(-52)), 1.0);
+        assert_eq!(round(DType::F16, 1.0 + 3.0 * 2f64.powi(-11) - 2f64.powi(-52)), 1.0 + 2f64.powi(-10));
         assert_eq!(round(DType::F32, 1.0 + 2f64.powi(-24)), 1.0);
     }
 

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use unsloth_core::{Category, DType, Device, Result, Shape, Tensor, rng::Philox};
 
-use crate::arith::round;
+use crate::arith::{round, to_odd};
 
 /// A source of inputs: the same seed gives the same numbers in the same order.
 #[derive(Clone, Debug)]
@@ -53,9 +53,11 @@ pub fn tensor(device: &Device, values: &[f64], shape: impl Into<Shape>, dtype: D
     let category = Category::Activations;
     match dtype {
         DType::F32 => device.from_slice(&values.iter().map(|&v| v as f32).collect::<Vec<_>>(), shape, category),
-        DType::F16 => device.from_slice(&values.iter().map(|&v| f16::from_f64(v)).collect::<Vec<_>>(), shape, category),
+        DType::F16 => {
+            device.from_slice(&values.iter().map(|&v| f16::from_f32(to_odd(v))).collect::<Vec<_>>(), shape, category)
+        }
         DType::BF16 => {
-            device.from_slice(&values.iter().map(|&v| bf16::from_f64(v)).collect::<Vec<_>>(), shape, category)
+            device.from_slice(&values.iter().map(|&v| bf16::from_f32(to_odd(v))).collect::<Vec<_>>(), shape, category)
         }
         actual => Err(unsloth_core::Error::DType {
             op: "testkit::tensor",

@@ -25,7 +25,7 @@ impl Case {
 
     /// A failure of this case.
     pub fn failure(&self, kind: FailureKind) -> Failure {
-        Failure { case: Some(self.clone()), kind }
+        Failure(Box::new(Inner { case: Some(self.clone()), kind }))
     }
 
     /// The failure of a property that is not an error budget.
@@ -70,28 +70,35 @@ pub enum FailureKind {
     Op(Error),
 }
 
-/// A failed check: enough to find the case again.
+/// A failed check: enough to find the case again. Boxed, since it travels through every `Result`.
 #[derive(Debug)]
-pub struct Failure {
+pub struct Failure(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     case: Option<Case>,
-    /// How it failed.
-    pub kind: FailureKind,
+    kind: FailureKind,
 }
 
 impl Failure {
+    /// How it failed.
+    pub fn kind(&self) -> &FailureKind {
+        &self.0.kind
+    }
+
     /// Names the case, where the failure does not name one yet.
     pub fn within(mut self, case: &Case) -> Self {
-        self.case.get_or_insert_with(|| case.clone());
+        self.0.case.get_or_insert_with(|| case.clone());
         self
     }
 }
 
 impl Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if let Some(case) = &self.case {
+        if let Some(case) = &self.0.case {
             write!(f, "{case}: ")?;
         }
-        Display::fmt(&self.kind, f)
+        Display::fmt(&self.0.kind, f)
     }
 }
 
@@ -99,7 +106,7 @@ impl std::error::Error for Failure {}
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self { case: None, kind: FailureKind::Op(error) }
+        Self(Box::new(Inner { case: None, kind: FailureKind::Op(error) }))
     }
 }
 

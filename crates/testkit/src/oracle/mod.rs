@@ -1,6 +1,8 @@
 //! References: plain loops over `f64` slices that read like the formulas in [`unsloth_core::ops`], generic over the
 //! arithmetic. No helper is shared with a backend.
 
+#![allow(clippy::needless_range_loop, reason = "references index as their formulas do")]
+
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;

@@ -102,8 +102,8 @@ fn large_bf16_inputs(device: &Device, case: &Case) -> Checked {
     expect::holds(case, &format!("100000 ones sum to {count:?}"), count == [100_000.0])?;
     let x = Data::new(23).normal(1031, 1e15, dtype);
     let tensor = data::tensor(device, &x, [1031], dtype)?;
-    let (exact, naive) =
-        (oracle::reduce::grad_norm(&Exact, &[x.clone()]), oracle::reduce::grad_norm(&Rounded(dtype), &[x]));
+    let x = [x];
+    let (exact, naive) = (oracle::reduce::grad_norm(&Exact, &x), oracle::reduce::grad_norm(&Rounded(dtype), &x));
     let expected = Expected { exact: &[exact], naive: &[naive], floor: Floor::Stored(DType::F32) };
     check_tensor(case, "grad_norm", &reduce::grad_norm(&[&tensor])?, expected)
 }
