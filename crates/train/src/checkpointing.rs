@@ -80,11 +80,14 @@ mod tests {
 
     #[test]
     fn segment_lengths() {
-        assert_eq!(Checkpointing::None.segments(5), [0..5]);
-        assert_eq!(Checkpointing::Every(2).segments(5), [0..2, 2..4, 4..5]);
-        assert_eq!(Checkpointing::Every(usize::MAX).segments(3), [0..3]);
-        assert_eq!(Checkpointing::Sqrt.segments(9), [0..3, 3..6, 6..9]);
-        assert_eq!(Checkpointing::Sqrt.segments(10), [0..4, 4..8, 8..10]);
+        let lengths = |policy: Checkpointing, num_layers| -> Vec<usize> {
+            policy.segments(num_layers).iter().map(ExactSizeIterator::len).collect()
+        };
+        assert_eq!(lengths(Checkpointing::None, 5), [5]);
+        assert_eq!(lengths(Checkpointing::Every(2), 5), [2, 2, 1]);
+        assert_eq!(lengths(Checkpointing::Every(usize::MAX), 3), [3]);
+        assert_eq!(lengths(Checkpointing::Sqrt, 9), [3, 3, 3]);
+        assert_eq!(lengths(Checkpointing::Sqrt, 10), [4, 4, 2]);
     }
 
     #[test]

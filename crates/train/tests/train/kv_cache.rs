@@ -79,13 +79,13 @@ fn rejects_what_does_not_fit() {
     let device = unsloth_cpu::device();
     let mut cache = KvCache::new(&device, SPEC).unwrap();
     assert_eq!(cache.view(2).err().unwrap().to_string(), "kv_cache: layer = 2, must be below num_layers");
-    let (one, two) = (sequences(&device, &[0..1]), sequences(&device, &[0..1, 0..1]));
+    let (two, three) = (sequences(&device, &[0..1, 0..1]), sequences(&device, &[0..1, 0..1, 0..1]));
     let k = rows(&device, &[0..1, 0..1], 2, 0.0);
     assert!(matches!(cache.append(2, &k, &k, &two), Err(Error::InvalidSpec { field: "layer", .. })));
     let narrow = rows(&device, &[0..1, 0..1], 1, 0.0);
     assert!(matches!(cache.append(0, &k, &narrow, &two), Err(Error::Shape { .. })));
-    let single = rows(&device, &[0..1], 2, 0.0);
-    assert!(cache.append(0, &single, &single, &one).is_err(), "another number of sequences");
+    let k = rows(&device, &[0..1, 0..1, 0..1], 2, 0.0);
+    assert!(cache.append(0, &k, &k, &three).is_err(), "another number of sequences");
     assert_eq!(cache.view(0).unwrap().lens.host(), [0, 0]);
 }
 

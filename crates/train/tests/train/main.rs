@@ -1,5 +1,7 @@
 //! The train crate on the CPU, with a model small enough to write down.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper of a test may panic like the test itself")]
+
 mod accumulation;
 mod adapters;
 mod kv_cache;

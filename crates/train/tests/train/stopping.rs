@@ -100,7 +100,7 @@ fn a_step_without_targets_is_refused_and_nothing_is_lost() {
     let mut trainer = trained(&device, 1);
     let masked = Batch::new(&device, &[Document { ids: &[1, 2], targets: &[-100, -100] }]).unwrap();
     assert_eq!(masked.num_targets, 0);
-    for batches in [&[][..], &[masked.clone()]] {
+    for batches in [&[][..], std::slice::from_ref(&masked)] {
         let error = trainer.step(batches).unwrap_err();
         assert_eq!(error.to_string(), "step 2: no token has a target");
     }
