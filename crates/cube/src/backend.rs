@@ -1,0 +1,262 @@
+//! The backend itself: client, stream, buffers, failures.
+
+use std::{
+    any::Any,
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use cubecl::{device::Device as _, prelude::*, server::Handle, stream_id::StreamId};
+use unsloth_common::LaunchError;
+use unsloth_core::{AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Result, Tensor, Usage};
+use unsloth_memory::{Charge, Ledger};
+
+use crate::poison::{self, Panicked};
+
+/// How a CubeCL backend is made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CubeOptions {
+    /// Most bytes that may be held at once; `None` means what the device gives.
+    pub budget_bytes: Option<u64>,
+    /// Fills buffers of arbitrary contents with NaN, so that a test sees an element that no kernel wrote.
+    pub fill_arbitrary_with_nan: bool,
+}
+
+/// A device that runs CubeCL kernels.
+///
+/// - All work of one backend goes to one stream, whichever host thread calls: results are ordered as the calls were.
+/// - Every launch is checked against the device's properties first, because a kernel that exceeds them reports nothing.
+/// - A panic on the device's thread poisons the device: every later call is an [`Error::Launch`] that names the operators
+///   launched since the device was last known to be well.
+pub struct CubeBackend<R: Runtime> {
+    client: ComputeClient<R>,
+    name: String,
+    device_id: (u16, u16),
+    stream: StreamId,
+    ledger: Arc<Ledger>,
+    launched: Mutex<Vec<&'static str>>,
+    fill_arbitrary_with_nan: bool,
+}
+
+impl<R: Runtime> CubeBackend<R> {
+    /// A backend on `device`, called `name` in messages, such as `vulkan:0`.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] if the device cannot be opened.
+    pub fn new(device: &R::Device, name: impl Into<String>, options: CubeOptions) -> Result<Self> {
+        poison::watch();
+        let name = name.into();
+        let id = device.to_id();
+        let open = std::panic::AssertUnwindSafe(|| R::client(device));
+        let client = std::panic::catch_unwind(open).map_err(|panic| {
+            let message = panic.downcast_ref::<String>().cloned();
+            let message = message.or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
+            let message = message.unwrap_or_else(|| "no message".to_owned());
+            Error::Launch { op: "open device", device: name.clone(), source: message.into() }
+        })?;
+        let backend = Self {
+            client,
+            device_id: (id.type_id, id.index_id),
+            stream: StreamId::current(),
+            ledger: Ledger::new(name.clone(), options.budget_bytes),
+            name,
+            launched: Mutex::new(Vec::new()),
+            fill_arbitrary_with_nan: options.fill_arbitrary_with_nan,
+        };
+        backend.check("open device")?;
+        Ok(backend)
+    }
+
+    /// The client, for properties. Launch through [`CubeBackend::launch`].
+    pub(crate) fn client(&self) -> &ComputeClient<R> {
+        &self.client
+    }
+
+    /// Runs `launch` on this backend's stream, after making sure that the device is well.
+    pub(crate) fn launch(
+        &self,
+        op: &'static str,
+        launch: impl FnOnce(&ComputeClient<R>) -> Result<(), LaunchError>,
+    ) -> Result<()> {
+        self.check(op)?;
+        self.launched.lock().unwrap_or_else(PoisonError::into_inner).push(op);
+        self.stream.executes(|| launch(&self.client)).map_err(|source| Error::Launch {
+            op,
+            device: self.name.clone(),
+            source: Box::new(source),
+        })
+    }
+
+    /// # Errors
+    /// [`Error::Launch`] if the device's thread has panicked.
+    fn check(&self, op: &'static str) -> Result<()> {
+        let Some(message) = poison::failure(self.device_id) else {
+            return Ok(());
+        };
+        let launched = self.launched.lock().unwrap_or_else(PoisonError::into_inner);
+        let launched = if launched.is_empty() { "nothing".to_owned() } else { launched.join(", ") };
+        let source = Box::new(Panicked { launched, message });
+        Err(Error::Launch { op, device: self.name.clone(), source })
+    }
+
+    /// Called when everything launched is known to have finished.
+    fn finished(&self, op: &'static str) -> Result<()> {
+        self.check(op)?;
+        self.launched.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        Ok(())
+    }
+
+    /// A typed refusal of an operator that has no kernel here.
+    pub(crate) fn unsupported<T>(&self, op: &'static str) -> Result<T> {
+        Err(Error::Unsupported { op, what: "this operator", device: self.name.clone() })
+    }
+
+    /// Space for `bytes`, checked against the budget and the largest buffer of the device.
+    fn reserve(&self, bytes: usize, category: Category) -> Result<Charge> {
+        let largest = self.client.properties().memory.max_page_size;
+        if bytes as u64 > largest {
+            return Err(Error::OutOfMemory {
+                device: format!("{} (its largest buffer)", self.name),
+                requested_bytes: bytes as u64,
+                category,
+                budget_bytes: largest,
+                breakdown: Box::new(self.ledger.usage()),
+            });
+        }
+        self.ledger.charge(bytes, category)
+    }
+
+    fn upload(&self, bytes: &[u8]) -> Handle {
+        // Devices copy whole words, and a buffer cannot be empty.
+        let mut padded = bytes.to_vec();
+        padded.resize(bytes.len().next_multiple_of(4).max(4), 0);
+        self.stream.executes(|| self.client.create_from_slice(&padded))
+    }
+}
+
+/// Buffer of a tensor on a CubeCL device.
+pub(crate) struct CubeBuffer {
+    handle: Handle,
+    charge: Charge,
+}
+
+impl CubeBuffer {
+    pub(crate) fn handle(&self) -> &Handle {
+        &self.handle
+    }
+}
+
+impl Buffer for CubeBuffer {
+    fn accounted_bytes(&self) -> u64 {
+        self.charge.bytes()
+    }
+    fn category(&self) -> Category {
+        self.charge.category()
+    }
+    fn retag(&self, category: Category) {
+        self.charge.retag(category);
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
+impl<R: Runtime> Memory for CubeBackend<R> {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn supports(&self, dtype: DType) -> bool {
+        let properties = self.client.properties();
+        match dtype {
+            DType::F32 | DType::I32 => true,
+            DType::F16 => properties.supports_type(half::f16::as_type_native_unchecked()),
+            DType::BF16 => properties.supports_type(half::bf16::as_type_native_unchecked()),
+            _ => false,
+        }
+    }
+
+    fn allocate(&self, bytes: usize, category: Category, init: Init) -> Result<Arc<dyn Buffer>> {
+        self.check("allocate")?;
+        let charge = self.reserve(bytes, category)?;
+        let handle = match init {
+            Init::Zero => self.upload(&vec![0; bytes]),
+            // All bits set is a NaN in every float type.
+            Init::Arbitrary if self.fill_arbitrary_with_nan => self.upload(&vec![0xFF; bytes]),
+            Init::Arbitrary => {
+                let padded = bytes.next_multiple_of(4).max(4);
+                self.stream.executes(|| self.client.empty(padded))
+            }
+        };
+        Ok(Arc::new(CubeBuffer { handle, charge }))
+    }
+
+    fn adopt(
+        &self,
+        source: HostBytes,
+        bytes: Range<usize>,
+        _align: usize,
+        category: Category,
+    ) -> Result<Arc<dyn Buffer>> {
+        self.check("adopt")?;
+        let charge = self.reserve(bytes.len(), category)?;
+        let handle = self.upload(&(*source).as_ref()[bytes]);
+        Ok(Arc::new(CubeBuffer { handle, charge }))
+    }
+
+    fn write(&self, buffer: &mut dyn Buffer, bytes: &[u8]) -> Result<()> {
+        self.check("write")?;
+        let buffer = crate::access::cube_buffer_mut(buffer);
+        let (expected, actual) = (bytes.len(), buffer.charge.bytes() as usize);
+        if expected > actual {
+            return Err(Error::Length { op: "write", arg: "buffer", expected, actual });
+        }
+        // The new contents come in a block of their own; the old one returns to the pool when pending kernels are done.
+        buffer.handle = self.upload(bytes);
+        Ok(())
+    }
+
+    fn read(&self, buffer: &dyn Buffer, bytes: &mut [u8]) -> Result<()> {
+        self.check("read")?;
+        let handle = crate::access::cube_buffer(buffer).handle.clone();
+        let data = self.stream.executes(|| self.client.read_one(handle));
+        self.finished("read")?;
+        let data =
+            data.map_err(|source| Error::Launch { op: "read", device: self.name.clone(), source: Box::new(source) })?;
+        let (expected, actual) = (bytes.len(), data.len());
+        let data = data.get(..expected).ok_or(Error::Length { op: "read", arg: "buffer", expected, actual })?;
+        bytes.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn usage(&self) -> Usage {
+        self.ledger.usage()
+    }
+
+    fn reset_peak(&self) {
+        self.ledger.reset_peak();
+    }
+
+    /// CubeCL's pools do not tell fresh allocations from reused ones.
+    fn allocation_counts(&self) -> AllocationCounts {
+        AllocationCounts::default()
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        let result = self.stream.executes(|| cubecl::future::block_on(self.client.sync()));
+        self.finished("synchronize")?;
+        result.map_err(|source| Error::Launch {
+            op: "synchronize",
+            device: self.name.clone(),
+            source: Box::new(source),
+        })
+    }
+}
+
+/// A new activation on the device of `like`, contents arbitrary.
+pub(crate) fn output(like: &Tensor, dtype: DType, shape: impl Into<unsloth_core::Shape>) -> Result<Tensor> {
+    like.device().empty(shape, dtype, Category::Activations)
+}

@@ -1,0 +1,21 @@
+//! The CubeCL backend: one implementation of the operator contract for every runtime that CubeCL has.
+//!
+//! [`CubeBackend`] is generic over the runtime; feature `wgpu` adds Vulkan and Metal devices, feature `cuda` NVIDIA devices.
+//! CubeCL reports a kernel that failed as a success, so this crate checks limits before each launch and watches the device's
+//! thread for panics: see [`backend`](CubeBackend).
+
+mod access;
+mod backend;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod poison;
+mod rms_norm;
+mod unsupported;
+#[cfg(feature = "wgpu")]
+mod vulkan;
+
+pub use backend::{CubeBackend, CubeOptions};
+#[cfg(feature = "cuda")]
+pub use cuda::cuda;
+#[cfg(feature = "wgpu")]
+pub use vulkan::{Adapter, adapters, vulkan};

@@ -1,0 +1,57 @@
+//! RMSNorm on the kernels of `unsloth-norm`.
+
+use cubecl::prelude::*;
+use unsloth_core::{
+    DType, Result, Tensor,
+    ops::{
+        elementwise::Elementwise,
+        rms_norm::{Backward, Forward, RmsNorm, Spec},
+    },
+};
+use unsloth_norm::rms_norm as kernels;
+
+use crate::{
+    access::{dispatch_float, handle, handle_mut},
+    backend::{CubeBackend, output},
+};
+
+const OP: &str = "rms_norm";
+
+fn shape(spec: &Spec) -> kernels::Shape {
+    let &Spec { rows, hidden_size, eps, weight_offset, .. } = spec;
+    kernels::Shape { rows, hidden_size, eps, weight_offset }
+}
+
+impl<R: Runtime> RmsNorm for CubeBackend<R> {
+    fn rms_norm_forward(&self, spec: &Spec, x: Tensor, residual: Option<&Tensor>, weight: &Tensor) -> Result<Forward> {
+        let mut out = output(&x, spec.dtype, [spec.rows, spec.hidden_size])?;
+        let mut rstd = output(&x, DType::F32, [spec.rows])?;
+        let (to_out, to_rstd) = (handle_mut(OP, "out", &mut out)?.clone(), handle_mut(OP, "rstd", &mut rstd)?.clone());
+        let weight = handle(weight);
+        let Some(residual) = residual else {
+            let args = kernels::Forward { x: handle(&x), weight, out: &to_out, rstd: &to_rstd };
+            self.launch(OP, |client| {
+                dispatch_float!(spec.dtype, E => dispatch_float!(spec.weight_dtype, W =>
+                    kernels::forward::<R, E, W>(client, shape(spec), args)))
+            })?;
+            return Ok(Forward { out, sum: None, rstd });
+        };
+        let mut sum = if x.is_unique() { x } else { self.copy(&x)? };
+        let args = kernels::AddForward {
+            x: handle_mut(OP, "sum", &mut sum)?,
+            residual: handle(residual),
+            weight,
+            out: &to_out,
+            rstd: &to_rstd,
+        };
+        self.launch(OP, |client| {
+            dispatch_float!(spec.dtype, E => dispatch_float!(spec.weight_dtype, W =>
+                kernels::add_forward::<R, E, W>(client, shape(spec), args)))
+        })?;
+        Ok(Forward { out, sum: Some(sum), rstd })
+    }
+
+    fn rms_norm_backward(&self, _spec: &Spec, _inputs: Backward<'_>, _dweight: Option<&mut Tensor>) -> Result<Tensor> {
+        self.unsupported("rms_norm backward")
+    }
+}

@@ -1,0 +1,203 @@
+//! Operators that have no kernel yet: a typed error, never a silent detour through the host.
+
+use cubecl::prelude::Runtime;
+use unsloth_core::{
+    DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
+    ops::{
+        adamw, attention, cross_entropy, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear,
+        reduce, rope,
+    },
+};
+
+use crate::backend::CubeBackend;
+
+impl<R: Runtime> elementwise::Elementwise for CubeBackend<R> {
+    fn add(&self, _a: Tensor, _b: &Tensor) -> Result<Tensor> {
+        self.unsupported("add")
+    }
+    fn mul(&self, _a: Tensor, _b: &Tensor) -> Result<Tensor> {
+        self.unsupported("mul")
+    }
+    fn scale(&self, _x: Tensor, _factor: f32) -> Result<Tensor> {
+        self.unsupported("scale")
+    }
+    fn scale_by(&self, _x: Tensor, _scalar: &Tensor) -> Result<Tensor> {
+        self.unsupported("scale_by")
+    }
+    fn accumulate(&self, _accumulator: &mut Tensor, _x: &Tensor) -> Result<()> {
+        self.unsupported("accumulate")
+    }
+    fn cast(&self, _x: &Tensor, _dtype: DType) -> Result<Tensor> {
+        self.unsupported("cast")
+    }
+    fn copy(&self, _x: &Tensor) -> Result<Tensor> {
+        self.unsupported("copy")
+    }
+    fn fill_zero(&self, _x: &mut Tensor) -> Result<()> {
+        self.unsupported("fill_zero")
+    }
+}
+
+impl<R: Runtime> reduce::Reduce for CubeBackend<R> {
+    fn sum(&self, _x: &Tensor) -> Result<Tensor> {
+        self.unsupported("sum")
+    }
+    fn all_finite(&self, _tensors: &[&Tensor]) -> Result<Tensor> {
+        self.unsupported("all_finite")
+    }
+    fn grad_norm(&self, _tensors: &[&Tensor]) -> Result<Tensor> {
+        self.unsupported("grad_norm")
+    }
+}
+
+impl<R: Runtime> embedding::Embedding for CubeBackend<R> {
+    fn embedding_forward(&self, _spec: &embedding::Spec, _weight: &Weight, _ids: &Tensor) -> Result<Tensor> {
+        self.unsupported("embedding_forward")
+    }
+    fn embedding_backward(
+        &self,
+        _spec: &embedding::Spec,
+        _ids: &Tensor,
+        _dout: &Tensor,
+        _dweight: &mut Tensor,
+    ) -> Result<()> {
+        self.unsupported("embedding_backward")
+    }
+}
+
+impl<R: Runtime> rope::Rope for CubeBackend<R> {
+    fn rope(&self, _spec: &rope::Spec, _q: Tensor, _k: Tensor, _angles: rope::Angles<'_>) -> Result<(Tensor, Tensor)> {
+        self.unsupported("rope")
+    }
+}
+
+impl<R: Runtime> glu::Glu for CubeBackend<R> {
+    fn glu_forward(&self, _spec: &glu::Spec, _gate: &Tensor, _up: &Tensor) -> Result<Tensor> {
+        self.unsupported("glu_forward")
+    }
+    fn glu_backward(&self, _spec: &glu::Spec, _dout: &Tensor, _gate: Tensor, _up: Tensor) -> Result<glu::Gradients> {
+        self.unsupported("glu_backward")
+    }
+}
+
+impl<R: Runtime> attention::Attention for CubeBackend<R> {
+    fn attention_forward(&self, _spec: &attention::Spec, _inputs: attention::Inputs<'_>) -> Result<attention::Forward> {
+        self.unsupported("attention_forward")
+    }
+    fn attention_backward(
+        &self,
+        _spec: &attention::Spec,
+        _inputs: attention::Inputs<'_>,
+        _backward: attention::Backward<'_>,
+    ) -> Result<attention::Gradients> {
+        self.unsupported("attention_backward")
+    }
+    fn attention_cached(
+        &self,
+        _spec: &attention::Spec,
+        _q: &Tensor,
+        _seq_q: &Sequences,
+        _kv: KvView<'_>,
+    ) -> Result<Tensor> {
+        self.unsupported("attention_cached")
+    }
+    fn kv_append(&self, _cache: &mut Tensor, _rows: &Tensor, _seqs: &Sequences, _start: &Lengths) -> Result<()> {
+        self.unsupported("kv_append")
+    }
+}
+
+impl<R: Runtime> linear::Linear for CubeBackend<R> {
+    fn linear_forward(
+        &self,
+        _spec: &linear::Spec,
+        _x: &Tensor,
+        _weight: &Weight,
+        _bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.unsupported("linear_forward")
+    }
+    fn linear_input_gradient(&self, _spec: &linear::Spec, _dy: &Tensor, _weight: &Weight) -> Result<Tensor> {
+        self.unsupported("linear_input_gradient")
+    }
+    fn linear_weight_gradient(
+        &self,
+        _spec: &linear::Spec,
+        _dy: &Tensor,
+        _x: &Tensor,
+        _dweight: &mut Tensor,
+    ) -> Result<()> {
+        self.unsupported("linear_weight_gradient")
+    }
+    fn linear_bias_gradient(&self, _spec: &linear::Spec, _dy: &Tensor, _dbias: &mut Tensor) -> Result<()> {
+        self.unsupported("linear_bias_gradient")
+    }
+}
+
+impl<R: Runtime> lora_linear::LoraLinear for CubeBackend<R> {
+    fn lora_linear_forward(
+        &self,
+        _spec: &lora_linear::Spec,
+        _x: &Tensor,
+        _weight: &Weight,
+        _bias: Option<&Tensor>,
+        _adapter: lora_linear::Adapter<'_>,
+    ) -> Result<lora_linear::Forward> {
+        self.unsupported("lora_linear_forward")
+    }
+    fn lora_linear_backward(
+        &self,
+        _spec: &lora_linear::Spec,
+        _inputs: lora_linear::Backward<'_>,
+        _gradients: lora_linear::ParameterGradients<'_>,
+    ) -> Result<Option<Tensor>> {
+        self.unsupported("lora_linear_backward")
+    }
+}
+
+impl<R: Runtime> cross_entropy::CrossEntropy for CubeBackend<R> {
+    fn cross_entropy_forward(
+        &self,
+        _spec: &cross_entropy::Spec,
+        _logits: &Tensor,
+        _targets: &Tensor,
+    ) -> Result<cross_entropy::Forward> {
+        self.unsupported("cross_entropy_forward")
+    }
+    fn cross_entropy_backward(
+        &self,
+        _spec: &cross_entropy::Spec,
+        _logits: Tensor,
+        _targets: &Tensor,
+        _lse: &Tensor,
+    ) -> Result<Tensor> {
+        self.unsupported("cross_entropy_backward")
+    }
+}
+
+impl<R: Runtime> linear_cross_entropy::LinearCrossEntropy for CubeBackend<R> {
+    fn linear_cross_entropy(
+        &self,
+        _spec: &linear_cross_entropy::Spec,
+        _x: &Tensor,
+        _weight: &Weight,
+        _targets: &Tensor,
+        _dweight: Option<&mut Tensor>,
+    ) -> Result<linear_cross_entropy::Forward> {
+        self.unsupported("linear_cross_entropy")
+    }
+}
+
+impl<R: Runtime> adamw::AdamW for CubeBackend<R> {
+    fn step_control(
+        &self,
+        _spec: &adamw::ControlSpec,
+        _norm: &Tensor,
+        _finite: &Tensor,
+        _state: &mut Tensor,
+    ) -> Result<()> {
+        self.unsupported("step_control")
+    }
+    fn adamw(&self, _spec: &adamw::Spec, _buffers: adamw::Buffers<'_>, _state: &Tensor) -> Result<()> {
+        self.unsupported("adamw")
+    }
+}
