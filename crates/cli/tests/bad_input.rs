@@ -1,4 +1,5 @@
 //! Bad input ends with one clear message and leaves nothing half-written.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper of a test may panic like the test itself")]
 
 mod support;
 

@@ -153,12 +153,6 @@ pub enum Error {
         /// The name given.
         name: String,
     },
-    /// The model has adapters already.
-    #[error("layer `{name}` already has an adapter")]
-    AdapterExists {
-        /// Path of the layer.
-        name: String,
-    },
     /// The model has no adapters to write.
     #[error("`{}`: the model has no adapter to save", path.display())]
     NoAdapter {
@@ -234,7 +228,7 @@ pub enum Error {
         output: PathBuf,
         /// The step at fault and its numbers.
         #[source]
-        source: unsloth_train::Error,
+        source: Box<unsloth_train::Error>,
     },
     /// The loss over a data set is not a finite number.
     #[error("the loss over the first {num_targets} targets is {loss}")]

@@ -13,7 +13,7 @@
 //! let cpu = device("cpu")?;
 //! let tape = Tape::new();
 //! let x = tape.variable(cpu.from_slice(&[1.0f32, -2.0, 3.0], [3], Category::Activations)?);
-//! let loss = ops::sum(&tape, &ops::mul(&tape, &x, &x)?)?;
+//! let loss = ops::sum(&tape, &ops::mul(&tape, x.clone(), &x)?)?;
 //! assert_eq!(loss.tensor().to_vec::<f32>()?, [14.0]);
 //!
 //! let mut gradients = tape.backward(&loss, &mut GradStore::new(&[])?)?;

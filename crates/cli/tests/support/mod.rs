@@ -13,17 +13,17 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
 /// The checkpoints that come with the tree.
-pub fn fixture(name: &str) -> PathBuf {
+pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../llm/tests/fixtures").join(name)
 }
 
-pub struct Outcome {
-    pub status: i32,
-    pub stdout: String,
-    pub stderr: String,
+pub(crate) struct Outcome {
+    pub(crate) status: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
-pub fn unsloth<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Outcome {
+pub(crate) fn unsloth<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Outcome {
     let output = Command::new(env!("CARGO_BIN_EXE_unsloth")).args(args).output().unwrap();
     Outcome {
         status: output.status.code().expect("the binary ended by itself"),
@@ -34,14 +34,14 @@ pub fn unsloth<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Outcome {
 
 impl Outcome {
     #[track_caller]
-    pub fn succeeded(self) -> Self {
+    pub(crate) fn succeeded(self) -> Self {
         assert_eq!(self.status, 0, "{}", self.stderr);
         self
     }
 
     /// Asserts a failure with one line that holds all of these.
     #[track_caller]
-    pub fn failed_with(self, parts: &[&str]) -> Self {
+    pub(crate) fn failed_with(self, parts: &[&str]) -> Self {
         assert_eq!(self.status, 1, "{}", self.stderr);
         assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
         let lines: Vec<&str> = self.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
@@ -54,13 +54,13 @@ impl Outcome {
     }
 
     #[track_caller]
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.stdout).unwrap()
     }
 }
 
 /// A command line as it is typed, with paths put in for `{}`.
-pub fn line(text: &str, paths: &[&Path]) -> Vec<String> {
+pub(crate) fn line(text: &str, paths: &[&Path]) -> Vec<String> {
     let mut paths = paths.iter();
     let put = |word: &str| match word {
         "{}" => paths.next().unwrap().to_str().unwrap().to_owned(),
@@ -71,13 +71,13 @@ pub fn line(text: &str, paths: &[&Path]) -> Vec<String> {
 
 /// A float tensor of a safetensors file, or an integer one as floats.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Values {
-    pub dtype: Dtype,
-    pub shape: Vec<usize>,
-    pub data: Vec<f64>,
+pub(crate) struct Values {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) data: Vec<f64>,
 }
 
-pub fn read_tensors(path: &Path) -> BTreeMap<String, Values> {
+pub(crate) fn read_tensors(path: &Path) -> BTreeMap<String, Values> {
     let bytes = fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let values = |view: safetensors::tensor::TensorView<'_>| {
@@ -96,29 +96,29 @@ pub fn read_tensors(path: &Path) -> BTreeMap<String, Values> {
 }
 
 /// Largest difference over the largest value.
-pub fn relative_error(actual: &[f64], expected: &[f64]) -> f64 {
+pub(crate) fn relative_error(actual: &[f64], expected: &[f64]) -> f64 {
     assert_eq!(actual.len(), expected.len());
     let worst = actual.iter().zip(expected).map(|(a, e)| (a - e).abs()).fold(0.0, f64::max);
     assert!(actual.iter().chain(expected).all(|value| value.is_finite()));
     worst / expected.iter().map(|e| e.abs()).fold(f64::MIN_POSITIVE, f64::max)
 }
 
-pub fn read_metrics(output: &Path) -> Vec<Value> {
+pub(crate) fn read_metrics(output: &Path) -> Vec<Value> {
     let text = fs::read_to_string(output.join("metrics.jsonl")).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 /// One number of each step.
-pub fn column(metrics: &[Value], name: &str) -> Vec<f64> {
+pub(crate) fn column(metrics: &[Value], name: &str) -> Vec<f64> {
     metrics.iter().map(|record| record[name].as_f64().unwrap()).collect()
 }
 
-pub fn adapter_bytes(output: &Path) -> Vec<u8> {
+pub(crate) fn adapter_bytes(output: &Path) -> Vec<u8> {
     fs::read(output.join("adapter_model.safetensors")).unwrap()
 }
 
 /// A copy of a fixture's model folder, to be spoiled.
-pub fn copy_model(name: &str, to: &Path) -> PathBuf {
+pub(crate) fn copy_model(name: &str, to: &Path) -> PathBuf {
     let target = to.join("model");
     fs::create_dir(&target).unwrap();
     for entry in fs::read_dir(fixture(name).join("model")).unwrap() {
@@ -129,7 +129,7 @@ pub fn copy_model(name: &str, to: &Path) -> PathBuf {
 }
 
 /// Changes one field of `config.json`, nested ones with dots.
-pub fn set_config(model: &Path, field: &str, value: Value) {
+pub(crate) fn set_config(model: &Path, field: &str, value: Value) {
     let path = model.join("config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     let place = field.split('.').fold(&mut config, |at, name| &mut at[name]);
@@ -138,7 +138,7 @@ pub fn set_config(model: &Path, field: &str, value: Value) {
 }
 
 /// Names of the files of a folder, sorted.
-pub fn names(folder: &Path) -> Vec<String> {
+pub(crate) fn names(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort_unstable();

@@ -188,7 +188,8 @@ mod tests {
 
     #[test]
     fn every_field_is_checked() {
-        let cases: [(&str, fn(&mut TrainConfig)); 15] = [
+        type Spoil = fn(&mut TrainConfig);
+        let cases: [(&str, Spoil); 15] = [
             ("data", |c| c.data.clear()),
             ("dtype", |c| c.dtype = DType::F16),
             ("rank", |c| c.rank = Some(0)),

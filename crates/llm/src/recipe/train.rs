@@ -117,7 +117,7 @@ pub fn train(device: &Device, config: &TrainConfig, on_event: &mut dyn FnMut(Eve
     }
     match (outcome, stopped_at) {
         (Err(Error::Train(source)), Some(step)) => {
-            Err(Error::Stopped { last_good_step: step - 1, output: config.output.clone(), source })
+            Err(Error::Stopped { last_good_step: step - 1, output: config.output.clone(), source: Box::new(source) })
         }
         (Err(error), _) => Err(error),
         (Ok(()), _) => Ok(run.records.summary(config.output.clone())),
