@@ -176,14 +176,10 @@ impl Decoder {
     /// others are targeted. If it fails, no layer has been changed.
     ///
     /// # Errors
-    /// [`Error::UnknownTarget`], [`Error::HeadTarget`]; [`Error::AdapterExists`]; otherwise as
-    /// [`Linear::add_adapter`].
+    /// [`Error::UnknownTarget`], [`Error::HeadTarget`]; otherwise as [`Linear::add_adapter`].
     pub fn add_adapters(&mut self, config: &LoraConfig, targets: &Targets, seed: u64) -> Result<()> {
         let selected = self.select(targets)?;
-        if let Some((linear, _)) = self.linears().zip(&selected).find(|(linear, _)| linear.adapter.is_some()) {
-            return Err(Error::AdapterExists { name: linear.name.clone() });
-        }
-        // On clones, so that a rank that only some layers refuse leaves the model as it was.
+        // On clones, so that what only some layers refuse leaves the model as it was.
         let mut layers = self.layers.as_ref().clone();
         let linears = layers.iter_mut().flat_map(Layer::linears_mut);
         for (index, (linear, _)) in (0u32..).zip(linears.zip(selected)).filter(|(_, (_, selected))| *selected) {

@@ -68,7 +68,7 @@ struct AdapterConfig {
 /// # Errors
 /// [`Error::Io`], [`Error::Json`]; [`Error::Adapter`] for a setting that is missing, out of range or not supported;
 /// [`Error::UnknownTarget`], [`Error::HeadTarget`]; [`Error::MissingTensor`], [`Error::UnexpectedTensor`],
-/// [`Error::TensorShape`], [`Error::CorruptWeights`]; [`Error::AdapterExists`].
+/// [`Error::TensorShape`], [`Error::CorruptWeights`]; [`unsloth_train::Error::AdapterExists`].
 pub fn load(folder: &Path, model: &mut Decoder) -> Result<LoraConfig> {
     let config = read_config(&folder.join(CONFIG))?;
     let path = folder.join(WEIGHTS);
@@ -82,7 +82,7 @@ pub fn load(folder: &Path, model: &mut Decoder) -> Result<LoraConfig> {
     let mut adapters = Vec::with_capacity(selected.len());
     for (linear, selected) in model.linears().zip(selected) {
         if selected && linear.adapter.is_some() {
-            return Err(Error::AdapterExists { name: linear.name.clone() });
+            return Err(unsloth_train::Error::AdapterExists { layer: linear.name.clone() }.into());
         }
         adapters.push(if selected { Some(read_adapter(&checkpoint, &device, linear, &config)?) } else { None });
     }

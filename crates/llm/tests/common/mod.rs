@@ -1,0 +1,168 @@
+//! Fixtures for the tests of this crate; see `fixtures/README.md`.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde_json::{Map, Value};
+use tempfile::TempDir;
+use unsloth_core::{DType, Device, ops::cross_entropy::IGNORE_INDEX};
+use unsloth_llm::decoder::{Decoder, LoadOptions};
+use unsloth_train::{Batch, Document};
+
+pub(crate) const F32: LoadOptions = LoadOptions { dtype: DType::F32 };
+
+pub(crate) fn fixture(model: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(model)
+}
+
+pub(crate) fn load(device: &Device, model: &str) -> Decoder {
+    Decoder::load(&fixture(model).join("model"), device, F32).unwrap()
+}
+
+/// Numbers of transformers and PEFT.
+pub(crate) struct Golden(Vec<u8>);
+
+impl Golden {
+    pub(crate) fn open(model: &str) -> Self {
+        Self(fs::read(fixture(model).join("golden.safetensors")).unwrap())
+    }
+
+    pub(crate) fn f32(&self, name: &str) -> Vec<f32> {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let view = tensors.tensor(name).unwrap();
+        assert_eq!(view.dtype(), Dtype::F32, "{name}");
+        view.data().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+    }
+
+    pub(crate) fn i32(&self, name: &str) -> Vec<i32> {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let view = tensors.tensor(name).unwrap();
+        assert_eq!(view.dtype(), Dtype::I64, "{name}");
+        let number = |bytes: &[u8]| i32::try_from(i64::from_le_bytes(bytes.try_into().unwrap())).unwrap();
+        view.data().chunks_exact(8).map(number).collect()
+    }
+
+    /// Rows of ids and of labels, `seq_len` each, without what is padded.
+    pub(crate) fn rows(&self) -> Vec<Row> {
+        let (ids, labels, mask) = (self.i32("input_ids"), self.i32("labels"), self.i32("attention_mask"));
+        let row = |start: usize| {
+            let length = mask[start..start + SEQ_LEN].iter().filter(|&&m| m == 1).count();
+            Row::new(&ids[start..start + length], &labels[start..start + length])
+        };
+        (0..ids.len()).step_by(SEQ_LEN).map(row).collect()
+    }
+
+    /// The rows of one step of the training run.
+    pub(crate) fn train_rows(&self, step: usize) -> Vec<Row> {
+        let (ids, labels) = (self.i32("train_input_ids"), self.i32("train_labels"));
+        let row = |start: usize| Row::new(&ids[start..start + SEQ_LEN], &labels[start..start + SEQ_LEN]);
+        (step * BATCH..(step + 1) * BATCH).map(|index| row(index * SEQ_LEN)).collect()
+    }
+}
+
+pub(crate) const SEQ_LEN: usize = 48;
+pub(crate) const BATCH: usize = 2;
+
+pub(crate) struct Row {
+    pub(crate) ids: Vec<i32>,
+    pub(crate) targets: Vec<i32>,
+}
+
+impl Row {
+    /// Shifts labels to targets.
+    fn new(ids: &[i32], labels: &[i32]) -> Self {
+        let targets = labels[1..].iter().copied().chain([IGNORE_INDEX]).collect();
+        Self { ids: ids.to_vec(), targets }
+    }
+}
+
+pub(crate) fn batch(device: &Device, rows: &[Row]) -> Batch {
+    let documents: Vec<Document<'_>> =
+        rows.iter().map(|row| Document { ids: &row.ids, targets: &row.targets }).collect();
+    Batch::new(device, &documents).unwrap()
+}
+
+/// A copy of some folder of a fixture, to be damaged.
+pub(crate) struct Folder(TempDir);
+
+impl Folder {
+    pub(crate) fn copy(model: &str, part: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for entry in fs::read_dir(fixture(model).join(part)).unwrap() {
+            let from = entry.unwrap().path();
+            fs::copy(&from, folder.path().join(from.file_name().unwrap())).unwrap();
+        }
+        Self(folder)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub(crate) fn set(&self, file: &str, field: &str, value: Value) {
+        self.edit(file, |map| {
+            map.insert(field.to_owned(), value);
+        });
+    }
+
+    pub(crate) fn edit(&self, file: &str, edit: impl FnOnce(&mut Map<String, Value>)) {
+        let path = self.file(file);
+        let mut map: Map<String, Value> = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        edit(&mut map);
+        fs::write(&path, serde_json::to_vec(&map).unwrap()).unwrap();
+    }
+
+    /// Rewrites a safetensors file.
+    pub(crate) fn edit_tensors(&self, file: &str, edit: impl FnOnce(&mut HashMap<String, Stored>)) {
+        let path = self.file(file);
+        let mut tensors = stored(&path);
+        edit(&mut tensors);
+        write_tensors(&path, &tensors);
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct Stored {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: Vec<u8>,
+}
+
+pub(crate) fn stored(path: &Path) -> HashMap<String, Stored> {
+    let bytes = fs::read(path).unwrap();
+    let owned = |(name, view): (String, TensorView<'_>)| {
+        (name, Stored { dtype: view.dtype(), shape: view.shape().to_vec(), bytes: view.data().to_vec() })
+    };
+    SafeTensors::deserialize(&bytes).unwrap().tensors().into_iter().map(owned).collect()
+}
+
+pub(crate) fn write_tensors(path: &Path, tensors: &HashMap<String, Stored>) {
+    let views: Vec<_> = tensors
+        .iter()
+        .map(|(name, stored)| (name, TensorView::new(stored.dtype, stored.shape.clone(), &stored.bytes).unwrap()))
+        .collect();
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// Largest difference; NaN counts as infinite.
+pub(crate) fn max_difference(actual: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(actual.len(), expected.len());
+    let difference = |(a, b): (&f32, &f32)| if a.is_nan() || b.is_nan() { f32::INFINITY } else { (a - b).abs() };
+    actual.iter().zip(expected).map(difference).fold(0.0, f32::max)
+}
+
+/// `max|actual - expected| / max|expected|`
+pub(crate) fn relative_difference(actual: &[f32], expected: &[f32]) -> f32 {
+    let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+    assert!(largest > 0.0, "nothing to compare with");
+    max_difference(actual, expected) / largest
+}
