@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 use unsloth_core::{
-    DType, Result, Tensor,
+    Category, DType, Result, Tensor,
     ops::{
         elementwise::Elementwise,
         rms_norm::{Backward, Forward, RmsNorm, Spec},
@@ -51,7 +51,26 @@ impl<R: Runtime> RmsNorm for CubeBackend<R> {
         Ok(Forward { out, sum: Some(sum), rstd })
     }
 
-    fn rms_norm_backward(&self, _spec: &Spec, _inputs: Backward<'_>, _dweight: Option<&mut Tensor>) -> Result<Tensor> {
-        self.unsupported("rms_norm backward")
+    fn rms_norm_backward(&self, spec: &Spec, inputs: Backward<'_>, dweight: Option<&mut Tensor>) -> Result<Tensor> {
+        let mut dx = if inputs.dout.is_unique() { inputs.dout } else { self.copy(&inputs.dout)? };
+        let (sum, rstd) = (handle(inputs.sum), handle(inputs.rstd));
+        if let Some(dweight) = dweight {
+            let parts = kernels::weight_gradient_parts(spec.rows);
+            let workspace = dx.device().empty([parts, spec.hidden_size], DType::F32, Category::Workspace)?;
+            let dweight = handle_mut(OP, "dweight", dweight)?;
+            let args = kernels::WeightGradient { dout: handle(&dx), sum, rstd, workspace: handle(&workspace), dweight };
+            self.launch(
+                OP,
+                |client| dispatch_float!(spec.dtype, E => kernels::weight_gradient::<R, E>(client, shape(spec), args)),
+            )?;
+        }
+        let dsum = inputs.dsum.map(handle);
+        let args =
+            kernels::Backward { dout: handle_mut(OP, "dx", &mut dx)?, dsum, sum, weight: handle(inputs.weight), rstd };
+        self.launch(OP, |client| {
+            dispatch_float!(spec.dtype, E => dispatch_float!(spec.weight_dtype, W =>
+                kernels::backward::<R, E, W>(client, shape(spec), args)))
+        })?;
+        Ok(dx)
     }
 }

@@ -137,7 +137,7 @@ fn horizontal_sum<N: Size>(vector: Vector<f32, N>) -> f32 {
 /// Writes `out` and `rstd` of one row whose square sum this unit has a part of.
 #[cube]
 fn write_row<E: Float, W: Float, N: Size>(
-    x: &Array<Vector<E, N>>,
+    x: &Slice<Vector<E, N>>,
     weight: &Array<Vector<W, N>>,
     out: &mut Array<Vector<E, N>>,
     rstd: &mut Array<f32>,
@@ -187,7 +187,7 @@ fn forward_kernel<E: Float, W: Float, N: Size>(
             squares += value * value;
             i += units;
         }
-        write_row::<E, W, N>(x, weight, out, rstd, squares, row, cols, eps, weight_offset, units);
+        write_row::<E, W, N>(&x.to_slice(), weight, out, rstd, squares, row, cols, eps, weight_offset, units);
         row += CUBE_COUNT as usize;
     }
 }
@@ -207,7 +207,6 @@ fn add_forward_kernel<E: Float, W: Float, N: Size>(
     #[comptime] units: usize,
 ) {
     let cols = cols as usize;
-    let width = N::value();
     let mut row = CUBE_POS as usize;
     while row < rows as usize {
         let mut squares = Vector::<f32, N>::new(0.0);
@@ -220,19 +219,217 @@ fn add_forward_kernel<E: Float, W: Float, N: Size>(
             squares += rounded * rounded;
             i += units;
         }
-        let total = cube_sum(horizontal_sum::<N>(squares), units);
-        let hidden = f32::cast_from(cols as u32) * comptime!(width as f32);
-        let r = f32::inverse_sqrt(total / hidden + eps);
+        write_row::<E, W, N>(&x.to_slice(), weight, out, rstd, squares, row, cols, eps, weight_offset, units);
+        row += CUBE_COUNT as usize;
+    }
+}
+
+/// Buffers of the backward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Backward<'a> {
+    /// `[rows, hidden_size]` of `E`: the gradient of `out` on entry, `dx` on return.
+    pub dout: &'a Handle,
+    /// `[rows, hidden_size]` of `E`: a gradient that reaches the sum by other ways; added to `dx`.
+    pub dsum: Option<&'a Handle>,
+    /// `[rows, hidden_size]` of `E`: what was normalised.
+    pub sum: &'a Handle,
+    /// `[hidden_size]` of `W`.
+    pub weight: &'a Handle,
+    /// `[rows]` f32, from the forward pass.
+    pub rstd: &'a Handle,
+}
+
+/// Launches `dx = rstd * (g - xhat * mean(g * xhat)) + dsum`, where `g = dout * (weight + offset)` and `xhat = sum * rstd`,
+/// written over `dout`. Call [`weight_gradient`] before, if it is wanted: it reads `dout`.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward<R: Runtime, E: Float, W: Float>(
+    client: &ComputeClient<R>,
+    shape: Shape,
+    args: Backward<'_>,
+) -> Result<(), LaunchError> {
+    let launch = Launch::new(client, "rms_norm_backward");
+    launch.element::<E>()?;
+    launch.element::<W>()?;
+    if shape.rows == 0 || shape.hidden_size == 0 {
+        return Ok(());
+    }
+    let (len, width) = (shape.rows * shape.hidden_size, launch.vector_width::<f32>(shape.hidden_size));
+    let grid = launch.rows(shape.rows, shape.hidden_size / width);
+    launch.cube(grid.dim, grid.units * size_of::<f32>())?;
+    backward_kernel::launch::<E, W, R>(
+        client,
+        grid.count,
+        grid.dim,
+        width,
+        launch.vectors::<E>("dout", args.dout, len, width)?,
+        // Without a second gradient the kernel never reads this argument.
+        launch.vectors::<E>("dsum", args.dsum.unwrap_or(args.sum), len, width)?,
+        launch.vectors::<E>("sum", args.sum, len, width)?,
+        launch.vectors::<W>("weight", args.weight, shape.hidden_size, width)?,
+        launch.array::<f32>("rstd", args.rstd, shape.rows)?,
+        shape.rows as u32,
+        (shape.hidden_size / width) as u32,
+        shape.weight_offset,
+        args.dsum.is_some(),
+        grid.units,
+    );
+    Ok(())
+}
+
+/// Grid as [`forward_kernel`]. Each unit overwrites only what it alone reads.
+#[cube(launch)]
+fn backward_kernel<E: Float, W: Float, N: Size>(
+    dout: &mut Array<Vector<E, N>>,
+    dsum: &Array<Vector<E, N>>,
+    sum: &Array<Vector<E, N>>,
+    weight: &Array<Vector<W, N>>,
+    rstd: &Array<f32>,
+    rows: u32,
+    cols: u32,
+    weight_offset: f32,
+    #[comptime] has_dsum: bool,
+    #[comptime] units: usize,
+) {
+    let width = N::value();
+    let cols = cols as usize;
+    let mut row = CUBE_POS as usize;
+    while row < rows as usize {
+        let r = rstd[row];
+        let mut products = Vector::<f32, N>::new(0.0);
         let mut i = UNIT_POS as usize;
         while i < cols {
+            let at = row * cols + i;
             let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
-            let normed = Vector::<f32, N>::cast_from(x[row * cols + i]) * Vector::new(r);
-            out[row * cols + i] = Vector::cast_from(normed * w);
+            let g = Vector::<f32, N>::cast_from(dout[at]) * w;
+            products += g * Vector::<f32, N>::cast_from(sum[at]) * Vector::new(r);
             i += units;
         }
-        if UNIT_POS == 0 {
-            rstd[row] = r;
+        let total = cube_sum(horizontal_sum::<N>(products), units);
+        let mean = total / (f32::cast_from(cols as u32) * comptime!(width as f32));
+        let mut i = UNIT_POS as usize;
+        while i < cols {
+            let at = row * cols + i;
+            let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
+            let g = Vector::<f32, N>::cast_from(dout[at]) * w;
+            let xhat = Vector::<f32, N>::cast_from(sum[at]) * Vector::new(r);
+            let mut dx = (g - xhat * Vector::new(mean)) * Vector::new(r);
+            if comptime!(has_dsum) {
+                dx += Vector::<f32, N>::cast_from(dsum[at]);
+            }
+            dout[at] = Vector::cast_from(dx);
+            i += units;
         }
         row += CUBE_COUNT as usize;
+    }
+}
+
+/// Blocks of rows whose sums are kept apart, at most.
+const MAX_PARTS: usize = 64;
+/// Rows of a block, at least.
+const MIN_PART_ROWS: usize = 16;
+
+/// Rows of the workspace that [`weight_gradient`] needs: it is f32 `[parts, hidden_size]`.
+pub fn weight_gradient_parts(rows: usize) -> usize {
+    rows.div_ceil(MIN_PART_ROWS).clamp(1, MAX_PARTS)
+}
+
+/// Buffers of the weight gradient.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightGradient<'a> {
+    /// `[rows, hidden_size]` of `E`.
+    pub dout: &'a Handle,
+    /// `[rows, hidden_size]` of `E`.
+    pub sum: &'a Handle,
+    /// `[rows]` f32.
+    pub rstd: &'a Handle,
+    /// f32 `[weight_gradient_parts(rows), hidden_size]`, overwritten.
+    pub workspace: &'a Handle,
+    /// `[hidden_size]` f32, added to.
+    pub dweight: &'a Handle,
+}
+
+/// Launches `dweight += sum_rows(dout * sum * rstd)`, in two steps of fixed order.
+///
+/// # Errors
+/// As [`forward`].
+pub fn weight_gradient<R: Runtime, E: Float>(
+    client: &ComputeClient<R>,
+    shape: Shape,
+    args: WeightGradient<'_>,
+) -> Result<(), LaunchError> {
+    let launch = Launch::new(client, "rms_norm_weight_gradient");
+    launch.element::<E>()?;
+    if shape.rows == 0 || shape.hidden_size == 0 {
+        return Ok(());
+    }
+    let (len, parts) = (shape.rows * shape.hidden_size, weight_gradient_parts(shape.rows));
+    let units = launch.units_for(shape.hidden_size);
+    let columns = shape.hidden_size.div_ceil(units);
+    let dim = CubeDim::new_1d(units as u32);
+    launch.cube(dim, 0)?;
+    partial_kernel::launch::<E, R>(
+        client,
+        launch.cubes(columns, parts, 1)?,
+        dim,
+        launch.array::<E>("dout", args.dout, len)?,
+        launch.array::<E>("sum", args.sum, len)?,
+        launch.array::<f32>("rstd", args.rstd, shape.rows)?,
+        launch.array::<f32>("workspace", args.workspace, parts * shape.hidden_size)?,
+        shape.rows as u32,
+        shape.hidden_size as u32,
+        shape.rows.div_ceil(parts) as u32,
+    );
+    fold_kernel::launch::<R>(
+        client,
+        launch.cubes(columns, 1, 1)?,
+        dim,
+        launch.array::<f32>("workspace", args.workspace, parts * shape.hidden_size)?,
+        launch.array::<f32>("dweight", args.dweight, shape.hidden_size)?,
+        parts as u32,
+        shape.hidden_size as u32,
+    );
+    Ok(())
+}
+
+/// Grid: x = block of columns, y = block of rows; unit = column.
+#[cube(launch)]
+fn partial_kernel<E: Float>(
+    dout: &Array<E>,
+    sum: &Array<E>,
+    rstd: &Array<f32>,
+    partial: &mut Array<f32>,
+    rows: u32,
+    cols: u32,
+    part_rows: u32,
+) {
+    let column = ABSOLUTE_POS_X as usize;
+    let (rows, cols, part_rows) = (rows as usize, cols as usize, part_rows as usize);
+    let part = CUBE_POS_Y as usize;
+    if column < cols {
+        let mut total = 0.0f32;
+        let mut row = part * part_rows;
+        let end = min(row + part_rows, rows);
+        while row < end {
+            let at = row * cols + column;
+            total += f32::cast_from(dout[at]) * f32::cast_from(sum[at]) * rstd[row];
+            row += 1;
+        }
+        partial[part * cols + column] = total;
+    }
+}
+
+/// Grid: unit = column.
+#[cube(launch)]
+fn fold_kernel(partial: &Array<f32>, dweight: &mut Array<f32>, parts: u32, cols: u32) {
+    let column = ABSOLUTE_POS_X as usize;
+    let cols = cols as usize;
+    if column < cols {
+        let mut total = 0.0f32;
+        for part in 0..parts as usize {
+            total += partial[part * cols + column];
+        }
+        dweight[column] += total;
     }
 }

@@ -1,0 +1,18 @@
+//! The operator suites on the first Vulkan device of this machine.
+#![cfg(feature = "wgpu")]
+
+use unsloth_core::Device;
+use unsloth_cube::{CubeOptions, adapters, vulkan};
+use unsloth_testkit::suite;
+
+/// The device under test; fresh buffers hold NaN, so that an element which no kernel wrote is seen.
+fn device() -> Device {
+    let adapter = &adapters()[0];
+    println!("running on {} ({})", adapter.name, adapter.driver);
+    vulkan(0, CubeOptions { fill_arbitrary_with_nan: true, ..Default::default() }).unwrap()
+}
+
+#[test]
+fn rms_norm() {
+    suite::rms_norm::run(&device());
+}
