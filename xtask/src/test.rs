@@ -77,7 +77,7 @@ impl std::fmt::Display for Summary {
         for line in &self.ignored {
             writeln!(f, "{line}")?;
         }
-        writeln!(f, "gpu suites: not run (no GPU backend in this build)")?;
+        writeln!(f, "gpu suites: not run (built without a GPU feature)")?;
         writeln!(f, "xtask test: {} passed, {} failed, {} ignored", self.passed, self.failed, self.ignored.len())
     }
 }

@@ -9,7 +9,7 @@ use super::files;
 
 /// Crates from the lowest layer up, by folder, and the crates of this workspace that each may name under `[dependencies]`. A crate
 /// names only crates above its own line here, and siblings do not see each other.
-const ARROWS: [(&str, &[&str]); 14] = [
+const ARROWS: [(&str, &[&str]); 15] = [
     ("crates/core", &[]),
     ("crates/memory", &["unsloth-core"]),
     ("crates/testkit", &["unsloth-core"]),
@@ -17,6 +17,7 @@ const ARROWS: [(&str, &[&str]); 14] = [
     ("crates/kernels/common", &[]),
     ("crates/kernels/norm", &["unsloth-common"]),
     ("crates/cpu", &["unsloth-core", "unsloth-memory"]),
+    ("crates/cube", &["unsloth-core", "unsloth-memory", "unsloth-common", "unsloth-norm"]),
     ("crates/plan", &["unsloth-core", "unsloth-memory"]),
     ("crates/autograd", &["unsloth-core"]),
     ("crates/train", &["unsloth-core", "unsloth-autograd"]),
