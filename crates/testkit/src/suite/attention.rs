@@ -314,7 +314,8 @@ fn sequences_do_not_leak(device: &Device, case: &Case) -> Checked {
     Ok(())
 }
 
-/// The memory taken for a long sequence stays far below one matrix of scores.
+/// The memory taken for a long sequence stays far below one matrix of scores. Nothing else may allocate on the device
+/// meanwhile.
 fn holds_no_matrix_of_scores(device: &Device, case: &Case) -> Checked {
     let tokens = 2048;
     let rows = |device: &Device| device.zeros([tokens, 1, 8], DType::F32, Category::Activations);

@@ -252,7 +252,8 @@ fn large_logits(device: &Device, case: &Case) -> Checked {
     Ok(())
 }
 
-/// The memory taken for a long batch stays far below one matrix of logits.
+/// The memory taken for a long batch stays far below one matrix of logits. Nothing else may allocate on the device
+/// meanwhile.
 fn holds_no_matrix_of_logits(device: &Device, case: &Case) -> Checked {
     let (tokens, vocab_size) = (1024, 65_537);
     let x = device.zeros([tokens, 1], DType::F32, Category::Activations)?;

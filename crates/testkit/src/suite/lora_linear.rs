@@ -54,9 +54,8 @@ pub fn check(device: &Device) -> Checked {
             adapter_dtypes.into_iter().flat_map(|dtype| SHAPES.map(|shape| (dtype, shape)))
         {
             let dims = Dims { rows, in_features, out_features };
-            let detail = format!(
-                "{rows} rows, {in_features} -> {out_features}, rank {rank}, {dtype}, weight {weight_dtype}, adapter {adapter_dtype}"
-            );
+            let shape = format!("{rows} rows, {in_features} -> {out_features}, rank {rank}");
+            let detail = format!("{shape}, {dtype}, weight {weight_dtype}, adapter {adapter_dtype}");
             let case = Case::new(device, OP, detail);
             let problem = Problem::new((dims, rank), dtype, weight_dtype, adapter_dtype);
             layer(device, &case, &problem).map_err(|failure| failure.within(&case))?;
