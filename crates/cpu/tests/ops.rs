@@ -1,21 +1,22 @@
 //! Every operator of the CPU backend against its suite: on a default device, and on one that fills fresh buffers with NaN and
 //! has more threads than the machine may have cores, so that an element nobody writes shows.
 
-use unsloth_core::Device;
+use unsloth_core::{Device, Result};
 use unsloth_cpu::{CpuBackend, CpuOptions};
 use unsloth_testkit::suite;
 
-fn devices() -> [Device; 2] {
+fn devices() -> Result<[Device; 2]> {
     let options = CpuOptions { num_threads: Some(3), fill_arbitrary_with_nan: true, ..CpuOptions::default() };
-    [unsloth_cpu::device(), Device::new(CpuBackend::new(options).expect("three threads"))]
+    Ok([unsloth_cpu::device(), Device::new(CpuBackend::new(options)?)])
 }
 
 macro_rules! suites {
     ($($op:ident)*) => {
         $(
             #[test]
-            fn $op() {
-                devices().iter().for_each(suite::$op::run);
+            fn $op() -> Result<()> {
+                devices()?.iter().for_each(suite::$op::run);
+                Ok(())
             }
         )*
     };

@@ -24,7 +24,7 @@ pub fn same_bits(case: &Case, tensor: &str, a: &Tensor, b: &Tensor) -> Checked {
         None => Ok(()),
         Some(index) => {
             let (a, b) = (f32::from_bits(a[index]), f32::from_bits(b[index]));
-            Err(case.hazard(format!("`{tensor}`[{index}] is {a:e} and {b:e} of the same call")))
+            Err(case.hazard(format!("`{tensor}`[{index}] is {a:e} and {b:e}, not the same bits")))
         }
     }
 }

@@ -179,6 +179,7 @@ fn copies_to_its_own_buffer(device: &Device, case: &Case) -> Checked {
     let x = device.from_slice(&[1.0f32, 2.0, 3.0], [3], Category::KvCache)?;
     let mut copy = elementwise::copy(&x)?;
     expect::holds(case, "a copy is held for what the original is", copy.buffer().category() == Category::KvCache)?;
+    expect::holds(case, "a copy shares its buffer with nothing", copy.is_unique() && x.is_unique())?;
     copy.write(&[7.0f32, 8.0, 9.0])?;
     expect::holds(case, "writing a copy leaves the original", x.to_vec::<f32>()? == [1.0, 2.0, 3.0])?;
     let ids = data::integers(device, &[5, -1, i32::MIN])?;

@@ -1,1 +1,0 @@
-//! Backends that are wrong in one way each.

@@ -1,0 +1,58 @@
+//! Buffers: handed through.
+
+use std::{ops::Range, sync::Arc};
+
+use unsloth_core::{AllocationCounts, Backend, Buffer, Category, DType, HostBytes, Init, Memory, Result, Usage};
+
+use super::MutantBackend;
+
+impl<B: Backend> Memory for MutantBackend<B> {
+    fn name(&self) -> String {
+        match self.mutation {
+            Some(mutation) => format!("{} with {mutation:?}", self.inner.name()),
+            None => self.inner.name(),
+        }
+    }
+
+    fn supports(&self, dtype: DType) -> bool {
+        self.inner.supports(dtype)
+    }
+
+    fn allocate(&self, bytes: usize, category: Category, init: Init) -> Result<Arc<dyn Buffer>> {
+        self.inner.allocate(bytes, category, init)
+    }
+
+    fn adopt(
+        &self,
+        source: HostBytes,
+        bytes: Range<usize>,
+        align: usize,
+        category: Category,
+    ) -> Result<Arc<dyn Buffer>> {
+        self.inner.adopt(source, bytes, align, category)
+    }
+
+    fn write(&self, buffer: &mut dyn Buffer, bytes: &[u8]) -> Result<()> {
+        self.inner.write(buffer, bytes)
+    }
+
+    fn read(&self, buffer: &dyn Buffer, bytes: &mut [u8]) -> Result<()> {
+        self.inner.read(buffer, bytes)
+    }
+
+    fn usage(&self) -> Usage {
+        self.inner.usage()
+    }
+
+    fn reset_peak(&self) {
+        self.inner.reset_peak();
+    }
+
+    fn allocation_counts(&self) -> AllocationCounts {
+        self.inner.allocation_counts()
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.inner.synchronize()
+    }
+}
