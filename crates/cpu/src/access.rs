@@ -51,7 +51,11 @@ pub(crate) fn read<T: Element>(tensor: &Tensor) -> &[T] {
 ///
 /// # Errors
 /// [`Error::Shared`] if another tensor shares the buffer, or it is adopted and so read-only.
-pub(crate) fn write<'a, T: Element>(op: &'static str, arg: &'static str, tensor: &'a mut Tensor) -> Result<&'a mut [T]> {
+pub(crate) fn write<'a, T: Element>(
+    op: &'static str,
+    arg: &'static str,
+    tensor: &'a mut Tensor,
+) -> Result<&'a mut [T]> {
     assert_eq!(tensor.dtype(), T::DTYPE, "operators check dtypes before they dispatch");
     let num_elements = tensor.num_elements();
     let buffer = tensor.buffer_mut().ok_or(Error::Shared { op, arg })?;

@@ -32,10 +32,8 @@ impl CpuBackend {
                 let (value, rule) = ("0".to_owned(), "at least 1");
                 return Err(Error::InvalidSpec { op: "cpu", field: "num_threads", value, rule });
             }
-            Some(n) => Some(rayon::ThreadPoolBuilder::new().num_threads(n).build().map_err(|source| Error::Launch {
-                op: "start threads",
-                device: "cpu".into(),
-                source: Box::new(source),
+            Some(n) => Some(rayon::ThreadPoolBuilder::new().num_threads(n).build().map_err(|source| {
+                Error::Launch { op: "start threads", device: "cpu".into(), source: Box::new(source) }
             })?),
             None => None,
         };

@@ -129,7 +129,13 @@ pub(crate) fn widen<T: FloatElement>(from: &[T], to: &mut [f32]) {
 }
 
 /// `to` = columns `first_col ..` of the rows of `from` (rows of `from_stride` elements), widened, contiguous.
-pub(crate) fn widen_columns<T: FloatElement>(from: &[T], from_stride: usize, first_col: usize, to: &mut [f32], cols: usize) {
+pub(crate) fn widen_columns<T: FloatElement>(
+    from: &[T],
+    from_stride: usize,
+    first_col: usize,
+    to: &mut [f32],
+    cols: usize,
+) {
     if cols == 0 {
         return;
     }
@@ -142,7 +148,13 @@ pub(crate) fn widen_columns<T: FloatElement>(from: &[T], from_stride: usize, fir
 }
 
 /// Columns `first_col ..` of the rows of `to` (rows of `to_stride` elements) = `from`, rounded.
-pub(crate) fn narrow_columns<T: FloatElement>(from: &[f32], cols: usize, to: &mut [T], to_stride: usize, first_col: usize) {
+pub(crate) fn narrow_columns<T: FloatElement>(
+    from: &[f32],
+    cols: usize,
+    to: &mut [T],
+    to_stride: usize,
+    first_col: usize,
+) {
     if cols == 0 {
         return;
     }
@@ -175,7 +187,14 @@ mod tests {
     #[test]
     fn an_empty_inner_dimension_gives_zeros() {
         let mut c = [f32::NAN; 4];
-        matmul(Threads::One, 1.0, Mat::new(&[], 2, 0, 0), Mat::new(&[], 0, 2, 2), MatMut::new(&mut c, 2, 2, 2), Into::Overwrite);
+        matmul(
+            Threads::One,
+            1.0,
+            Mat::new(&[], 2, 0, 0),
+            Mat::new(&[], 0, 2, 2),
+            MatMut::new(&mut c, 2, 2, 2),
+            Into::Overwrite,
+        );
         assert_eq!(c, [0.0; 4]);
     }
 
@@ -183,6 +202,13 @@ mod tests {
     #[should_panic(expected = "a is outside its slice")]
     fn refuses_to_read_outside() {
         let (a, b, mut c) = ([0.0; 3], [0.0; 4], [0.0; 4]);
-        matmul(Threads::One, 1.0, Mat::new(&a, 2, 2, 2), Mat::new(&b, 2, 2, 2), MatMut::new(&mut c, 2, 2, 2), Into::Add);
+        matmul(
+            Threads::One,
+            1.0,
+            Mat::new(&a, 2, 2, 2),
+            Mat::new(&b, 2, 2, 2),
+            MatMut::new(&mut c, 2, 2, 2),
+            Into::Add,
+        );
     }
 }

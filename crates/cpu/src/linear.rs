@@ -184,7 +184,7 @@ impl CpuBackend {
         scale: f32,
         accumulator: &mut [f32],
     ) -> Result<()> {
-        let rows = if m == 0 { 0 } else { left.num_elements() / m };
+        let rows = left.num_elements().checked_div(m).unwrap_or(0);
         let whole = left.dtype() == DType::F32 && right.dtype() == DType::F32;
         for row in blocks(rows, if whole { rows } else { ROW_BLOCK }) {
             let wide_left = self.widened(left, row.start * m..row.end * m)?;
