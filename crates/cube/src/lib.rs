@@ -8,6 +8,7 @@ mod access;
 mod backend;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod elementwise;
 mod poison;
 mod rms_norm;
 mod unsupported;

@@ -2,41 +2,11 @@
 
 use cubecl::prelude::Runtime;
 use unsloth_core::{
-    DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
-    ops::{
-        adamw, attention, cross_entropy, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear,
-        reduce, rope,
-    },
+    KvView, Lengths, Result, Sequences, Tensor, Weight,
+    ops::{adamw, attention, cross_entropy, embedding, glu, linear, linear_cross_entropy, lora_linear, reduce, rope},
 };
 
 use crate::backend::CubeBackend;
-
-impl<R: Runtime> elementwise::Elementwise for CubeBackend<R> {
-    fn add(&self, _a: Tensor, _b: &Tensor) -> Result<Tensor> {
-        self.unsupported("add")
-    }
-    fn mul(&self, _a: Tensor, _b: &Tensor) -> Result<Tensor> {
-        self.unsupported("mul")
-    }
-    fn scale(&self, _x: Tensor, _factor: f32) -> Result<Tensor> {
-        self.unsupported("scale")
-    }
-    fn scale_by(&self, _x: Tensor, _scalar: &Tensor) -> Result<Tensor> {
-        self.unsupported("scale_by")
-    }
-    fn accumulate(&self, _accumulator: &mut Tensor, _x: &Tensor) -> Result<()> {
-        self.unsupported("accumulate")
-    }
-    fn cast(&self, _x: &Tensor, _dtype: DType) -> Result<Tensor> {
-        self.unsupported("cast")
-    }
-    fn copy(&self, _x: &Tensor) -> Result<Tensor> {
-        self.unsupported("copy")
-    }
-    fn fill_zero(&self, _x: &mut Tensor) -> Result<()> {
-        self.unsupported("fill_zero")
-    }
-}
 
 impl<R: Runtime> reduce::Reduce for CubeBackend<R> {
     fn sum(&self, _x: &Tensor) -> Result<Tensor> {

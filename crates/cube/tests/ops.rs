@@ -13,6 +13,11 @@ fn device() -> Device {
 }
 
 #[test]
+fn elementwise() {
+    suite::elementwise::run(&device());
+}
+
+#[test]
 fn rms_norm() {
     suite::rms_norm::run(&device());
 }

@@ -9,15 +9,16 @@ use super::files;
 
 /// Crates from the lowest layer up, by folder, and the crates of this workspace that each may name under `[dependencies]`. A crate
 /// names only crates above its own line here, and siblings do not see each other.
-const ARROWS: [(&str, &[&str]); 15] = [
+const ARROWS: [(&str, &[&str]); 16] = [
     ("crates/core", &[]),
     ("crates/memory", &["unsloth-core"]),
     ("crates/testkit", &["unsloth-core"]),
     // Kernels know CubeCL alone, so that a user of CubeCL can take one crate of them.
     ("crates/kernels/common", &[]),
     ("crates/kernels/norm", &["unsloth-common"]),
+    ("crates/kernels/pointwise", &["unsloth-common"]),
     ("crates/cpu", &["unsloth-core", "unsloth-memory"]),
-    ("crates/cube", &["unsloth-core", "unsloth-memory", "unsloth-common", "unsloth-norm"]),
+    ("crates/cube", &["unsloth-core", "unsloth-memory", "unsloth-common", "unsloth-norm", "unsloth-pointwise"]),
     ("crates/plan", &["unsloth-core", "unsloth-memory"]),
     ("crates/autograd", &["unsloth-core"]),
     ("crates/train", &["unsloth-core", "unsloth-autograd"]),
