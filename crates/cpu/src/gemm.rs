@@ -39,15 +39,6 @@ impl<'a> MatMut<'a> {
     }
 }
 
-/// Who shares the work of one product.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Threads {
-    /// The calling thread alone: for products inside a parallel task.
-    One,
-    /// All threads of the current pool.
-    All,
-}
-
 /// What becomes of the old contents of the result.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Into {
@@ -57,8 +48,8 @@ pub(crate) enum Into {
     Add,
 }
 
-/// `c = alpha * a b` or `c += alpha * a b`.
-pub(crate) fn matmul(threads: Threads, alpha: f32, a: Mat<'_>, b: Mat<'_>, c: MatMut<'_>, into: Into) {
+/// `c = alpha * a b` or `c += alpha * a b`, on all threads of the current pool.
+pub(crate) fn matmul(alpha: f32, a: Mat<'_>, b: Mat<'_>, c: MatMut<'_>, into: Into) {
     let (m, n, k) = (c.rows, c.cols, a.cols);
     assert!(a.rows == m && b.rows == k && b.cols == n, "matmul: {m}x{n} from {}x{k} by {}x{}", a.rows, b.rows, b.cols);
     assert!(spans(a.data.len(), (m, a.row_stride), (k, a.col_stride)), "matmul: a is outside its slice");
@@ -68,11 +59,11 @@ pub(crate) fn matmul(threads: Threads, alpha: f32, a: Mat<'_>, b: Mat<'_>, c: Ma
     if m == 0 || n == 0 {
         return;
     }
-    let parallelism = match threads {
-        Threads::One => gemm::Parallelism::None,
-        // Below this size starting the threads costs more than it saves.
-        Threads::All if m * n * k < 64 * 64 * 64 => gemm::Parallelism::None,
-        Threads::All => gemm::Parallelism::Rayon(rayon::current_num_threads()),
+    // Below this size starting the threads costs more than it saves.
+    let parallelism = if m * n * k < 64 * 64 * 64 {
+        gemm::Parallelism::None
+    } else {
+        gemm::Parallelism::Rayon(rayon::current_num_threads())
     };
     let read_c = into == Into::Add;
     #[allow(unsafe_code, reason = "the gemm crate takes raw pointers")]
@@ -177,24 +168,17 @@ mod tests {
         let bt = [1.0, 0.0, 1.0, 0.0, 1.0, 1.0];
         let mut c = [f32::NAN; 5];
         let (a, b) = (Mat::new(&a, 2, 3, 4), Mat::new(&bt, 2, 3, 3).t());
-        matmul(Threads::One, 1.0, a, b, MatMut::new(&mut c, 2, 2, 3), Into::Overwrite);
+        matmul(1.0, a, b, MatMut::new(&mut c, 2, 2, 3), Into::Overwrite);
         assert_eq!([c[0], c[1], c[3], c[4]], [4.0, 5.0, 10.0, 11.0]);
         assert!(c[2].is_nan(), "the gap between rows is not touched");
-        matmul(Threads::All, 2.0, a, b, MatMut::new(&mut c, 2, 2, 3), Into::Add);
+        matmul(2.0, a, b, MatMut::new(&mut c, 2, 2, 3), Into::Add);
         assert_eq!([c[0], c[1], c[3], c[4]], [12.0, 15.0, 30.0, 33.0]);
     }
 
     #[test]
     fn an_empty_inner_dimension_gives_zeros() {
         let mut c = [f32::NAN; 4];
-        matmul(
-            Threads::One,
-            1.0,
-            Mat::new(&[], 2, 0, 0),
-            Mat::new(&[], 0, 2, 2),
-            MatMut::new(&mut c, 2, 2, 2),
-            Into::Overwrite,
-        );
+        matmul(1.0, Mat::new(&[], 2, 0, 0), Mat::new(&[], 0, 2, 2), MatMut::new(&mut c, 2, 2, 2), Into::Overwrite);
         assert_eq!(c, [0.0; 4]);
     }
 
@@ -202,13 +186,6 @@ mod tests {
     #[should_panic(expected = "a is outside its slice")]
     fn refuses_to_read_outside() {
         let (a, b, mut c) = ([0.0; 3], [0.0; 4], [0.0; 4]);
-        matmul(
-            Threads::One,
-            1.0,
-            Mat::new(&a, 2, 2, 2),
-            Mat::new(&b, 2, 2, 2),
-            MatMut::new(&mut c, 2, 2, 2),
-            Into::Add,
-        );
+        matmul(1.0, Mat::new(&a, 2, 2, 2), Mat::new(&b, 2, 2, 2), MatMut::new(&mut c, 2, 2, 2), Into::Add);
     }
 }

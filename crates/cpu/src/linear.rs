@@ -11,7 +11,7 @@ use unsloth_core::{Category, DType, Error, FloatElement, Result, Tensor, Weight,
 use crate::{
     access::{dispatch_float, output, read, write},
     backend::{CpuBackend, Workspace},
-    gemm::{Into, Mat, MatMut, Threads, matmul, narrow_columns, widen, widen_columns},
+    gemm::{Into, Mat, MatMut, matmul, narrow_columns, widen, widen_columns},
 };
 
 /// Rows of activations that share one widening of a weight block.
@@ -104,12 +104,12 @@ impl CpuBackend {
                         None => Into::Overwrite,
                     };
                     let shape = (row.len(), out.len());
-                    matmul(Threads::All, 1.0, wide_x, wide_w.t(), MatMut::new(c, shape.0, shape.1, stride), into);
+                    matmul(1.0, wide_x, wide_w.t(), MatMut::new(c, shape.0, shape.1, stride), into);
                     if let Some(l) = &low_rank {
                         let left = Mat::new(l.left, shape.0, l.rank, l.rank);
                         let right = Mat::new(&l.right[out.start * l.rank..out.end * l.rank], shape.1, l.rank, l.rank);
                         let c = MatMut::new(c, shape.0, shape.1, stride);
-                        matmul(Threads::All, l.scale, left, right.t(), c, Into::Add);
+                        matmul(l.scale, left, right.t(), c, Into::Add);
                     }
                 })?;
             }
@@ -140,11 +140,11 @@ impl CpuBackend {
                 self.on_block(&mut dx, &row, &col, |c, stride| {
                     let shape = (row.len(), col.len());
                     let target = MatMut::new(c, shape.0, shape.1, stride);
-                    matmul(Threads::All, 1.0, wide_dy, wide_w, target, Into::Overwrite);
+                    matmul(1.0, wide_dy, wide_w, target, Into::Overwrite);
                     if let Some(l) = &low_rank {
                         let left = Mat::new(l.left, shape.0, l.rank, l.rank);
                         let right = Mat::new(&l.right[col.start..], l.rank, shape.1, in_features);
-                        matmul(Threads::All, l.scale, left, right, MatMut::new(c, shape.0, shape.1, stride), Into::Add);
+                        matmul(l.scale, left, right, MatMut::new(c, shape.0, shape.1, stride), Into::Add);
                     }
                 })?;
             }
@@ -190,7 +190,7 @@ impl CpuBackend {
             let wide_left = self.widened(left, row.start * m..row.end * m)?;
             let wide_right = self.widened(right, row.start * n..row.end * n)?;
             let (left, right) = (Mat::new(&wide_left, row.len(), m, m), Mat::new(&wide_right, row.len(), n, n));
-            matmul(Threads::All, scale, left.t(), right, MatMut::new(accumulator, m, n, n), Into::Add);
+            matmul(scale, left.t(), right, MatMut::new(accumulator, m, n, n), Into::Add);
         }
         Ok(())
     }

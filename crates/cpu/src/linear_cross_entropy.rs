@@ -13,7 +13,7 @@ use crate::{
     access::{dispatch_float, output, read, write},
     backend::{CpuBackend, Workspace},
     cross_entropy::{check_targets, mean_loss, row_gradient, row_loss},
-    gemm::{Into, Mat, MatMut, Threads, matmul},
+    gemm::{Into, Mat, MatMut, matmul},
     linear::{blocks, dense},
 };
 
@@ -35,13 +35,13 @@ impl CpuBackend {
             let w = self.widened(call.weight, part.start * hidden..part.end * hidden)?;
             let target = MatMut::new(&mut logits[part.start..], rows.len(), part.len(), vocab);
             let w = Mat::new(&w, part.len(), hidden, hidden);
-            matmul(Threads::All, 1.0, wide_x, w.t(), target, Into::Overwrite);
+            matmul(1.0, wide_x, w.t(), target, Into::Overwrite);
         }
         let wants_gradient = call.spec.needs_dx || dweight.is_some();
         losses(&mut logits, rows, nll, &call.spec.loss, wants_gradient);
         if let Some(dweight) = dweight {
             let dlogits = Mat::new(&logits, rows.len(), vocab, vocab);
-            matmul(Threads::All, 1.0, dlogits.t(), wide_x, MatMut::new(dweight, vocab, hidden, hidden), Into::Add);
+            matmul(1.0, dlogits.t(), wide_x, MatMut::new(dweight, vocab, hidden, hidden), Into::Add);
         }
         if !call.spec.needs_dx {
             return Ok(None);
@@ -52,7 +52,7 @@ impl CpuBackend {
             let dlogits = Mat::new(&logits[part.start..], rows.len(), part.len(), vocab);
             let into = if part.start == 0 { Into::Overwrite } else { Into::Add };
             let target = MatMut::new(&mut x, rows.len(), hidden, hidden);
-            matmul(Threads::All, 1.0, dlogits, Mat::new(&w, part.len(), hidden, hidden), target, into);
+            matmul(1.0, dlogits, Mat::new(&w, part.len(), hidden, hidden), target, into);
         }
         Ok(Some(x))
     }

@@ -8,7 +8,7 @@ use unsloth_core::{
 use crate::{
     access::{output, write},
     backend::CpuBackend,
-    gemm::{Into, Mat, MatMut, Threads, matmul},
+    gemm::{Into, Mat, MatMut, matmul},
     linear::{LowRank, blocks, dense},
 };
 
@@ -24,7 +24,7 @@ impl CpuBackend {
         for row in blocks(rows, if x.dtype() == DType::F32 { rows } else { ROW_BLOCK }) {
             let x = self.widened(x, row.start * cols..row.end * cols)?;
             let target = MatMut::new(&mut target[row.start * rank..row.end * rank], row.len(), rank, rank);
-            matmul(Threads::All, scale, Mat::new(&x, row.len(), cols, cols), right, target, Into::Overwrite);
+            matmul(scale, Mat::new(&x, row.len(), cols, cols), right, target, Into::Overwrite);
         }
         Ok(h)
     }

@@ -10,8 +10,11 @@ use crate::{
     CpuBackend,
     access::{dispatch_float, read},
     elementwise::{Reused, fetch},
-    simd::{BLOCK, TASK, update, vectorised},
+    simd::{TASK, update_up_to, vectorised},
 };
+
+/// Pairs that are rotated at a time: heads are rarely wider.
+const PAIRS: usize = 128;
 
 /// Tables and positions as slices.
 struct Table<'a> {
@@ -31,18 +34,17 @@ impl Table<'_> {
         let start = self.positions[token] as usize * pairs;
         let (cos, sin) = (&self.cos[start..start + pairs], &self.sin[start..start + pairs]);
         for head in heads.chunks_mut(self.head_dim) {
-            // A block of pairs at a time: heads may be wider than a block.
-            for ((block, cos), sin) in (0..).step_by(BLOCK / 2).zip(cos.chunks(BLOCK / 2)).zip(sin.chunks(BLOCK / 2)) {
+            for ((block, cos), sin) in (0..).step_by(PAIRS).zip(cos.chunks(PAIRS)).zip(sin.chunks(PAIRS)) {
                 match self.layout {
                     Layout::Half => {
                         let (a, b) = head.split_at_mut(pairs);
                         let (a, b) = (&mut a[block..block + cos.len()], &mut b[block..block + cos.len()]);
-                        update(a, |a| update(b, |b| rotate_halves(a, b, (cos, sin, self.sign))));
+                        let rotate = |a: &mut [f32], b: &mut [f32]| rotate_halves(a, b, (cos, sin, self.sign));
+                        update_up_to::<PAIRS, T>(a, |a| update_up_to::<PAIRS, T>(b, |b| rotate(a, b)));
                     }
                     Layout::Interleaved => {
-                        update(&mut head[2 * block..2 * (block + cos.len())], |x| {
-                            rotate_pairs(x, (cos, sin, self.sign))
-                        });
+                        let pairs = &mut head[2 * block..2 * (block + cos.len())];
+                        update_up_to::<{ 2 * PAIRS }, T>(pairs, |x| rotate_pairs(x, (cos, sin, self.sign)));
                     }
                 }
             }

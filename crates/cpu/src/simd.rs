@@ -50,15 +50,24 @@ pub(crate) fn narrow<T: FloatElement>(from: &[f32], to: &mut [T]) {
     match T::DTYPE {
         DType::F32 => bytemuck::cast_slice_mut::<T, f32>(to).copy_from_slice(from),
         DType::F16 => bytemuck::cast_slice_mut::<T, half::f16>(to).convert_from_f32_slice(from),
-        _ => vectorised(
-            #[inline(always)]
-            || {
-                for (to, from) in to.iter_mut().zip(from) {
-                    *to = T::from_f32(*from);
-                }
-            },
-        ),
+        _ => {
+            let to = bytemuck::cast_slice_mut::<T, half::bf16>(to);
+            vectorised(
+                #[inline(always)]
+                || to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from)),
+            );
+        }
     }
+}
+
+/// As `bf16::from_f32`, whose branches the compiler does not vectorise.
+#[inline(always)]
+fn to_bf16(x: f32) -> half::bf16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
+    let quiet_nan = (bits >> 16) | 0x40;
+    let is_nan = bits & 0x7FFF_FFFF > 0x7F80_0000;
+    half::bf16::from_bits(if is_nan { quiet_nan } else { rounded } as u16)
 }
 
 /// The values in f32: the slice itself where it is f32 already, else widened into `buffer`.
@@ -87,10 +96,16 @@ pub(crate) fn produce<T: FloatElement>(out: &mut [T], work: impl FnOnce(&mut [f3
 /// Lets `work` change `values`, at most [`BLOCK`] elements, in f32.
 #[inline(always)]
 pub(crate) fn update<T: FloatElement>(values: &mut [T], work: impl FnOnce(&mut [f32])) {
+    update_up_to::<BLOCK, T>(values, work);
+}
+
+/// [`update`] of at most `N` elements: clearing a whole block would cost more than a short row.
+#[inline(always)]
+pub(crate) fn update_up_to<const N: usize, T: FloatElement>(values: &mut [T], work: impl FnOnce(&mut [f32])) {
     if T::DTYPE == DType::F32 {
         return work(bytemuck::cast_slice_mut(values));
     }
-    let mut buffer = [0.0; BLOCK];
+    let mut buffer = [0.0; N];
     let buffer = &mut buffer[..values.len()];
     widen(values, buffer);
     work(buffer);
@@ -383,6 +398,14 @@ mod tests {
             let exact: f64 = x.iter().map(|&x| f64::from(x - 3.0).exp()).sum();
             let mut written = x.clone();
             assert!((f64::from(exp_and_sum(&mut written, 3.0)) - exact).abs() <= 1e-6 * exact);
+        }
+    }
+
+    #[test]
+    fn bf16_equals_the_half_crate() {
+        for bits in (0..=u32::MAX).step_by(4093).chain((0..1 << 16).map(|low| 0x3F80_0000 | low)) {
+            let x = f32::from_bits(bits);
+            assert_eq!(to_bf16(x).to_bits(), half::bf16::from_f32(x).to_bits(), "{bits:x}");
         }
     }
 

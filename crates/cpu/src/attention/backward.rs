@@ -8,11 +8,16 @@ use unsloth_core::{
     ops::attention::{Backward, Gradients, Inputs, Spec},
 };
 
-use super::{Head, K_BLOCK, Q_BLOCK, Sequence, Visible, packed, parallel::Disjoint, take};
+use super::{
+    K_BLOCK, Q_BLOCK, Sequence, packed,
+    parallel::Disjoint,
+    take,
+    tile::{Head, Left, Product, padded, stride, transpose},
+};
 use crate::{
     CpuBackend,
     access::{read, write},
-    gemm::{Into, Mat, MatMut, Threads, matmul},
+    gemm::Into,
     simd::{self, vectorised},
 };
 
@@ -32,17 +37,21 @@ struct Arguments<'a, T> {
     tokens_q: usize,
 }
 
-/// Scratch of a task.
+/// Scratch of a task: tiles, and the sums over all queries of the group.
 struct Scratch<'a> {
     q: &'a mut [f32],
+    q_transposed: &'a mut [f32],
     dout: &'a mut [f32],
+    dout_transposed: &'a mut [f32],
     dq: &'a mut [f32],
     k: &'a mut [f32],
     v: &'a mut [f32],
-    /// Scores, then probabilities.
+    /// Scores, then probabilities, `[keys, queries]`.
     p: &'a mut [f32],
-    /// Gradient of the probabilities, then of the scores.
+    /// Gradient of the probabilities, then of the scores, `[keys, queries]`.
     ds: &'a mut [f32],
+    /// Log of the sums of the softmax of each query.
+    lse: &'a mut [f32],
     /// `sum_channels(dout * out)` of each query.
     projection: &'a mut [f32],
     /// `[seq_k, head_dim]`
@@ -53,22 +62,27 @@ struct Scratch<'a> {
 
 impl<'a> Scratch<'a> {
     fn len(d: usize, seq_k: usize) -> usize {
-        3 * Q_BLOCK * d + 2 * K_BLOCK * d + 2 * Q_BLOCK * K_BLOCK + Q_BLOCK + 2 * seq_k * d
+        let (wide, width) = (stride(d), stride(Q_BLOCK));
+        3 * Q_BLOCK * wide + 2 * d * width + 2 * K_BLOCK * wide + 2 * K_BLOCK * width + 2 * Q_BLOCK + 2 * seq_k * wide
     }
 
     fn new(mut slab: &'a mut [f32], d: usize, seq_k: usize) -> Self {
         let slab = &mut slab;
+        let (wide, width) = (stride(d), stride(Q_BLOCK));
         Self {
-            q: take(slab, Q_BLOCK * d),
-            dout: take(slab, Q_BLOCK * d),
-            dq: take(slab, Q_BLOCK * d),
-            k: take(slab, K_BLOCK * d),
-            v: take(slab, K_BLOCK * d),
-            p: take(slab, Q_BLOCK * K_BLOCK),
-            ds: take(slab, Q_BLOCK * K_BLOCK),
+            q: take(slab, Q_BLOCK * wide),
+            q_transposed: take(slab, d * width),
+            dout: take(slab, Q_BLOCK * wide),
+            dout_transposed: take(slab, d * width),
+            dq: take(slab, Q_BLOCK * wide),
+            k: take(slab, K_BLOCK * wide),
+            v: take(slab, K_BLOCK * wide),
+            p: take(slab, K_BLOCK * width),
+            ds: take(slab, K_BLOCK * width),
+            lse: take(slab, Q_BLOCK),
             projection: take(slab, Q_BLOCK),
-            dk: take(slab, seq_k * d),
-            dv: take(slab, seq_k * d),
+            dk: take(slab, seq_k * wide),
+            dv: take(slab, seq_k * wide),
         }
     }
 }
@@ -107,7 +121,7 @@ pub(super) fn run<T: FloatElement>(
             for start in (0..visible.seq_q).step_by(Q_BLOCK) {
                 let queries = start..visible.seq_q.min(start + Q_BLOCK);
                 block(spec, &args, (sequence, head, &queries), scratch);
-                store(&dq, (spec.num_heads, head, first_q + start), &scratch.dq[..queries.len() * d], d);
+                store(&dq, (spec.num_heads, head, first_q + start), &scratch.dq[..queries.len() * stride(d)], d);
             }
         }
         store(&dk, (spec.num_kv_heads, kv_head, first_k), scratch.dk, d);
@@ -122,12 +136,12 @@ fn store<T: FloatElement>(
     rows: &[f32],
     d: usize,
 ) {
-    for (i, row) in rows.chunks_exact(d).enumerate() {
+    for (i, row) in rows.chunks_exact(stride(d)).enumerate() {
         let start = ((first + i) * num_heads + head) * d;
         #[allow(unsafe_code, reason = "tasks write interleaved rows of one tensor")]
         // SAFETY: a task writes rows of its own sequence and of its own heads only, one at a time.
         let to = unsafe { to.piece(start..start + d) };
-        simd::narrow(row, to);
+        simd::narrow(&row[..d], to);
     }
 }
 
@@ -144,72 +158,65 @@ fn block<T: FloatElement>(
     let kv_head = head / (spec.num_heads / spec.num_kv_heads);
     let key_rows = |data| Head { data, num_heads: spec.num_kv_heads, head: kv_head, head_dim: d };
     let first = first_q + queries.start;
-    let lse = &args.lse[head * args.tokens_q + first..][..rows];
-    let Scratch { q, dout, dq, k, v, p, ds, projection, dk, dv } = scratch;
-    let (q, dout, dq) = (&mut q[..rows * d], &mut dout[..rows * d], &mut dq[..rows * d]);
+    let (wide, width) = (stride(d), stride(rows));
+    let Scratch { q, q_transposed, dout, dout_transposed, dq, k, v, p, ds, lse, projection, dk, dv } = scratch;
     // dq holds `out` until the first tile.
-    query_rows(args.out).load(first, dq);
-    query_rows(args.dout).load(first, dout);
-    query_rows(args.q).load(first, q);
-    for ((projection, out), dout) in projection.iter_mut().zip(dq.chunks_exact(d)).zip(dout.chunks_exact(d)) {
+    query_rows(args.out).load(first, rows, dq);
+    query_rows(args.dout).load(first, rows, dout);
+    query_rows(args.q).load(first, rows, q);
+    transpose(q, (rows, d), q_transposed);
+    transpose(dout, (rows, d), dout_transposed);
+    let (lse, projection) = (&mut lse[..padded(rows)], &mut projection[..padded(rows)]);
+    projection.fill(0.0);
+    for ((projection, out), dout) in projection[..rows].iter_mut().zip(dq.chunks(wide)).zip(dout.chunks(wide)) {
         *projection = vectorised(
             #[inline(always)]
             || simd::dot(out, dout),
         );
     }
+    lse.fill(0.0);
+    lse[..rows].copy_from_slice(&args.lse[head * args.tokens_q + first..][..rows]);
+    // All scores of such a row are -inf or masked: exp(-inf - 0) is the 0 wanted, exp(-inf + inf) would be NaN.
+    lse.iter_mut().filter(|lse| **lse == f32::NEG_INFINITY).for_each(|lse| *lse = 0.0);
+    let dq = &mut dq[..rows * wide];
     dq.fill(0.0);
     for keys in visible.tiles(queries) {
         let cols = keys.len();
-        let (k, v) = (&mut k[..cols * d], &mut v[..cols * d]);
-        key_rows(args.k).load(first_k + keys.start, k);
-        key_rows(args.v).load(first_k + keys.start, v);
-        let (q, dout) = (Mat::new(q, rows, d, d), Mat::new(dout, rows, d, d));
-        let (k, v) = (Mat::new(k, cols, d, d), Mat::new(v, cols, d, d));
-        matmul(Threads::One, scale, q, k.t(), MatMut::new(p, rows, cols, K_BLOCK), Into::Overwrite);
-        matmul(Threads::One, 1.0, dout, v.t(), MatMut::new(ds, rows, cols, K_BLOCK), Into::Overwrite);
-        score_gradients(&visible, (queries, &keys), (p, ds), (lse, projection), spec.options.softcap);
-        let (p, ds) = (Mat::new(p, rows, cols, K_BLOCK), Mat::new(ds, rows, cols, K_BLOCK));
-        let (dk, dv) = (&mut dk[keys.start * d..keys.end * d], &mut dv[keys.start * d..keys.end * d]);
-        matmul(Threads::One, 1.0, p.t(), dout, MatMut::new(dv, cols, d, d), Into::Add);
-        matmul(Threads::One, scale, ds.t(), q, MatMut::new(dk, cols, d, d), Into::Add);
-        matmul(Threads::One, scale, ds, k, MatMut::new(dq, rows, d, d), Into::Add);
+        key_rows(args.k).load(first_k + keys.start, cols, k);
+        key_rows(args.v).load(first_k + keys.start, cols, v);
+        let (p, ds) = (&mut p[..cols * width], &mut ds[..cols * width]);
+        let (size, into) = ((cols, padded(rows), d), Into::Overwrite);
+        Product { size, alpha: scale, a: Left::new(k, wide), b: (q_transposed, width), c: (p, width), into }.run();
+        Product { size, alpha: 1.0, a: Left::new(v, wide), b: (dout_transposed, width), c: (ds, width), into }.run();
+        score_gradients((p, ds), (lse, projection), spec.options.softcap);
+        visible.mask(queries, &keys, p, 0.0);
+        visible.mask(queries, &keys, ds, 0.0);
+        let (dk, dv) = (&mut dk[keys.start * wide..keys.end * wide], &mut dv[keys.start * wide..keys.end * wide]);
+        let (size, into) = ((cols, padded(d), rows), Into::Add);
+        Product { size, alpha: 1.0, a: Left::new(p, width), b: (dout, wide), c: (dv, wide), into }.run();
+        Product { size, alpha: scale, a: Left::new(ds, width), b: (q, wide), c: (dk, wide), into }.run();
+        let (size, a) = ((rows, padded(d), cols), Left::new(ds, width).t());
+        Product { size, alpha: scale, a, b: (k, wide), c: (dq, wide), into }.run();
     }
 }
 
 /// `p`: scores become probabilities; `ds`: gradients of the probabilities become those of the scores.
-fn score_gradients(
-    visible: &Visible,
-    (queries, tile): (&Range<usize>, &Range<usize>),
-    (p, ds): (&mut [f32], &mut [f32]),
-    (lse, projection): (&[f32], &[f32]),
-    softcap: Option<f32>,
-) {
+fn score_gradients((p, ds): (&mut [f32], &mut [f32]), (lse, projection): (&[f32], &[f32]), softcap: Option<f32>) {
+    let width = stride(lse.len());
     vectorised(
         #[inline(always)]
         || {
-            let rows = p.chunks_exact_mut(K_BLOCK).zip(ds.chunks_exact_mut(K_BLOCK));
-            for (i, ((p, ds), (lse, projection))) in rows.zip(lse.iter().zip(projection)).enumerate() {
-                let keys = visible.keys(queries.start + i);
-                let mut from = keys.start.clamp(tile.start, tile.end) - tile.start;
-                let mut to = keys.end.clamp(tile.start, tile.end) - tile.start;
-                if *lse == f32::NEG_INFINITY {
-                    // A fully masked row: its probabilities are 0, where exp(s - lse) would be NaN.
-                    (from, to) = (0, 0);
-                }
-                for masked in [0..from, to..tile.len()] {
-                    p[masked.clone()].fill(0.0);
-                    ds[masked].fill(0.0);
-                }
-                let (p, ds) = (&mut p[from..to], &mut ds[from..to]);
+            for (p, ds) in p.chunks_exact_mut(width).zip(ds.chunks_exact_mut(width)) {
+                let columns = p.iter_mut().zip(ds).zip(lse.iter().zip(projection));
                 match softcap {
                     None => {
-                        for (p, ds) in p.iter_mut().zip(ds) {
+                        for ((p, ds), (lse, projection)) in columns {
                             *p = simd::exp(*p - lse);
                             *ds = *p * (*ds - projection);
                         }
                     }
                     Some(cap) => {
-                        for (p, ds) in p.iter_mut().zip(ds) {
+                        for ((p, ds), (lse, projection)) in columns {
                             let t = simd::tanh(*p / cap);
                             *p = simd::exp(cap * t - lse);
                             *ds = *p * (*ds - projection) * (1.0 - t * t);

@@ -2,7 +2,7 @@
 
 use unsloth_core::{Element, FloatElement, KvView, Lengths, Result, Sequences, Tensor, ops::attention::Spec};
 
-use super::{Head, K_BLOCK, Sequence, Visible, forward, parallel::Disjoint, take};
+use super::{K_BLOCK, Sequence, Visible, forward, parallel::Disjoint, take, tile::Head};
 use crate::{
     CpuBackend,
     access::{read, write},
@@ -65,7 +65,7 @@ fn row<'a, T: FloatElement>(
     let d = spec.head_dim;
     let (q, wide, out) = (take(&mut scratch, d), take(&mut scratch, d), take(&mut scratch, d));
     let scores = take(&mut scratch, K_BLOCK);
-    q_head.load(first_q + i, q);
+    simd::widen(q_head.row(first_q + i), q);
     out.fill(0.0);
     let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
     let keys = visible.keys(i);

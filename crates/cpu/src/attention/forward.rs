@@ -1,14 +1,21 @@
 //! Forward pass: one task per sequence, head and block of queries; online softmax over tiles of keys.
+//!
+//! Tiles of scores are transposed, `[keys, queries]`: maxima and sums over keys are then taken for a vector of queries at once.
 
 use std::ops::Range;
 
 use unsloth_core::{FloatElement, Result, Tensor, ops::attention::Spec};
 
-use super::{Head, K_BLOCK, Q_BLOCK, Sequence, Visible, parallel::Disjoint, take};
+use super::{
+    K_BLOCK, LANES, Q_BLOCK, Sequence, Visible,
+    parallel::Disjoint,
+    take,
+    tile::{Head, Left, Product, padded, stride, transpose},
+};
 use crate::{
     CpuBackend,
     access::{read, write},
-    gemm::{Into, Mat, MatMut, Threads, matmul},
+    gemm::Into,
     simd::{self, vectorised},
 };
 
@@ -21,12 +28,19 @@ struct Task {
 
 /// Running softmax of a block of queries.
 struct Block<'a> {
-    /// Unnormalised output, `[queries, head_dim]`.
+    /// Unnormalised output, a tile of `[queries, head_dim]`.
     out: &'a mut [f32],
     /// Largest score so far.
     max: &'a mut [f32],
     /// Sum of `exp(score - max)` so far.
     sum: &'a mut [f32],
+    /// What the last tile multiplied earlier sums by.
+    rescale: &'a mut [f32],
+}
+
+/// Scratch of a task.
+fn scratch_len(d: usize) -> usize {
+    2 * Q_BLOCK * stride(d) + d * stride(Q_BLOCK) + 2 * K_BLOCK * stride(d) + K_BLOCK * stride(Q_BLOCK) + 3 * Q_BLOCK
 }
 
 pub(super) fn run<T: FloatElement>(
@@ -49,20 +63,19 @@ pub(super) fn run<T: FloatElement>(
     let (q, k, v) = (read::<T>(q), read::<T>(k), read::<T>(v));
     let out = Disjoint::new(write::<T>("attention", "out", out)?);
     let lse = lse.map(|lse| write::<f32>("attention", "lse", lse)).transpose()?.map(Disjoint::new);
-    let scratch = 2 * Q_BLOCK * d + 2 * K_BLOCK * d + Q_BLOCK * K_BLOCK + 2 * Q_BLOCK;
-    backend.for_each_task(&tasks, scratch, |task, scratch| {
+    backend.for_each_task(&tasks, scratch_len(d), |task, scratch| {
         let Task { sequence, head, ref queries } = *task;
         let kv_head = head / (spec.num_heads / spec.num_kv_heads);
         let keys = |data| Head { data, num_heads: spec.num_kv_heads, head: kv_head, head_dim: d };
         let q = Head { data: q, num_heads: spec.num_heads, head, head_dim: d };
         let block = block(spec, sequence, queries, (q, keys(k), keys(v)), scratch);
         let first = sequence.first_q + queries.start;
-        for (i, row) in block.out.chunks_exact(d).enumerate() {
+        for (i, row) in block.out.chunks_exact(stride(d)).take(queries.len()).enumerate() {
             let start = ((first + i) * spec.num_heads + head) * d;
             #[allow(unsafe_code, reason = "tasks write interleaved rows of one tensor")]
             // SAFETY: a row is written by the one task with its sequence, head and block of queries.
             let to = unsafe { out.piece(start..start + d) };
-            simd::narrow(row, to);
+            simd::narrow(&row[..d], to);
         }
         if let Some(lse) = &lse {
             let start = head * tokens_q + first;
@@ -86,32 +99,33 @@ fn block<'a, T: FloatElement>(
     mut scratch: &'a mut [f32],
 ) -> Block<'a> {
     let (d, rows) = (spec.head_dim, queries.len());
-    let q = take(&mut scratch, rows * d);
-    let (k, v) = (take(&mut scratch, K_BLOCK * d), take(&mut scratch, K_BLOCK * d));
-    let scores = take(&mut scratch, rows * K_BLOCK);
-    let mut block =
-        Block { out: take(&mut scratch, rows * d), max: take(&mut scratch, rows), sum: take(&mut scratch, rows) };
+    // Few queries make narrow tiles.
+    let (wide, width) = (stride(d), stride(rows));
+    let (q, q_transposed) = (take(&mut scratch, rows * wide), take(&mut scratch, d * width));
+    let (k, v) = (take(&mut scratch, K_BLOCK * wide), take(&mut scratch, K_BLOCK * wide));
+    let scores = take(&mut scratch, K_BLOCK * width);
+    let out = take(&mut scratch, rows * wide);
+    let mut statistics = || take(&mut scratch, padded(rows));
+    let mut block = Block { out, max: statistics(), sum: statistics(), rescale: statistics() };
     block.out.fill(0.0);
     block.max.fill(f32::NEG_INFINITY);
     block.sum.fill(0.0);
-    q_head.load(first_q + queries.start, q);
+    q_head.load(first_q + queries.start, rows, q);
+    transpose(q, (rows, d), q_transposed);
     for keys in visible.tiles(queries) {
         let cols = keys.len();
-        let (k, v) = (&mut k[..cols * d], &mut v[..cols * d]);
-        k_head.load(first_k + keys.start, k);
-        v_head.load(first_k + keys.start, v);
-        let (q, k, v) = (Mat::new(q, rows, d, d), Mat::new(k, cols, d, d), Mat::new(v, cols, d, d));
-        let into = MatMut::new(scores, rows, cols, K_BLOCK);
-        matmul(Threads::One, spec.options.scale, q, k.t(), into, Into::Overwrite);
+        k_head.load(first_k + keys.start, cols, k);
+        v_head.load(first_k + keys.start, cols, v);
+        let (size, alpha, a) = ((cols, padded(rows), d), spec.options.scale, Left::new(k, wide));
+        Product { size, alpha, a, b: (q_transposed, width), c: (scores, width), into: Into::Overwrite }.run();
         block.absorb(&visible, queries, &keys, (scores, spec.options.softcap));
-        let probabilities = Mat::new(scores, rows, cols, K_BLOCK);
-        matmul(Threads::One, 1.0, probabilities, v, MatMut::new(block.out, rows, d, d), Into::Add);
+        let (size, a) = ((rows, padded(d), cols), Left::new(scores, width).t());
+        Product { size, alpha: 1.0, a, b: (v, wide), c: (block.out, wide), into: Into::Add }.run();
     }
-    for (row, sum) in block.out.chunks_exact_mut(d).zip(&*block.sum) {
+    for (row, sum) in block.out.chunks_exact_mut(wide).zip(&*block.sum) {
         // A fully masked row is zeros already; NaN stays NaN.
         if *sum != 0.0 {
-            let inverse = 1.0 / sum;
-            row.iter_mut().for_each(|out| *out *= inverse);
+            simd::scale(row, 1.0 / sum);
         }
     }
     block
@@ -126,36 +140,56 @@ impl Block<'_> {
         tile: &Range<usize>,
         (scores, softcap): (&mut [f32], Option<f32>),
     ) {
-        let d = self.out.len() / self.max.len();
+        let (width, rows) = (stride(queries.len()), queries.len());
+        let scores = &mut scores[..tile.len() * width];
+        let wide = self.out.len() / rows;
         vectorised(
             #[inline(always)]
             || {
-                let rows = scores.chunks_exact_mut(K_BLOCK).zip(self.out.chunks_exact_mut(d));
-                let statistics = self.max.iter_mut().zip(self.sum.iter_mut());
-                for (i, ((scores, out), (max, sum))) in rows.zip(statistics).enumerate() {
-                    let keys = visible.keys(queries.start + i);
-                    let from = keys.start.clamp(tile.start, tile.end) - tile.start;
-                    let to = keys.end.clamp(tile.start, tile.end) - tile.start;
-                    scores[..from].fill(0.0);
-                    scores[to..tile.len()].fill(0.0);
-                    let seen = &mut scores[from..to];
-                    if seen.is_empty() {
-                        continue;
-                    }
-                    if let Some(cap) = softcap {
-                        seen.iter_mut().for_each(|s| *s = cap * simd::tanh(*s / cap));
-                    }
-                    let new_max = simd::max(seen).max(*max);
-                    // All scores may be -inf so far; subtracting that would give NaN.
-                    let shift = if new_max == f32::NEG_INFINITY { 0.0 } else { new_max };
-                    let rescale = simd::exp(*max - shift);
-                    *sum = *sum * rescale + simd::exp_and_sum(seen, shift);
-                    *max = new_max;
-                    if rescale != 1.0 {
-                        simd::scale(out, rescale);
+                if let Some(cap) = softcap {
+                    scores.iter_mut().for_each(|s| *s = cap * simd::tanh(*s / cap));
+                }
+                visible.mask(queries, tile, scores, f32::NEG_INFINITY);
+                for from in (0..padded(rows)).step_by(LANES) {
+                    self.absorb_lanes(from, scores, width);
+                }
+                for (out, rescale) in self.out.chunks_exact_mut(wide).zip(&*self.rescale) {
+                    if *rescale != 1.0 {
+                        simd::scale(out, *rescale);
                     }
                 }
             },
         );
+    }
+
+    /// [`Self::absorb`] for a vector of queries.
+    #[inline(always)]
+    fn absorb_lanes(&mut self, from: usize, scores: &mut [f32], width: usize) {
+        let lanes = from..from + LANES;
+        let (mut shift, mut sum) = ([0.0; LANES], [0.0; LANES]);
+        shift.copy_from_slice(&self.max[lanes.clone()]);
+        for scores in scores.chunks_exact(width) {
+            for (max, score) in shift.iter_mut().zip(&scores[lanes.clone()]) {
+                *max = if *score > *max { *score } else { *max };
+            }
+        }
+        for ((shift, max), rescale) in
+            shift.iter_mut().zip(&mut self.max[lanes.clone()]).zip(&mut self.rescale[lanes.clone()])
+        {
+            let new_max = *shift;
+            // All scores may be -inf so far; subtracting that would give NaN.
+            *shift = if new_max == f32::NEG_INFINITY { 0.0 } else { new_max };
+            *rescale = simd::exp(*max - *shift);
+            *max = new_max;
+        }
+        for scores in scores.chunks_exact_mut(width) {
+            for ((score, shift), sum) in scores[lanes.clone()].iter_mut().zip(&shift).zip(&mut sum) {
+                *score = simd::exp(*score - shift);
+                *sum += *score;
+            }
+        }
+        for ((total, sum), rescale) in self.sum[lanes.clone()].iter_mut().zip(&sum).zip(&self.rescale[lanes]) {
+            *total = *total * rescale + sum;
+        }
     }
 }

@@ -7,6 +7,7 @@ mod backward;
 mod cached;
 mod forward;
 mod parallel;
+mod tile;
 
 use unsloth_core::{
     Category, DType, KvView, Lengths, Result, Sequences, Tensor,
@@ -16,13 +17,14 @@ use unsloth_core::{
 use crate::{
     CpuBackend,
     access::{dispatch_float, output},
-    simd::{self},
 };
 
 /// Queries of a tile.
 const Q_BLOCK: usize = 64;
-/// Keys of a tile.
-const K_BLOCK: usize = 128;
+/// Keys of a tile: a multiple of the six rows that a product holds in registers.
+const K_BLOCK: usize = 120;
+/// Queries whose softmax is taken at once: two vectors of AVX2 or one of AVX-512.
+const LANES: usize = 16;
 
 /// Which keys the queries of one sequence see.
 #[derive(Clone, Copy)]
@@ -56,6 +58,32 @@ impl Visible {
         self.keys(queries.start).start..self.keys(queries.end - 1).end
     }
 
+    /// Queries that see key `j`; both ends grow with `j`.
+    #[inline(always)]
+    fn queries(&self, j: usize) -> std::ops::Range<usize> {
+        let own = j + self.seq_q;
+        let start = if self.causal { own.saturating_sub(self.seq_k) } else { 0 };
+        let end =
+            self.left.map_or(self.seq_q, |left| own.saturating_add(left).saturating_add(1).saturating_sub(self.seq_k));
+        start.min(self.seq_q)..end.min(self.seq_q)
+    }
+
+    /// Writes `value` over the entries of a tile `[keys, queries]` that are masked.
+    #[inline(always)]
+    fn mask(&self, queries: &std::ops::Range<usize>, keys: &std::ops::Range<usize>, tile: &mut [f32], value: f32) {
+        let all = self.keys(queries.end - 1).start <= keys.start && keys.end <= self.keys(queries.start).end;
+        if all {
+            return;
+        }
+        for (j, row) in keys.clone().zip(tile.chunks_exact_mut(tile::stride(queries.len()))) {
+            let seen = self.queries(j);
+            let from = seen.start.clamp(queries.start, queries.end) - queries.start;
+            let to = seen.end.clamp(queries.start, queries.end) - queries.start;
+            row[..from].fill(value);
+            row[to.max(from)..].fill(value);
+        }
+    }
+
     /// The tiles of keys that `queries` have to visit, aligned to [`K_BLOCK`] and cut where nothing is seen.
     fn tiles(&self, queries: &std::ops::Range<usize>) -> impl Iterator<Item = std::ops::Range<usize>> + use<> {
         let keys = self.keys_of_block(queries);
@@ -81,28 +109,6 @@ fn packed(options: &Options, seq_q: &Sequences, seq_k: &Sequences) -> Vec<Sequen
         visible: Visible::new(options, q[1] - q[0], k[1] - k[0]),
     };
     pairs.map(sequence).collect()
-}
-
-/// The rows of one head in `[tokens, heads, head_dim]`.
-#[derive(Clone, Copy)]
-struct Head<'a, T> {
-    data: &'a [T],
-    num_heads: usize,
-    head: usize,
-    head_dim: usize,
-}
-
-impl<'a, T: unsloth_core::FloatElement> Head<'a, T> {
-    fn row(&self, token: usize) -> &'a [T] {
-        &self.data[(token * self.num_heads + self.head) * self.head_dim..][..self.head_dim]
-    }
-
-    /// Copies rows `first ..` to a contiguous tile.
-    fn load(&self, first: usize, tile: &mut [f32]) {
-        for (i, to) in tile.chunks_exact_mut(self.head_dim).enumerate() {
-            simd::widen(self.row(first + i), to);
-        }
-    }
 }
 
 /// Cuts the first `len` elements off.
@@ -166,6 +172,14 @@ mod tests {
                             visible.keys(i).collect::<Vec<_>>(),
                             expected,
                             "{seq_q} {seq_k} {causal} {left:?} {i}"
+                        );
+                    }
+                    for j in 0..seq_k {
+                        let expected: Vec<usize> = (0..seq_q).filter(|&i| sees(&visible, i, j)).collect();
+                        assert_eq!(
+                            visible.queries(j).collect::<Vec<_>>(),
+                            expected,
+                            "{seq_q} {seq_k} {causal} {left:?} {j}"
                         );
                     }
                     for start in (0..seq_q).step_by(Q_BLOCK) {
