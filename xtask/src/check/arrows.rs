@@ -9,16 +9,37 @@ use super::files;
 
 /// Crates from the lowest layer up, by folder, and the crates of this workspace that each may name under `[dependencies]`. A crate
 /// names only crates above its own line here, and siblings do not see each other.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 22] = [
     ("crates/core", &[]),
     ("crates/memory", &["unsloth-core"]),
     ("crates/testkit", &["unsloth-core"]),
+    ("crates/cpu", &["unsloth-core", "unsloth-memory"]),
     // Kernels know CubeCL alone, so that a user of CubeCL can take one crate of them.
     ("crates/kernels/common", &[]),
     ("crates/kernels/norm", &["unsloth-common"]),
+    ("crates/kernels/rope", &["unsloth-common"]),
+    ("crates/kernels/glu", &["unsloth-common"]),
+    ("crates/kernels/attention", &["unsloth-common"]),
     ("crates/kernels/pointwise", &["unsloth-common"]),
-    ("crates/cpu", &["unsloth-core", "unsloth-memory"]),
-    ("crates/cube", &["unsloth-core", "unsloth-memory", "unsloth-common", "unsloth-norm", "unsloth-pointwise"]),
+    ("crates/kernels/quant", &["unsloth-common"]),
+    ("crates/kernels/linear", &["unsloth-common", "unsloth-quant"]),
+    ("crates/kernels/loss", &["unsloth-common", "unsloth-linear"]),
+    (
+        "crates/cube",
+        &[
+            "unsloth-core",
+            "unsloth-memory",
+            "unsloth-common",
+            "unsloth-norm",
+            "unsloth-rope",
+            "unsloth-glu",
+            "unsloth-attention",
+            "unsloth-pointwise",
+            "unsloth-quant",
+            "unsloth-linear",
+            "unsloth-loss",
+        ],
+    ),
     ("crates/plan", &["unsloth-core", "unsloth-memory"]),
     ("crates/autograd", &["unsloth-core"]),
     ("crates/train", &["unsloth-core", "unsloth-autograd"]),
