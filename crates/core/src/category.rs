@@ -73,6 +73,11 @@ impl Usage {
         self.live_bytes.iter().sum()
     }
 
+    /// What one category held when the total was highest.
+    pub fn at_peak(&self, category: Category) -> u64 {
+        self.at_peak_bytes[category.index()]
+    }
+
     /// Highest total since the last reset.
     pub fn total_peak_bytes(&self) -> u64 {
         self.at_peak_bytes.iter().sum()

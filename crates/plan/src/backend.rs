@@ -32,14 +32,22 @@ pub struct PlanBackend {
 
 impl PlanBackend {
     /// A device with nothing on it.
-    pub fn new(options: PlanOptions) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::InvalidSpec`] for zero threads.
+    pub fn new(options: PlanOptions) -> Result<Self> {
         let PlanOptions { budget_bytes, num_threads } = options;
-        Self { ledger: Ledger::new("plan", budget_bytes), num_threads: num_threads.max(1) }
+        if num_threads == 0 {
+            let (value, rule) = ("0".to_owned(), "at least 1");
+            return Err(Error::InvalidSpec { op: "plan", field: "num_threads", value, rule });
+        }
+        Ok(Self { ledger: Ledger::new("plan", budget_bytes), num_threads })
     }
 
-    /// Enters scratch of `len` f32 until the result is dropped.
-    pub(crate) fn workspace(&self, len: usize) -> Result<Charge> {
-        self.ledger.charge(len.saturating_mul(size_of::<f32>()), Category::Workspace)
+    /// Enters scratch, buffers of so many f32, until the result is dropped.
+    pub(crate) fn workspace(&self, lens: impl IntoIterator<Item = usize>) -> Result<Vec<Charge>> {
+        let charge = |len: usize| self.ledger.charge(len.saturating_mul(size_of::<f32>()), Category::Workspace);
+        lens.into_iter().map(charge).collect()
     }
 }
 

@@ -7,7 +7,7 @@
 //! ```
 //! use unsloth_core::{Category, DType, Device, ops::glu};
 //!
-//! let device = Device::new(unsloth_plan::PlanBackend::new(unsloth_plan::PlanOptions::default()));
+//! let device = Device::new(unsloth_plan::PlanBackend::new(unsloth_plan::PlanOptions::default())?);
 //! let gate = device.empty([1 << 20, 1 << 14], DType::F32, Category::Activations)?; // 64 GiB that nobody has
 //! let out = glu::forward(&gate, &gate, glu::Activation::Silu)?;
 //! assert_eq!(device.usage().total_live_bytes(), 2 * (1 << 36));

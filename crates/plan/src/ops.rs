@@ -7,6 +7,7 @@ use unsloth_core::{
         reduce, rms_norm, rope,
     },
 };
+use unsloth_memory::Charge;
 
 use crate::{
     backend::{PlanBackend, output, take_or_copy},
@@ -77,16 +78,19 @@ impl rms_norm::RmsNorm for PlanBackend {
     ) -> Result<rms_norm::Forward> {
         let out = output(&x, spec.dtype, [spec.rows, spec.hidden_size])?;
         let rstd = output(&x, DType::F32, [spec.rows])?;
+        let _scratch = self.workspace([spec.hidden_size])?;
         let sum = residual.map(|_| take_or_copy(x)).transpose()?;
         Ok(rms_norm::Forward { out, sum, rstd })
     }
     fn rms_norm_backward(
         &self,
-        _spec: &rms_norm::Spec,
+        spec: &rms_norm::Spec,
         inputs: rms_norm::Backward<'_>,
-        _dweight: Option<&mut Tensor>,
+        dweight: Option<&mut Tensor>,
     ) -> Result<Tensor> {
-        take_or_copy(inputs.dout)
+        let dx = take_or_copy(inputs.dout)?;
+        let _scratch = self.workspace(scratch::rms_norm_backward(spec, dweight.is_some()))?;
+        Ok(dx)
     }
 }
 
@@ -109,7 +113,7 @@ impl attention::Attention for PlanBackend {
     fn attention_forward(&self, spec: &attention::Spec, inputs: attention::Inputs<'_>) -> Result<attention::Forward> {
         let out = output(inputs.q, spec.dtype, *inputs.q.shape())?;
         let lse = output(inputs.q, DType::F32, [spec.num_heads, inputs.q.shape()[0]])?;
-        let _scratch = self.workspace(scratch::attention_forward(spec, self.num_threads))?;
+        let _scratch = self.workspace([scratch::attention_forward(spec, inputs.seq_q, self.num_threads)])?;
         Ok(attention::Forward { out, lse })
     }
     fn attention_backward(
@@ -120,18 +124,21 @@ impl attention::Attention for PlanBackend {
     ) -> Result<attention::Gradients> {
         let like = |x: &Tensor| output(x, spec.dtype, *x.shape());
         let gradients = attention::Gradients { dq: like(inputs.q)?, dk: like(inputs.k)?, dv: like(inputs.v)? };
-        let scratch = scratch::attention_backward(spec, inputs.seq_k.max_seqlen(), self.num_threads);
-        let _scratch = self.workspace(scratch)?;
+        let _scratch = self.workspace([scratch::attention_backward(spec, inputs.seq_k, self.num_threads)])?;
         Ok(gradients)
     }
     fn attention_cached(
         &self,
         spec: &attention::Spec,
         q: &Tensor,
-        _seq_q: &Sequences,
+        seq_q: &Sequences,
         _kv: KvView<'_>,
     ) -> Result<Tensor> {
-        output(q, spec.dtype, *q.shape())
+        let out = output(q, spec.dtype, *q.shape())?;
+        for len in scratch::attention_cached(spec, seq_q, self.num_threads) {
+            self.workspace([len])?;
+        }
+        Ok(out)
     }
     fn kv_append(&self, _cache: &mut Tensor, _rows: &Tensor, _seqs: &Sequences, _start: &Lengths) -> Result<()> {
         Ok(())
@@ -144,28 +151,48 @@ impl linear::Linear for PlanBackend {
         spec: &linear::Spec,
         x: &Tensor,
         _weight: &Weight,
-        _bias: Option<&Tensor>,
+        bias: Option<&Tensor>,
     ) -> Result<Tensor> {
         let y = output(x, spec.dtype, [spec.rows, spec.out_features])?;
-        let _scratch = self.workspace(scratch::linear(spec))?;
+        let _scratch = self.workspace(scratch::linear(spec, bias.map(Tensor::dtype)))?;
         Ok(y)
     }
     fn linear_input_gradient(&self, spec: &linear::Spec, dy: &Tensor, _weight: &Weight) -> Result<Tensor> {
         let dx = output(dy, spec.dtype, [spec.rows, spec.in_features])?;
-        let _scratch = self.workspace(scratch::linear(spec))?;
+        let _scratch = self.workspace(scratch::linear_input_gradient(spec))?;
         Ok(dx)
     }
     fn linear_weight_gradient(
         &self,
-        _spec: &linear::Spec,
-        _dy: &Tensor,
-        _x: &Tensor,
+        spec: &linear::Spec,
+        dy: &Tensor,
+        x: &Tensor,
         _dweight: &mut Tensor,
     ) -> Result<()> {
-        Ok(())
+        self.accumulate_product((dy, spec.out_features), (x, spec.in_features))
     }
     fn linear_bias_gradient(&self, _spec: &linear::Spec, _dy: &Tensor, _dbias: &mut Tensor) -> Result<()> {
         Ok(())
+    }
+}
+
+impl PlanBackend {
+    /// Scratch of a product that is summed over the rows of both factors.
+    fn accumulate_product(&self, left: (&Tensor, usize), right: (&Tensor, usize)) -> Result<()> {
+        let widened = |(x, columns): (&Tensor, usize)| scratch::rows(x.dtype(), x.shape().rows(), columns);
+        self.workspace([widened(left), widened(right)]).map(drop)
+    }
+
+    /// The product `[rows, rank]` of `x` with one of the adapter's matrices.
+    fn to_rank(&self, spec: &lora_linear::Spec, x: &Tensor, columns: usize) -> Result<Tensor> {
+        let h = output(x, DType::F32, [spec.base.rows, spec.rank])?;
+        self.workspace([scratch::rows(x.dtype(), spec.base.rows, columns)])?;
+        Ok(h)
+    }
+
+    /// One of the adapter's matrices in f32.
+    fn adapter_matrix(&self, matrix: &Tensor) -> Result<Vec<Charge>> {
+        self.workspace((matrix.dtype() != DType::F32).then(|| matrix.num_elements()))
     }
 }
 
@@ -175,12 +202,14 @@ impl lora_linear::LoraLinear for PlanBackend {
         spec: &lora_linear::Spec,
         x: &Tensor,
         _weight: &Weight,
-        _bias: Option<&Tensor>,
-        _adapter: lora_linear::Adapter<'_>,
+        bias: Option<&Tensor>,
+        adapter: lora_linear::Adapter<'_>,
     ) -> Result<lora_linear::Forward> {
-        let h = output(x, DType::F32, [spec.base.rows, spec.rank])?;
+        let _a = self.adapter_matrix(adapter.lora_a)?;
+        let h = self.to_rank(spec, x, spec.base.in_features)?;
+        let _b = self.adapter_matrix(adapter.lora_b)?;
         let y = output(x, spec.base.dtype, [spec.base.rows, spec.base.out_features])?;
-        let _scratch = self.workspace(scratch::linear(&spec.base))?;
+        let _scratch = self.workspace(scratch::linear(&spec.base, bias.map(Tensor::dtype)))?;
         Ok(lora_linear::Forward { y, h })
     }
     fn lora_linear_backward(
@@ -189,15 +218,25 @@ impl lora_linear::LoraLinear for PlanBackend {
         inputs: lora_linear::Backward<'_>,
         gradients: lora_linear::ParameterGradients<'_>,
     ) -> Result<Option<Tensor>> {
-        if gradients.dlora_a.is_none() && !inputs.needs_dx {
+        let lora_linear::Spec { base, rank, .. } = spec;
+        let lora_linear::Backward { dy, x, h, adapter, needs_dx, .. } = inputs;
+        if gradients.dlora_b.is_some() {
+            self.accumulate_product((dy, base.out_features), (h, *rank))?;
+        }
+        if gradients.dlora_a.is_none() && !needs_dx {
             return Ok(None);
         }
-        let _dh = output(inputs.dy, DType::F32, [spec.base.rows, spec.rank])?;
-        if !inputs.needs_dx {
+        let _b = self.adapter_matrix(adapter.lora_b)?;
+        let dh = self.to_rank(spec, dy, base.out_features)?;
+        if gradients.dlora_a.is_some() {
+            self.accumulate_product((&dh, *rank), (x, base.in_features))?;
+        }
+        if !needs_dx {
             return Ok(None);
         }
-        let dx = output(inputs.dy, spec.base.dtype, [spec.base.rows, spec.base.in_features])?;
-        let _scratch = self.workspace(scratch::linear(&spec.base))?;
+        let _a = self.adapter_matrix(adapter.lora_a)?;
+        let dx = output(dy, base.dtype, [base.rows, base.in_features])?;
+        let _scratch = self.workspace(scratch::linear_input_gradient(base))?;
         Ok(Some(dx))
     }
 }
@@ -210,16 +249,21 @@ impl cross_entropy::CrossEntropy for PlanBackend {
         _targets: &Tensor,
     ) -> Result<cross_entropy::Forward> {
         let lse = output(logits, DType::F32, [spec.tokens])?;
+        let [losses, chunk] = scratch::cross_entropy(spec);
+        let _losses = self.workspace([losses])?;
+        self.workspace([chunk])?;
         Ok(cross_entropy::Forward { loss: output(logits, DType::F32, [1])?, lse })
     }
     fn cross_entropy_backward(
         &self,
-        _spec: &cross_entropy::Spec,
+        spec: &cross_entropy::Spec,
         logits: Tensor,
         _targets: &Tensor,
         _lse: &Tensor,
     ) -> Result<Tensor> {
-        take_or_copy(logits)
+        let dlogits = take_or_copy(logits)?;
+        self.workspace([scratch::cross_entropy_chunk(spec)])?;
+        Ok(dlogits)
     }
 }
 
@@ -233,7 +277,8 @@ impl linear_cross_entropy::LinearCrossEntropy for PlanBackend {
         _dweight: Option<&mut Tensor>,
     ) -> Result<linear_cross_entropy::Forward> {
         let dx = spec.needs_dx.then(|| output(x, spec.dtype, *x.shape())).transpose()?;
-        let _scratch = self.workspace(scratch::linear_cross_entropy(spec))?;
+        let _losses = self.workspace([scratch::losses(spec)])?;
+        self.workspace(scratch::loss_chunk(spec))?;
         Ok(linear_cross_entropy::Forward { loss: output(x, DType::F32, [1])?, dx })
     }
 }

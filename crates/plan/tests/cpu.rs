@@ -1,0 +1,257 @@
+//! Each operator leaves the same entries in the ledger as in that of the CPU backend it stands for: live, peak, and at the
+//! peak, by category and to the byte.
+#![allow(clippy::unwrap_used, reason = "a helper of a test may panic like the test itself")]
+
+use unsloth_core::{
+    Category, DType, Device, KvView, Lengths, Result, Sequences, Shape, Tensor, Usage, Weight,
+    ops::{
+        adamw, attention, cross_entropy, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear,
+        reduce, rms_norm, rope,
+    },
+};
+use unsloth_cpu::{CpuBackend, CpuOptions};
+use unsloth_plan::{PlanBackend, PlanOptions};
+
+/// Not what a machine is likely to have, so that a default in either backend would show.
+const NUM_THREADS: usize = 3;
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+fn usage(device: &Device, run: &impl Fn(&Device) -> Result<()>) -> Usage {
+    run(device).unwrap();
+    device.usage()
+}
+
+/// Runs the same calls on both devices.
+#[track_caller]
+fn same(what: &str, run: impl Fn(&Device) -> Result<()>) {
+    let options = CpuOptions { num_threads: Some(NUM_THREADS), ..CpuOptions::default() };
+    let cpu = usage(&Device::new(CpuBackend::new(options).unwrap()), &run);
+    let options = PlanOptions { num_threads: NUM_THREADS, budget_bytes: None };
+    let plan = usage(&Device::new(PlanBackend::new(options).unwrap()), &run);
+    assert_eq!(plan, cpu, "{what}");
+    assert_eq!(cpu.total_live_bytes(), 0, "{what}");
+    assert!(cpu.total_peak_bytes() > 0, "{what}");
+}
+
+fn zeros(device: &Device, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+    device.zeros(shape, dtype, Category::Activations)
+}
+
+fn gradient(device: &Device, shape: impl Into<Shape>) -> Result<Tensor> {
+    device.zeros(shape, DType::F32, Category::Gradients)
+}
+
+fn weight(device: &Device, shape: [usize; 2], dtype: DType) -> Result<Weight> {
+    device.prepare_weight(device.zeros(shape, dtype, Category::Weights)?)
+}
+
+/// Types of activations and weights.
+fn pairs() -> impl Iterator<Item = (DType, DType)> {
+    DTYPES.into_iter().flat_map(|dtype| DTYPES.into_iter().map(move |weight| (dtype, weight)))
+}
+
+#[test]
+fn in_place_or_not() {
+    same("elementwise", |device| {
+        let (a, b) = (zeros(device, [1000], DType::BF16)?, zeros(device, [1000], DType::BF16)?);
+        let held = a.clone();
+        let a = elementwise::mul(elementwise::add(a, &b)?, &b)?;
+        drop(held);
+        let a = elementwise::scale(elementwise::cast(&a, DType::F32)?, 2.0)?;
+        let sums = [reduce::sum(&a)?, reduce::all_finite(&[&a, &b])?, reduce::grad_norm(&[&b])?];
+        let mut a = elementwise::scale_by(elementwise::copy(&a)?, &sums[0])?;
+        elementwise::accumulate(&mut a, &elementwise::cast(&b, DType::F32)?)?;
+        elementwise::fill_zero(&mut a)
+    });
+    same("adopted memory is read-only", |device| {
+        let bytes = std::sync::Arc::new(vec![0u8; 4096]);
+        let adopted = device.adopt(bytes, 0..4096, [4096 / 4], DType::F32, Category::Weights)?;
+        elementwise::scale(adopted, 2.0).map(drop)
+    });
+}
+
+#[test]
+fn embedding() {
+    for (dtype, table) in pairs() {
+        same(&format!("{dtype} {table}"), |device| {
+            let ids = zeros(device, [70], DType::I32)?;
+            let out = embedding::forward(&weight(device, [300, 65], table)?, &ids, dtype)?;
+            embedding::backward(&ids, &out, &mut gradient(device, [300, 65])?)
+        });
+    }
+}
+
+#[test]
+fn rms_norm() {
+    for (dtype, weight_dtype) in pairs() {
+        for (rows, with_dweight) in [(3, true), (700, true), (700, false)] {
+            same(&format!("{dtype} {weight_dtype} {rows} {with_dweight}"), |device| {
+                let x = || zeros(device, [rows, 65], dtype);
+                let (weight, residual) = (zeros(device, [65], weight_dtype)?, x()?);
+                rms_norm::forward(x()?, None, &weight, 1e-5, 0.0)?;
+                let forward = rms_norm::forward(residual.clone(), Some(&residual), &weight, 1e-5, 0.0)?;
+                let (dout, sum, rstd) = (forward.out, &forward.sum.unwrap(), &forward.rstd);
+                let inputs = rms_norm::Backward { dout, dsum: None, sum, weight: &weight, rstd };
+                let mut dweight = gradient(device, [65])?;
+                rms_norm::backward(inputs, with_dweight.then_some(&mut dweight), 1e-5, 0.0).map(drop)
+            });
+        }
+    }
+}
+
+#[test]
+fn rope_and_glu() {
+    for dtype in DTYPES {
+        same(&format!("{dtype}"), |device| {
+            let (q, k) = (zeros(device, [70, 4, 16], dtype)?, zeros(device, [70, 2, 16], dtype)?);
+            let table = || zeros(device, [70, 8], DType::F32);
+            let (cos, sin, positions) = (table()?, table()?, zeros(device, [70], DType::I32)?);
+            let angles = rope::Angles { cos: &cos, sin: &sin, positions: &positions };
+            let held = k.clone();
+            let _rotated = rope::apply(q, k, angles, rope::Layout::Half, rope::Direction::Forward)?;
+            drop(held);
+            let (gate, up) = (zeros(device, [300, 65], dtype)?, zeros(device, [300, 65], dtype)?);
+            let out = glu::forward(&gate, &up, glu::Activation::Silu)?;
+            let held = up.clone();
+            let gradients = glu::backward(&out, gate, up, glu::Activation::Silu)?;
+            drop((held, gradients));
+            Ok(())
+        });
+    }
+}
+
+#[test]
+fn attention() {
+    // A single task; fewer tasks than threads; many blocks, and few queries behind few keys.
+    for lengths in [&[5][..], &[1, 1], &[300, 3, 0, 70]] {
+        for ((num_heads, num_kv_heads, d), dtype) in [((1, 1, 16), DType::F32), ((6, 2, 20), DType::BF16)] {
+            same(&format!("{lengths:?} {num_heads} {dtype}"), |device| {
+                let seqs = Sequences::from_lengths(device, lengths)?;
+                let heads = |heads| zeros(device, [seqs.num_tokens(), heads, d], dtype);
+                let (q, k, v) = (heads(num_heads)?, heads(num_kv_heads)?, heads(num_kv_heads)?);
+                let inputs = attention::Inputs { q: &q, k: &k, v: &v, seq_q: &seqs, seq_k: &seqs };
+                let options = attention::Options::causal(d);
+                let attention::Forward { out, lse } = attention::forward(inputs, options)?;
+                let backward = attention::Backward { dout: &out, out: &out, lse: &lse };
+                attention::backward(inputs, backward, options).map(drop)
+            });
+            same(&format!("cached {lengths:?} {num_heads} {dtype}"), |device| {
+                let seqs = Sequences::from_lengths(device, lengths)?;
+                let cache = || zeros(device, [lengths.len(), 300, num_kv_heads, d], dtype);
+                let (mut k, v, lens) = (cache()?, cache()?, Lengths::new(device, lengths)?);
+                let q = zeros(device, [seqs.num_tokens(), num_heads, d], dtype)?;
+                let rows = zeros(device, [seqs.num_tokens(), num_kv_heads, d], dtype)?;
+                attention::kv_append(&mut k, &rows, &seqs, &Lengths::new(device, &vec![0; lengths.len()])?)?;
+                let view = KvView { k: &k, v: &v, lens: &lens };
+                attention::cached(&q, &seqs, view, attention::Options::causal(d)).map(drop)
+            });
+        }
+    }
+}
+
+/// Types of activations and weights; rows, inputs and outputs: fewer and more rows than share a widened block of the weight,
+/// fewer and more columns than make one.
+fn products() -> impl Iterator<Item = ((DType, DType), [usize; 3])> {
+    pairs().flat_map(|pair| [[3, 40, 24], [700, 33, 5000], [515, 5000, 33]].map(|product| (pair, product)))
+}
+
+#[test]
+fn linear() {
+    for ((dtype, weight_dtype), [rows, in_features, out_features]) in products() {
+        same(&format!("{dtype} {weight_dtype} {rows} x {in_features} x {out_features}"), |device| {
+            let x = zeros(device, [rows, in_features], dtype)?;
+            let weight = weight(device, [out_features, in_features], weight_dtype)?;
+            let bias = zeros(device, [out_features], weight_dtype)?;
+            let y = linear::forward(&x, &weight, Some(&bias))?;
+            linear::forward(&x, &weight, None)?;
+            linear::input_gradient(&y, &weight)?;
+            linear::weight_gradient(&y, &x, &mut gradient(device, [out_features, in_features])?)?;
+            linear::bias_gradient(&y, &mut gradient(device, [out_features])?)
+        });
+    }
+}
+
+#[test]
+fn lora_linear() {
+    const RANK: usize = 8;
+    for ((dtype, weight_dtype), [rows, in_features, out_features]) in products() {
+        for (needs_dx, adapter_dtype) in [(true, DType::F32), (false, DType::BF16)] {
+            same(&format!("{dtype} {weight_dtype} {rows} x {in_features} x {out_features} {needs_dx}"), |device| {
+                let x = zeros(device, [rows, in_features], dtype)?;
+                let weight = weight(device, [out_features, in_features], weight_dtype)?;
+                let bias = zeros(device, [out_features], weight_dtype)?;
+                let lora_a = device.zeros([RANK, in_features], adapter_dtype, Category::Adapters)?;
+                let lora_b = device.zeros([out_features, RANK], adapter_dtype, Category::Adapters)?;
+                let adapter = lora_linear::Adapter { lora_a: &lora_a, lora_b: &lora_b, scale: 2.0 };
+                let lora_linear::Forward { y, h } = lora_linear::forward(&x, &weight, Some(&bias), adapter)?;
+                let inputs = lora_linear::Backward { dy: &y, x: &x, h: &h, weight: &weight, adapter, needs_dx };
+                let mut dlora_a = gradient(device, [RANK, in_features])?;
+                let mut dlora_b = gradient(device, [out_features, RANK])?;
+                let gradients = lora_linear::ParameterGradients { dlora_a: Some(&mut dlora_a), dlora_b: None };
+                lora_linear::backward(inputs, gradients)?;
+                let gradients = lora_linear::ParameterGradients { dlora_a: None, dlora_b: Some(&mut dlora_b) };
+                lora_linear::backward(inputs, gradients).map(drop)
+            });
+        }
+    }
+}
+
+#[test]
+fn cross_entropy() {
+    for dtype in DTYPES {
+        for (tokens, vocab_size) in [(3, 10), (300, 5000)] {
+            same(&format!("{dtype} {tokens}"), |device| {
+                let logits = zeros(device, [tokens, vocab_size], dtype)?;
+                let targets = zeros(device, [tokens], DType::I32)?;
+                let loss = cross_entropy::LossSpec::mean(tokens);
+                let forward = cross_entropy::forward(&logits, &targets, loss)?;
+                cross_entropy::backward(logits, &targets, &forward.lse, loss).map(drop)
+            });
+        }
+    }
+}
+
+#[test]
+fn linear_cross_entropy() {
+    // All rows in one chunk; the fewest rows that a chunk has; fewer rows with a target than rows.
+    for (tokens, num_targets, vocab_size) in [(5, 5, 40), (300, 300, 70_000), (300, 117, 5000)] {
+        for ((dtype, weight_dtype), needs_dx) in pairs().zip([true, false].into_iter().cycle()) {
+            same(&format!("{dtype} {weight_dtype} {tokens} {needs_dx}"), |device| {
+                let (x, head) = (zeros(device, [tokens, 9], dtype)?, weight(device, [vocab_size, 9], weight_dtype)?);
+                let mut targets = vec![0; num_targets];
+                targets.resize(tokens, cross_entropy::IGNORE_INDEX);
+                let targets = device.from_slice(&targets, [tokens], Category::Activations)?;
+                let loss = cross_entropy::LossSpec::mean(num_targets);
+                let mut dweight = gradient(device, [vocab_size, 9])?;
+                let dweight = (!needs_dx).then_some(&mut dweight);
+                linear_cross_entropy::forward(&x, &head, &targets, loss, needs_dx, dweight).map(drop)
+            });
+        }
+    }
+}
+
+#[test]
+fn adamw() {
+    same("adamw", |device| {
+        let mut state = adamw::StepState::new(device, 0)?;
+        let grad = gradient(device, [1000])?;
+        let (norm, finite) = (reduce::grad_norm(&[&grad])?, reduce::all_finite(&[&grad])?);
+        let control = adamw::ControlSpec { max_grad_norm: Some(1.0), loss_scale: 1.0, sticky: true };
+        adamw::control(&control, &norm, &finite, &mut state)?;
+        let mut param = device.zeros([1000], DType::BF16, Category::Weights)?;
+        let moment = || device.zeros([1000], DType::F32, Category::Optimiser);
+        let buffers = adamw::Buffers { param: &mut param, grad: &grad, m: &mut moment()?, v: &mut moment()? };
+        let spec = adamw::Spec { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
+        adamw::step(&spec, buffers, &state)
+    });
+}
+
+#[test]
+fn refuses_beyond_the_budget_and_without_threads() {
+    let options = PlanOptions { budget_bytes: Some(1000), num_threads: 1 };
+    let device = Device::new(PlanBackend::new(options.clone()).unwrap());
+    let error = zeros(&device, [300], DType::F32).unwrap_err().to_string();
+    assert!(error.contains("1280 bytes for activations do not fit the budget of 1000 bytes"), "{error}");
+    let error = PlanBackend::new(PlanOptions { num_threads: 0, ..options }).err().unwrap().to_string();
+    assert_eq!(error, "plan: num_threads = 0, must be at least 1");
+}
