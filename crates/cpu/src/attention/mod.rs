@@ -157,7 +157,9 @@ mod tests {
     fn sees(visible: &Visible, i: usize, j: usize) -> bool {
         let p = i as i64 + visible.seq_k as i64 - visible.seq_q as i64;
         let j = j as i64;
-        !(visible.causal && j > p) && !visible.left.is_some_and(|left| j < p.saturating_sub_unsigned(left as u64))
+        let after = visible.causal && j > p;
+        let before = visible.left.is_some_and(|left| j < p.saturating_sub_unsigned(left as u64));
+        !after && !before
     }
 
     #[test]
