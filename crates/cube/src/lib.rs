@@ -5,6 +5,7 @@
 //! thread for panics: see [`backend`](CubeBackend).
 
 mod access;
+mod attention;
 mod backend;
 #[cfg(feature = "cuda")]
 mod cuda;

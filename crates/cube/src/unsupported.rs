@@ -2,8 +2,8 @@
 
 use cubecl::prelude::Runtime;
 use unsloth_core::{
-    KvView, Lengths, Result, Sequences, Tensor, Weight,
-    ops::{adamw, attention, cross_entropy, embedding, glu, linear, linear_cross_entropy, lora_linear, reduce, rope},
+    Result, Tensor, Weight,
+    ops::{adamw, cross_entropy, embedding, glu, linear, linear_cross_entropy, lora_linear, reduce, rope},
 };
 
 use crate::backend::CubeBackend;
@@ -47,32 +47,6 @@ impl<R: Runtime> glu::Glu for CubeBackend<R> {
     }
     fn glu_backward(&self, _spec: &glu::Spec, _dout: &Tensor, _gate: Tensor, _up: Tensor) -> Result<glu::Gradients> {
         self.unsupported("glu_backward")
-    }
-}
-
-impl<R: Runtime> attention::Attention for CubeBackend<R> {
-    fn attention_forward(&self, _spec: &attention::Spec, _inputs: attention::Inputs<'_>) -> Result<attention::Forward> {
-        self.unsupported("attention_forward")
-    }
-    fn attention_backward(
-        &self,
-        _spec: &attention::Spec,
-        _inputs: attention::Inputs<'_>,
-        _backward: attention::Backward<'_>,
-    ) -> Result<attention::Gradients> {
-        self.unsupported("attention_backward")
-    }
-    fn attention_cached(
-        &self,
-        _spec: &attention::Spec,
-        _q: &Tensor,
-        _seq_q: &Sequences,
-        _kv: KvView<'_>,
-    ) -> Result<Tensor> {
-        self.unsupported("attention_cached")
-    }
-    fn kv_append(&self, _cache: &mut Tensor, _rows: &Tensor, _seqs: &Sequences, _start: &Lengths) -> Result<()> {
-        self.unsupported("kv_append")
     }
 }
 

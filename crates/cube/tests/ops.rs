@@ -13,6 +13,11 @@ fn device() -> Device {
 }
 
 #[test]
+fn attention() {
+    suite::attention::run(&device());
+}
+
+#[test]
 fn elementwise() {
     suite::elementwise::run(&device());
 }

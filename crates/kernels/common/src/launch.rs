@@ -32,6 +32,11 @@ impl<'a, R: Runtime> Launch<'a, R> {
         self.client
     }
 
+    /// The name given to [`Launch::new`].
+    pub fn kernel(&self) -> &'static str {
+        self.kernel
+    }
+
     fn limit(&self, what: &'static str, value: u64, limit: u64) -> Result<(), LaunchError> {
         if value <= limit { Ok(()) } else { Err(LaunchError::Limit { kernel: self.kernel, what, value, limit }) }
     }

@@ -1,0 +1,292 @@
+//! What the kernels share: rows in global memory, tiles in shared memory, products of tiles.
+//!
+//! Query rows are pairs of a query and a head of the group, the head running faster: all heads that read one key head share its
+//! tiles, and a single new token still fills a block.
+
+use cubecl::prelude::*;
+
+use crate::tile::Tile;
+
+/// Below every score that f32 can tell apart, and finite: the difference of two such is 0, not NaN.
+pub(crate) const LOWEST: f32 = -3.0e38;
+
+/// Sizes that the kernels read at run time.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(crate) struct Sizes {
+    pub(crate) num_heads: u32,
+    pub(crate) num_kv_heads: u32,
+    pub(crate) tokens_q: u32,
+    /// Keys from one sequence's to the next's in a cache.
+    pub(crate) capacity: u32,
+    /// Vectors of channels of a head.
+    pub(crate) vectors: u32,
+}
+
+/// What turns products into scores.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(crate) struct Scoring {
+    pub(crate) scale: f32,
+    pub(crate) softcap: f32,
+    /// A query at `p` sees keys from `p - left` on.
+    pub(crate) left: i32,
+    /// A query at `p` sees keys up to `p + right`.
+    pub(crate) right: i32,
+}
+
+/// The rows of one key head in `[tokens, heads, head_dim]`, for one sequence.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Rows {
+    /// Token of the first row.
+    pub(crate) first: usize,
+    /// Number of rows.
+    pub(crate) len: usize,
+    /// Heads of a token.
+    pub(crate) heads: usize,
+    /// First head of the group.
+    pub(crate) head: usize,
+    /// Heads of the group, each a row.
+    pub(crate) group: usize,
+}
+
+#[cube]
+impl Rows {
+    /// Where a row starts, in vectors.
+    pub(crate) fn offset(&self, row: usize, vectors: usize) -> usize {
+        ((self.first + row / self.group) * self.heads + self.head + row % self.group) * vectors
+    }
+
+    /// Where the statistics of a row lie in `[heads, tokens]`.
+    pub(crate) fn statistic(&self, row: usize, tokens: usize) -> usize {
+        (self.head + row % self.group) * tokens + self.first + row / self.group
+    }
+}
+
+/// Which keys the queries of one sequence see.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Mask {
+    /// Position of the first query among the keys; negative if there are more queries than keys.
+    pub(crate) first: i32,
+    pub(crate) left: i32,
+    pub(crate) right: i32,
+    pub(crate) seq_q: i32,
+    pub(crate) seq_k: i32,
+}
+
+#[cube]
+impl Mask {
+    pub(crate) fn sees(&self, query: usize, key: usize) -> bool {
+        let position = query as i32 + self.first;
+        let key = key as i32;
+        key <= position + self.right && key >= position - self.left
+    }
+
+    /// First key, and one past the last key, that some query of `from ..= to` sees.
+    pub(crate) fn keys(&self, from: usize, to: usize) -> (usize, usize) {
+        let start = max(from as i32 + self.first - self.left, 0);
+        let end = min(to as i32 + self.first + self.right + 1, self.seq_k);
+        (start as usize, max(end, start) as usize)
+    }
+
+    /// First query, and one past the last query, that see some key of `from ..= to`.
+    pub(crate) fn queries(&self, from: usize, to: usize) -> (usize, usize) {
+        let start = max(from as i32 - self.first - self.right, 0);
+        let end = min(to as i32 - self.first + self.left + 1, self.seq_q);
+        (start as usize, max(end, start) as usize)
+    }
+}
+
+/// One sequence and key head.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Problem {
+    pub(crate) queries: Rows,
+    pub(crate) keys: Rows,
+    pub(crate) mask: Mask,
+}
+
+/// The problem of this cube: key head in y, sequence in z. `bounds_k` holds offsets, or lengths when the keys lie in a cache.
+#[cube]
+pub(crate) fn problem(
+    bounds_q: &Array<i32>,
+    bounds_k: &Array<i32>,
+    sizes: &Sizes,
+    scoring: &Scoring,
+    #[comptime] cached: bool,
+) -> Problem {
+    let (kv_head, seq) = (CUBE_POS_Y as usize, CUBE_POS_Z as usize);
+    let (num_heads, num_kv_heads) = (sizes.num_heads as usize, sizes.num_kv_heads as usize);
+    let group = num_heads / num_kv_heads;
+    let first_q = bounds_q[seq];
+    let seq_q = bounds_q[seq + 1] - first_q;
+    let (first_k, seq_k) = if comptime!(cached) {
+        (seq * sizes.capacity as usize, bounds_k[seq])
+    } else {
+        (bounds_k[seq] as usize, bounds_k[seq + 1] - bounds_k[seq])
+    };
+    let queries =
+        Rows { first: first_q as usize, len: seq_q as usize * group, heads: num_heads, head: kv_head * group, group };
+    let keys =
+        Rows { first: first_k, len: seq_k as usize, heads: num_kv_heads, head: kv_head, group: 1usize.runtime() };
+    let mask = Mask { first: seq_k - seq_q, left: scoring.left, right: scoring.right, seq_q, seq_k };
+    Problem { queries, keys, mask }
+}
+
+/// Position of this unit along the held rows and along the streamed rows.
+#[cube]
+pub(crate) fn unit(#[comptime] tile: Tile) -> (usize, usize) {
+    let unit = UNIT_POS as usize;
+    (unit / tile.streamed_units, unit % tile.streamed_units)
+}
+
+/// Copies rows `start .. start + count` to a tile, zeros beyond the last row.
+#[cube]
+pub(crate) fn load<E: Float, N: Size>(
+    from: &Array<Vector<E, N>>,
+    to: &mut SharedMemory<Vector<f32, N>>,
+    rows: &Rows,
+    start: usize,
+    vectors: usize,
+    #[comptime] count: usize,
+    #[comptime] tile: Tile,
+) {
+    let (first_row, first_vector) = unit(tile);
+    let stride = comptime!(tile.stride());
+    let mut row = first_row;
+    while row < count {
+        let exists = start + row < rows.len;
+        let at = rows.offset(start + row, vectors);
+        let mut c = first_vector;
+        while c < vectors {
+            let mut value = Vector::<f32, N>::new(0.0);
+            if exists {
+                value = Vector::cast_from(from[at + c]);
+            }
+            to[row * stride + c] = value;
+            c += tile.streamed_units;
+        }
+        row += tile.held_units;
+    }
+}
+
+/// Products of this unit's held rows with its streamed rows, `[held_rows, streamed_rows]`.
+#[cube]
+pub(crate) fn products<N: Size>(
+    held: &SharedMemory<Vector<f32, N>>,
+    streamed: &SharedMemory<Vector<f32, N>>,
+    vectors: usize,
+    #[comptime] tile: Tile,
+) -> Array<f32> {
+    let (held_unit, streamed_unit) = unit(tile);
+    let stride = comptime!(tile.stride());
+    let (rows, cols) = comptime!((tile.held_rows, tile.streamed_rows));
+    let mut sums = Array::<f32>::new(comptime!(rows * cols));
+    #[unroll]
+    for i in 0..comptime!(rows * cols) {
+        sums[i] = 0.0;
+    }
+    for c in 0..vectors {
+        let mut left = Array::<Vector<f32, N>>::new(rows);
+        #[unroll]
+        for i in 0..rows {
+            left[i] = held[(held_unit + i * tile.held_units) * stride + c];
+        }
+        #[unroll]
+        for j in 0..cols {
+            let right = streamed[(streamed_unit + j * tile.streamed_units) * stride + c];
+            #[unroll]
+            for i in 0..rows {
+                let product = left[i] * right;
+                #[unroll]
+                for n in 0..product.size() {
+                    sums[i * cols + j] += product[n];
+                }
+            }
+        }
+    }
+    sums
+}
+
+/// `sums[held row] += sum over streamed rows of weight * row`, for this unit's held rows and channels.
+#[cube]
+pub(crate) fn accumulate<N: Size>(
+    sums: &mut Array<Vector<f32, N>>,
+    weights: &SharedMemory<f32>,
+    streamed: &SharedMemory<Vector<f32, N>>,
+    count: usize,
+    #[comptime] tile: Tile,
+) {
+    let (held_unit, streamed_unit) = unit(tile);
+    let (stride, weights_stride) = comptime!((tile.stride(), tile.weights_stride()));
+    let (rows, vectors) = comptime!((tile.held_rows, tile.vectors));
+    for j in 0..count {
+        let mut weight = Array::<f32>::new(rows);
+        #[unroll]
+        for i in 0..rows {
+            weight[i] = weights[(held_unit + i * tile.held_units) * weights_stride + j];
+        }
+        #[unroll]
+        for t in 0..vectors {
+            let row = streamed[j * stride + streamed_unit + t * tile.streamed_units];
+            #[unroll]
+            for i in 0..rows {
+                sums[i * vectors + t] += row * Vector::new(weight[i]);
+            }
+        }
+    }
+}
+
+/// One number for each of this unit's held rows.
+#[cube]
+pub(crate) fn filled(value: f32, #[comptime] tile: Tile) -> Array<f32> {
+    let mut rows = Array::<f32>::new(tile.held_rows);
+    #[unroll]
+    for i in 0..tile.held_rows {
+        rows[i] = value;
+    }
+    rows
+}
+
+/// Zeros for [`accumulate`] to add to.
+#[cube]
+pub(crate) fn zeros<N: Size>(#[comptime] tile: Tile) -> Array<Vector<f32, N>> {
+    let mut sums = Array::<Vector<f32, N>>::new(comptime!(tile.held_rows * tile.vectors));
+    #[unroll]
+    for i in 0..comptime!(tile.held_rows * tile.vectors) {
+        sums[i] = Vector::new(0.0);
+    }
+    sums
+}
+
+/// Writes the sums of this unit, each held row times its factor, to the rows from `start` on that exist.
+#[cube]
+pub(crate) fn store<E: Float, N: Size>(
+    sums: &Array<Vector<f32, N>>,
+    factors: &Array<f32>,
+    to: &mut Array<Vector<E, N>>,
+    rows: &Rows,
+    start: usize,
+    vectors: usize,
+    #[comptime] tile: Tile,
+) {
+    let (held_unit, streamed_unit) = unit(tile);
+    #[unroll]
+    for i in 0..tile.held_rows {
+        let row = start + held_unit + i * tile.held_units;
+        if row < rows.len {
+            let at = rows.offset(row, vectors);
+            #[unroll]
+            for t in 0..tile.vectors {
+                let c = streamed_unit + t * tile.streamed_units;
+                if c < vectors {
+                    to[at + c] = Vector::cast_from(sums[i * tile.vectors + t] * Vector::new(factors[i]));
+                }
+            }
+        }
+    }
+}
+
+/// The score of a product.
+#[cube]
+pub(crate) fn score(product: f32, scoring: &Scoring, #[comptime] capped: bool) -> f32 {
+    let scaled = product * scoring.scale;
+    if comptime!(capped) { scoring.softcap * f32::tanh(scaled / scoring.softcap) } else { scaled }
+}

@@ -1,0 +1,26 @@
+//! Exact attention in CubeCL, generic over the runtime and the element type.        Dao 2023, arXiv:2307.08691
+//!
+//! [`forward`] and [`backward`] work on packed sequences, [`cached`] on new queries against keys that lie in a cache, [`append`]
+//! puts keys there. No matrix of scores is ever stored: tiles of queries meet tiles of keys in shared memory, and the backward
+//! pass recomputes the probabilities from the log-sum-exp of each row.
+//!
+//! Per sequence and query head `h` (key head `h / (num_heads / num_kv_heads)`), with `p = i + seq_k - seq_q`:
+//! - `s = scale * q k^T`, with softcap `c`: `s = c * tanh(s / c)`; masked where `j > p` (causal) or `j < p - left` (window)
+//! - `lse = ln sum_j exp s`, `P = exp(s - lse)`, `out = P v`. A fully masked row has `out = 0`, `lse = -inf`, gradients 0.
+//! - `D = sum_channels(dout * out)`, `ds = P * (dout v^T - D)`, with softcap `ds *= 1 - (s / c)^2`
+//! - `dq = scale * ds k`, `dk = scale * ds^T q`, `dv = P^T dout`, the last two summed over the heads of a group
+//!
+//! All arrays are contiguous, row-major. Arithmetic is f32 for every element type; every sum has a fixed order and there are no
+//! atomics, so the same call gives the same bits on every run.
+
+mod append;
+mod backward;
+mod block;
+mod forward;
+mod shape;
+mod tile;
+
+pub use append::{Append, AppendShape, append};
+pub use backward::{Backward, backward};
+pub use forward::{Cached, Forward, cached, forward};
+pub use shape::Shape;

@@ -1,0 +1,138 @@
+//! How much of an attention one cube holds at a time.
+
+use cubecl::ir::DeviceProperties;
+
+/// Shared memory of a cube is kept below this, so that a multiprocessor has room for several cubes.
+const MAX_SHARED_BYTES: usize = 48 * 1024;
+
+/// Numbers in registers for each kind of sum, at most: more would leave too few cubes at a time, or spill.
+const MAX_SUMS: usize = 64;
+
+/// What a kernel keeps in shared memory and registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Need {
+    /// Tiles of held rows.
+    pub(crate) held: usize,
+    /// Tiles of streamed rows.
+    pub(crate) streamed: usize,
+    /// Tiles of weights, one number per held and streamed row.
+    pub(crate) weights: usize,
+    /// Sums of the size of the held rows.
+    pub(crate) sums: usize,
+}
+
+/// A block of `held` rows stays with a cube, blocks of `streamed` rows pass by.
+///
+/// The units of a cube form a grid, `held_units` by `streamed_units`. A unit computes the scores of `held_rows` by
+/// `streamed_rows` pairs, and sums `vectors` vectors of channels of its held rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Tile {
+    pub(crate) held_units: usize,
+    pub(crate) streamed_units: usize,
+    /// Held rows of a unit.
+    pub(crate) held_rows: usize,
+    /// Streamed rows of a unit.
+    pub(crate) streamed_rows: usize,
+    /// Vectors of channels of a unit.
+    pub(crate) vectors: usize,
+}
+
+/// `held_units`, `streamed_units`, `held_rows`, `streamed_rows`: from the most reuse of what is loaded to the least memory.
+const CANDIDATES: [[usize; 4]; 9] = [
+    [16, 16, 4, 4],
+    [16, 16, 4, 2],
+    [8, 8, 4, 4],
+    [8, 8, 4, 2],
+    [8, 8, 2, 4],
+    [8, 8, 2, 2],
+    [8, 8, 2, 1],
+    [8, 8, 1, 1],
+    [8, 4, 1, 1],
+];
+
+impl Tile {
+    /// The first candidate that fits the device, else the smallest, which the check of the launch then refuses.
+    pub(crate) fn for_device(properties: &DeviceProperties, need: Need, (head_dim, width): (usize, usize)) -> Self {
+        let hardware = &properties.hardware;
+        Self::within(hardware.max_shared_memory_size, hardware.max_units_per_cube as usize, need, (head_dim, width))
+    }
+
+    fn within(shared_bytes: usize, units: usize, need: Need, (head_dim, width): (usize, usize)) -> Self {
+        let tile = |[held_units, streamed_units, held_rows, streamed_rows]: [usize; 4]| {
+            let vectors = (head_dim / width).div_ceil(streamed_units);
+            Self { held_units, streamed_units, held_rows, streamed_rows, vectors }
+        };
+        let fits = |tile: &Self| {
+            tile.units() <= units
+                && tile.shared_bytes(need, width) <= shared_bytes.min(MAX_SHARED_BYTES)
+                && tile.held_rows * tile.vectors * width * need.sums <= MAX_SUMS
+        };
+        let smallest = tile(CANDIDATES[CANDIDATES.len() - 1]);
+        CANDIDATES.into_iter().map(tile).find(fits).unwrap_or(smallest)
+    }
+
+    pub(crate) fn units(&self) -> usize {
+        self.held_units * self.streamed_units
+    }
+
+    /// Rows that a cube keeps.
+    pub(crate) fn held(&self) -> usize {
+        self.held_units * self.held_rows
+    }
+
+    /// Rows that pass by at a time.
+    pub(crate) fn streamed(&self) -> usize {
+        self.streamed_units * self.streamed_rows
+    }
+
+    /// Vectors from one row of a tile to the next: one more than a row has, so that the same channel of neighbouring rows
+    /// lies in different banks.
+    pub(crate) fn stride(&self) -> usize {
+        self.vectors * self.streamed_units + 1
+    }
+
+    /// Numbers from one held row's weights to the next's.
+    pub(crate) fn weights_stride(&self) -> usize {
+        self.streamed() + 1
+    }
+
+    pub(crate) fn shared_bytes(&self, need: Need, width: usize) -> usize {
+        let rows = need.held * self.held() + need.streamed * self.streamed();
+        let weights = need.weights * self.held() * self.weights_stride();
+        // One number per held row and unit along the streamed rows, for reductions.
+        let reduced = self.held() * self.streamed_units;
+        (rows * self.stride() * width + weights + reduced) * size_of::<f32>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every head size has a tile within the least shared memory that a Vulkan driver with compute offers in practice.
+    #[test]
+    fn every_head_size_fits_32_kib() {
+        let needs = [
+            Need { held: 1, streamed: 1, weights: 1, sums: 1 },
+            Need { held: 2, streamed: 2, weights: 1, sums: 1 },
+            Need { held: 2, streamed: 2, weights: 2, sums: 2 },
+        ];
+        for head_dim in 1..=256usize {
+            for width in [1, 2, 4].into_iter().filter(|width| head_dim.is_multiple_of(*width)) {
+                for need in needs {
+                    let tile = Tile::within(32 * 1024, 256, need, (head_dim, width));
+                    assert!(tile.shared_bytes(need, width) <= 32 * 1024, "{head_dim} {width} {need:?} {tile:?}");
+                    assert!(tile.vectors * tile.streamed_units * width >= head_dim, "{head_dim} {width} {tile:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn more_memory_gives_larger_tiles() {
+        let need = Need { held: 1, streamed: 1, weights: 1, sums: 1 };
+        let small = Tile::within(32 * 1024, 256, need, (64, 4));
+        let large = Tile::within(48 * 1024, 256, need, (64, 4));
+        assert!(large.held() > small.held(), "{small:?} {large:?}");
+    }
+}
