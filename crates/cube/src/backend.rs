@@ -13,6 +13,9 @@ use unsloth_memory::{Charge, Ledger};
 
 use crate::poison::{self, Panicked};
 
+/// From this size on a buffer is filled by a kernel rather than by a copy from the host.
+const FILL_BYTES: usize = 64 * 1024;
+
 /// How a CubeCL backend is made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CubeOptions {
@@ -72,8 +75,11 @@ impl<R: Runtime> CubeBackend<R> {
         &self.client
     }
 
-    /// Runs `launch` on this backend's stream, after making sure that the device is well.
-    pub(crate) fn launch(
+    /// Runs `launch`, which launches kernels, on this backend's stream. `op` names it in errors.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] if `launch` refuses, or if the device's thread has panicked before.
+    pub fn launch(
         &self,
         op: &'static str,
         launch: impl FnOnce(&ComputeClient<R>) -> Result<(), LaunchError>,
@@ -124,6 +130,19 @@ impl<R: Runtime> CubeBackend<R> {
             });
         }
         self.ledger.charge(bytes, category)
+    }
+
+    /// A buffer of `bytes` bytes, all of them `byte`.
+    fn filled(&self, bytes: usize, byte: u8) -> Result<Handle> {
+        if bytes < FILL_BYTES {
+            return Ok(self.upload(&vec![byte; bytes]));
+        }
+        let words = bytes.div_ceil(4);
+        let handle = self.stream.executes(|| self.client.empty(words * 4));
+        self.launch("allocate", |client| {
+            unsloth_pointwise::elementwise::fill(client, words, &handle, u32::from_ne_bytes([byte; 4]))
+        })?;
+        Ok(handle)
     }
 
     fn upload(&self, bytes: &[u8]) -> Handle {
@@ -183,9 +202,9 @@ impl<R: Runtime> Memory for CubeBackend<R> {
         self.check("allocate")?;
         let charge = self.reserve(bytes, category)?;
         let handle = match init {
-            Init::Zero => self.upload(&vec![0; bytes]),
+            Init::Zero => self.filled(bytes, 0)?,
             // All bits set is a NaN in every float type.
-            Init::Arbitrary if self.fill_arbitrary_with_nan => self.upload(&vec![0xFF; bytes]),
+            Init::Arbitrary if self.fill_arbitrary_with_nan => self.filled(bytes, 0xFF)?,
             Init::Arbitrary => {
                 let padded = bytes.next_multiple_of(4).max(4);
                 self.stream.executes(|| self.client.empty(padded))

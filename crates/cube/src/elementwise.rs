@@ -1,7 +1,7 @@
 //! Elementwise operators on the kernels of `unsloth-pointwise`.
 
 use cubecl::prelude::Runtime;
-use unsloth_core::{Category, DType, Result, Tensor, ops::elementwise::Elementwise};
+use unsloth_core::{Category, DType, Error, Memory, Result, Tensor, ops::elementwise::Elementwise};
 use unsloth_pointwise::elementwise as kernels;
 
 use crate::{
@@ -73,6 +73,9 @@ impl<R: Runtime> Elementwise for CubeBackend<R> {
     }
 
     fn cast(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        if !self.supports(dtype) {
+            return Err(Error::UnsupportedDType { op: "cast", dtype, device: self.name() });
+        }
         let mut out = x.device().empty(*x.shape(), dtype, x.buffer().category())?;
         let (len, from) = (x.num_elements(), x.dtype());
         let (x, to_out) = (handle(x), handle_mut("cast", "out", &mut out)?);

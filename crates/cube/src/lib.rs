@@ -5,12 +5,14 @@
 //! thread for panics: see [`backend`](CubeBackend).
 
 mod access;
+mod adamw;
 mod attention;
 mod backend;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod elementwise;
 mod poison;
+mod reduce;
 mod rms_norm;
 mod unsupported;
 #[cfg(feature = "wgpu")]

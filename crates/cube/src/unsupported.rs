@@ -3,22 +3,10 @@
 use cubecl::prelude::Runtime;
 use unsloth_core::{
     Result, Tensor, Weight,
-    ops::{adamw, cross_entropy, embedding, glu, linear, linear_cross_entropy, lora_linear, reduce, rope},
+    ops::{cross_entropy, embedding, glu, linear, linear_cross_entropy, lora_linear, rope},
 };
 
 use crate::backend::CubeBackend;
-
-impl<R: Runtime> reduce::Reduce for CubeBackend<R> {
-    fn sum(&self, _x: &Tensor) -> Result<Tensor> {
-        self.unsupported("sum")
-    }
-    fn all_finite(&self, _tensors: &[&Tensor]) -> Result<Tensor> {
-        self.unsupported("all_finite")
-    }
-    fn grad_norm(&self, _tensors: &[&Tensor]) -> Result<Tensor> {
-        self.unsupported("grad_norm")
-    }
-}
 
 impl<R: Runtime> embedding::Embedding for CubeBackend<R> {
     fn embedding_forward(&self, _spec: &embedding::Spec, _weight: &Weight, _ids: &Tensor) -> Result<Tensor> {
@@ -128,20 +116,5 @@ impl<R: Runtime> linear_cross_entropy::LinearCrossEntropy for CubeBackend<R> {
         _dweight: Option<&mut Tensor>,
     ) -> Result<linear_cross_entropy::Forward> {
         self.unsupported("linear_cross_entropy")
-    }
-}
-
-impl<R: Runtime> adamw::AdamW for CubeBackend<R> {
-    fn step_control(
-        &self,
-        _spec: &adamw::ControlSpec,
-        _norm: &Tensor,
-        _finite: &Tensor,
-        _state: &mut Tensor,
-    ) -> Result<()> {
-        self.unsupported("step_control")
-    }
-    fn adamw(&self, _spec: &adamw::Spec, _buffers: adamw::Buffers<'_>, _state: &Tensor) -> Result<()> {
-        self.unsupported("adamw")
     }
 }

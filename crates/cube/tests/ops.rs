@@ -18,8 +18,18 @@ fn attention() {
 }
 
 #[test]
+fn adamw() {
+    suite::adamw::run(&device());
+}
+
+#[test]
 fn elementwise() {
     suite::elementwise::run(&device());
+}
+
+#[test]
+fn reduce() {
+    suite::reduce::run(&device());
 }
 
 #[test]

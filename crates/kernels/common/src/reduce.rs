@@ -46,3 +46,14 @@ pub fn cube_max(value: f32, #[comptime] units: usize) -> f32 {
     }
     shared[0]
 }
+
+/// Sum over the components of a vector, first to last.
+#[cube]
+pub fn vector_sum<N: Size>(vector: Vector<f32, N>) -> f32 {
+    let mut sum = 0.0f32;
+    #[unroll]
+    for i in 0..vector.size() {
+        sum += vector[i];
+    }
+    sum
+}

@@ -7,7 +7,7 @@
 //! has the same bits on every run.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, cube_sum};
+use unsloth_common::{Launch, LaunchError, cube_sum, vector_sum};
 
 /// Sizes and constants of one normalisation.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -123,17 +123,6 @@ pub fn add_forward<R: Runtime, E: Float, W: Float>(
     Ok(())
 }
 
-/// Sum over the components of a vector, first to last.
-#[cube]
-fn horizontal_sum<N: Size>(vector: Vector<f32, N>) -> f32 {
-    let mut sum = 0.0f32;
-    #[unroll]
-    for i in 0..vector.size() {
-        sum += vector[i];
-    }
-    sum
-}
-
 /// Writes `out` and `rstd` of one row whose square sum this unit has a part of.
 #[cube]
 fn write_row<E: Float, W: Float, N: Size>(
@@ -149,7 +138,7 @@ fn write_row<E: Float, W: Float, N: Size>(
     #[comptime] units: usize,
 ) {
     let width = N::value();
-    let sum = cube_sum(horizontal_sum::<N>(squares), units);
+    let sum = cube_sum(vector_sum::<N>(squares), units);
     let hidden = f32::cast_from(cols as u32) * comptime!(width as f32);
     let r = f32::inverse_sqrt(sum / hidden + eps);
     let mut i = UNIT_POS as usize;
@@ -306,7 +295,7 @@ fn backward_kernel<E: Float, W: Float, N: Size>(
             products += g * Vector::<f32, N>::cast_from(sum[at]) * Vector::new(r);
             i += units;
         }
-        let total = cube_sum(horizontal_sum::<N>(products), units);
+        let total = cube_sum(vector_sum::<N>(products), units);
         let mean = total / (f32::cast_from(cols as u32) * comptime!(width as f32));
         let mut i = UNIT_POS as usize;
         while i < cols {

@@ -2,4 +2,6 @@
 //!
 //! All of them are bound by memory: each reads every operand once and writes every result once.
 
+pub mod adamw;
 pub mod elementwise;
+pub mod reduce;

@@ -43,9 +43,10 @@ pub fn check(device: &Device) -> Checked {
 
 type Hazard = fn(&Device, &Case) -> Checked;
 
-const HAZARDS: [(&str, Hazard); 5] = [
+const HAZARDS: [(&str, Hazard); 6] = [
     ("counts_every_element", counts_every_element),
     ("large_bf16_inputs", large_bf16_inputs),
+    ("norms_of_huge_and_tiny_values", norms_of_huge_and_tiny_values),
     ("finds_what_is_not_finite", finds_what_is_not_finite),
     ("norms_of_mixed_dtypes", norms_of_mixed_dtypes),
     ("rejects_tensors", rejects_tensors),
@@ -106,6 +107,24 @@ fn large_bf16_inputs(device: &Device, case: &Case) -> Checked {
     let (exact, naive) = (oracle::reduce::grad_norm(&Exact, &x), oracle::reduce::grad_norm(&Rounded(dtype), &x));
     let expected = Expected { exact: &[exact], naive: &[naive], floor: Floor::Stored(DType::F32) };
     check_tensor(case, "grad_norm", &reduce::grad_norm(&[&tensor])?, expected)
+}
+
+/// Values whose squares overflow or vanish in f32, alone and in one norm with others.
+fn norms_of_huge_and_tiny_values(device: &Device, case: &Case) -> Checked {
+    let dtype = super::wide_dtype(device);
+    for scales in
+        [[1e30, 1e30], [1e-30, 1e-30], [1e30, 1e13], [1e15, 1e14], [1e-30, 1e-15], [1e-18, 1e-19], [1e36, 1e-36]]
+    {
+        let mut data = Data::new(24);
+        let values = scales.map(|scale| data.normal(1031, scale, dtype));
+        let tensors = values.iter().map(|x| data::tensor(device, x, [1031], dtype)).collect::<Result<Vec<_>, _>>()?;
+        let actual = reduce::grad_norm(&tensors.iter().collect::<Vec<_>>())?;
+        // The naive form is of no use here: its squares overflow.
+        let exact = [oracle::reduce::grad_norm(&Exact, &values)];
+        let expected = Expected { exact: &exact, naive: &exact, floor: Floor::Stored(DType::F32) };
+        check_tensor(case, &format!("grad_norm of values around {scales:?}"), &actual, expected)?;
+    }
+    Ok(())
 }
 
 /// One bad element among many, wherever it stands, of whichever kind, in whichever tensor.

@@ -1,0 +1,365 @@
+//! Reductions of whole tensors to one f32, in two steps of fixed order: each cube folds its share into the workspace, then one
+//! cube folds the workspace. No atomics, so the same input gives the same bits.
+//!
+//! A reduction over several tensors gives each a range of one workspace: launch the first step once per tensor, then the second
+//! step once. Traffic: every element is read once.
+//!
+//! The norm keeps three sums, of squares of large elements scaled down, of small ones scaled up, and of the others, so that no
+//! square overflows or vanishes; one pass is enough for that, unlike scaling by the largest element.   Blue 1978, ACM TOMS 4(1)
+
+use cubecl::{prelude::*, server::Handle};
+use unsloth_common::{Launch, LaunchError, cube_sum, vector_sum};
+
+/// Elements that a cube folds, at least, before another cube joins.
+const PART_ELEMENTS: usize = 4096;
+/// Cubes that fold one tensor, at most.
+const MAX_PARTS: usize = 1024;
+/// Sums of a part of a norm: large, middling and small elements.
+const NORM_SUMS: usize = 3;
+
+/// Partial results of a tensor of `len` elements; none for an empty one, whose first step launches nothing.
+pub fn parts(len: usize) -> usize {
+    len.div_ceil(PART_ELEMENTS).min(MAX_PARTS)
+}
+
+/// Elements of the f32 workspace for `parts` partial results, over all tensors of the reduction.
+pub fn workspace_len(reduction: Reduction, parts: usize) -> usize {
+    let sums = if reduction == Reduction::Norm { NORM_SUMS } else { 1 };
+    parts.max(1) * sums
+}
+
+/// What is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reduction {
+    /// Sum of all elements.
+    Sum,
+    /// Square root of the sum of all squares.
+    Norm,
+    /// 1 if no element is infinite or NaN, else 0.
+    AllFinite,
+}
+
+/// Partial results of one tensor.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// `[len]`
+    pub x: &'a Handle,
+    /// Number of elements.
+    pub len: usize,
+    /// f32 `[workspace_len(reduction, total_parts)]`; results `at .. at + parts(len)` are overwritten.
+    pub workspace: &'a Handle,
+    /// Position of the first partial result.
+    pub at: usize,
+    /// Partial results in the workspace.
+    pub total_parts: usize,
+}
+
+/// The grid of a first step, and its workspace argument.
+fn partial_grid<R: Runtime>(
+    launch: &Launch<'_, R>,
+    reduction: Reduction,
+    part: &Part<'_>,
+) -> Result<(CubeCount, CubeDim, ArrayArg<R>), LaunchError> {
+    let units = launch.units_for(PART_ELEMENTS);
+    let dim = CubeDim::new_1d(units as u32);
+    let sums = workspace_len(reduction, 1);
+    launch.cube(dim, sums * units * size_of::<f32>())?;
+    let parts = parts(part.len);
+    let needed = part.at.saturating_add(parts).max(part.total_parts);
+    let workspace = launch.array::<f32>("workspace", part.workspace, workspace_len(reduction, needed))?;
+    Ok((launch.cubes(parts, 1, 1)?, dim, workspace))
+}
+
+/// Launches the first step of [`Reduction::Sum`] on a tensor of `E`.
+///
+/// # Errors
+/// [`LaunchError`] for an element type that the device lacks, a buffer that is too small, or a limit exceeded.
+pub fn partial_sum<R: Runtime, E: Float>(client: &ComputeClient<R>, part: Part<'_>) -> Result<(), LaunchError> {
+    let launch = Launch::new(client, "sum");
+    launch.element::<E>()?;
+    if part.len == 0 {
+        return Ok(());
+    }
+    let width = launch.vector_width::<f32>(part.len);
+    let (count, dim, workspace) = partial_grid(&launch, Reduction::Sum, &part)?;
+    let x = launch.vectors::<E>("x", part.x, part.len, width)?;
+    let (items, at, units) = ((part.len / width) as u32, part.at as u32, dim.x as usize);
+    partial_sum_kernel::launch::<E, R>(client, count, dim, width, x, workspace, items, at, units);
+    Ok(())
+}
+
+/// Grid: units stride over vectors; cube = partial result.
+#[cube(launch)]
+fn partial_sum_kernel<E: Float, N: Size>(
+    x: &Array<Vector<E, N>>,
+    workspace: &mut Array<f32>,
+    items: u32,
+    at: u32,
+    #[comptime] units: usize,
+) {
+    let mut sum = Vector::<f32, N>::new(0.0);
+    let mut i = ABSOLUTE_POS as usize;
+    while i < items as usize {
+        sum += Vector::<f32, N>::cast_from(x[i]);
+        i += CUBE_COUNT as usize * units;
+    }
+    let total = cube_sum(vector_sum::<N>(sum), units);
+    if UNIT_POS == 0 {
+        workspace[at as usize + CUBE_POS as usize] = total;
+    }
+}
+
+/// Exponent bits of 2^48. Elements from here on are squared scaled down: 2^31 squares of what is below do not overflow.
+const LARGE: u32 = 127 + 48;
+/// Large elements are scaled by 2^-80.
+const SHRINK: u32 = 80;
+/// Exponent bits of 2^-63. Elements below are squared scaled up, because their squares would be subnormal.
+const SMALL: u32 = 127 - 63;
+/// Small elements are scaled by 2^75.
+const GROW: u32 = 75;
+/// Exponent bits of what is infinite or NaN.
+const NOT_FINITE: u32 = 255;
+
+/// Launches the first step of [`Reduction::Norm`] on a tensor of `E`.
+///
+/// # Errors
+/// As [`partial_sum`].
+pub fn partial_norm<R: Runtime, E: Float>(client: &ComputeClient<R>, part: Part<'_>) -> Result<(), LaunchError> {
+    let launch = Launch::new(client, "grad_norm");
+    launch.element::<E>()?;
+    if part.len == 0 {
+        return Ok(());
+    }
+    let width = launch.vector_width::<f32>(part.len);
+    let (count, dim, workspace) = partial_grid(&launch, Reduction::Norm, &part)?;
+    let x = launch.vectors::<E>("x", part.x, part.len, width)?;
+    let (items, at, units) = ((part.len / width) as u32, part.at as u32, dim.x as usize);
+    partial_norm_kernel::launch::<E, R>(client, count, dim, width, x, workspace, items, at, units);
+    Ok(())
+}
+
+/// Grid as [`partial_sum_kernel`].
+#[cube(launch)]
+fn partial_norm_kernel<E: Float, N: Size>(
+    x: &Array<Vector<E, N>>,
+    workspace: &mut Array<f32>,
+    items: u32,
+    at: u32,
+    #[comptime] units: usize,
+) {
+    let mut large = 0.0f32;
+    let mut middling = 0.0f32;
+    let mut small = 0.0f32;
+    let mut i = ABSOLUTE_POS as usize;
+    while i < items as usize {
+        let vector = Vector::<f32, N>::cast_from(x[i]);
+        #[unroll]
+        for component in 0..vector.size() {
+            let value = vector[component];
+            // By bits: a compiler of shaders may turn `(x * s) * (x * s)` into `x * x * (s * s)`, and may assume that no value
+            // is infinite.
+            let bits = u32::reinterpret(value) & 0x7FFF_FFFFu32;
+            let exponent = bits >> 23u32;
+            if exponent >= LARGE && exponent != NOT_FINITE {
+                let scaled = f32::reinterpret(bits - comptime!(SHRINK << 23));
+                large += scaled * scaled;
+            } else if exponent < SMALL {
+                // Subnormal elements, which many devices take for zero, count as zero.
+                if exponent > 0u32 {
+                    let scaled = f32::reinterpret(bits + comptime!(GROW << 23));
+                    small += scaled * scaled;
+                }
+            } else {
+                middling += value * value;
+            }
+        }
+        i += CUBE_COUNT as usize * units;
+    }
+    let large = cube_sum(large, units);
+    let middling = cube_sum(middling, units);
+    let small = cube_sum(small, units);
+    if UNIT_POS == 0 {
+        let to = (at as usize + CUBE_POS as usize) * 3;
+        workspace[to] = large;
+        workspace[to + 1] = middling;
+        workspace[to + 2] = small;
+    }
+}
+
+/// Where the exponent of an element is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exponent {
+    /// f32
+    F32,
+    /// f16
+    F16,
+    /// bf16
+    BF16,
+}
+
+impl Exponent {
+    /// Elements of a 32-bit word.
+    fn per_word(self) -> usize {
+        if self == Exponent::F32 { 1 } else { 2 }
+    }
+
+    /// The exponent bits of the first and of the last element of a word.
+    fn masks(self) -> (u32, u32) {
+        match self {
+            Exponent::F32 => (0x7F80_0000, 0x7F80_0000),
+            Exponent::F16 => (0x7C00, 0x7C00_0000),
+            Exponent::BF16 => (0x7F80, 0x7F80_0000),
+        }
+    }
+}
+
+/// Launches the first step of [`Reduction::AllFinite`]. It looks at bits, because compilers of shaders may assume that no value is
+/// infinite or NaN; so it takes types that the device cannot compute with as well.
+///
+/// # Errors
+/// As [`partial_sum`].
+pub fn partial_finite<R: Runtime>(
+    client: &ComputeClient<R>,
+    exponent: Exponent,
+    part: Part<'_>,
+) -> Result<(), LaunchError> {
+    let launch = Launch::new(client, "all_finite");
+    if part.len == 0 {
+        return Ok(());
+    }
+    let words = part.len.div_ceil(exponent.per_word());
+    let width = launch.vector_width::<u32>(words);
+    let (count, dim, workspace) = partial_grid(&launch, Reduction::AllFinite, &part)?;
+    let x = launch.vectors::<u32>("x", part.x, words, width)?;
+    let (first, last) = exponent.masks();
+    // The upper half of the last word may be padding, which holds anything.
+    let tail = if part.len.is_multiple_of(exponent.per_word()) { u32::MAX } else { 0xFFFF };
+    let (items, at, units) = ((words / width) as u32, part.at as u32, dim.x as usize);
+    partial_finite_kernel::launch::<R>(client, count, dim, width, x, workspace, items, at, first, last, tail, units);
+    Ok(())
+}
+
+/// Grid as [`partial_sum_kernel`], over words. A partial result is the number of words with a bad element.
+#[cube(launch)]
+fn partial_finite_kernel<N: Size>(
+    x: &Array<Vector<u32, N>>,
+    workspace: &mut Array<f32>,
+    items: u32,
+    at: u32,
+    first: u32,
+    last: u32,
+    tail: u32,
+    #[comptime] units: usize,
+) {
+    let width = N::value();
+    let mut bad = 0.0f32;
+    let mut i = ABSOLUTE_POS as usize;
+    while i < items as usize {
+        let vector = x[i];
+        #[unroll]
+        for component in 0..width {
+            let mut word = vector[component];
+            if i + 1 == items as usize && comptime!(component + 1 == width) {
+                word &= tail;
+            }
+            if word & first == first || word & last == last {
+                bad += 1.0;
+            }
+        }
+        i += CUBE_COUNT as usize * units;
+    }
+    let total = cube_sum(bad, units);
+    if UNIT_POS == 0 {
+        workspace[at as usize + CUBE_POS as usize] = total;
+    }
+}
+
+/// Launches the second step: folds `parts` partial results into `out`, f32 `[1]`.
+///
+/// # Errors
+/// As [`partial_sum`].
+pub fn fold<R: Runtime>(
+    client: &ComputeClient<R>,
+    reduction: Reduction,
+    parts: usize,
+    workspace: &Handle,
+    out: &Handle,
+) -> Result<(), LaunchError> {
+    let name = match reduction {
+        Reduction::Sum => "sum",
+        Reduction::Norm => "grad_norm",
+        Reduction::AllFinite => "all_finite",
+    };
+    let launch = Launch::new(client, name);
+    let units = launch.units_for(MAX_PARTS);
+    let dim = CubeDim::new_1d(units as u32);
+    launch.cube(dim, workspace_len(reduction, 1) * units * size_of::<f32>())?;
+    let workspace = launch.array::<f32>("workspace", workspace, workspace_len(reduction, parts))?;
+    let (out, count) = (launch.array::<f32>("out", out, 1)?, launch.cubes(1, 1, 1)?);
+    if reduction == Reduction::Norm {
+        fold_norm_kernel::launch::<R>(client, count, dim, workspace, out, parts as u32, units);
+    } else {
+        let count_bad = reduction == Reduction::AllFinite;
+        fold_sum_kernel::launch::<R>(client, count, dim, workspace, out, parts as u32, count_bad, units);
+    }
+    Ok(())
+}
+
+/// Sum of the partial results `offset`, `offset + stride`, ... up to `len`, the same on every unit.
+#[cube]
+fn fold_strided(workspace: &Array<f32>, len: usize, stride: usize, offset: usize, #[comptime] units: usize) -> f32 {
+    let mut sum = 0.0f32;
+    let mut i = UNIT_POS as usize * stride + offset;
+    while i < len {
+        sum += workspace[i];
+        i += units * stride;
+    }
+    cube_sum(sum, units)
+}
+
+/// Grid: one cube.
+#[cube(launch)]
+fn fold_sum_kernel(
+    workspace: &Array<f32>,
+    out: &mut Array<f32>,
+    parts: u32,
+    #[comptime] none_is_one: bool,
+    #[comptime] units: usize,
+) {
+    let mut total = fold_strided(workspace, parts as usize, 1, 0, units);
+    if comptime!(none_is_one) {
+        total = select(total == 0.0, 1.0, 0.0);
+    }
+    if UNIT_POS == 0 {
+        out[0] = total;
+    }
+}
+
+/// 2^-80, which large elements were scaled by.
+const SHRINK_FACTOR: f32 = 1.0 / ((1u128 << SHRINK) as f32);
+/// 2^75, which small elements were scaled by.
+const GROW_FACTOR: f32 = (1u128 << GROW) as f32;
+/// 2^-30: beside a norm above it, 2^31 small elements are less than half a unit in the last place.
+const NEGLIGIBLE: f32 = 1.0 / ((1u64 << 30) as f32);
+
+/// Grid: one cube.
+#[cube(launch)]
+fn fold_norm_kernel(workspace: &Array<f32>, out: &mut Array<f32>, parts: u32, #[comptime] units: usize) {
+    let len = parts as usize * 3;
+    let large = fold_strided(workspace, len, 3, 0, units);
+    let middling = fold_strided(workspace, len, 3, 1, units);
+    let small = fold_strided(workspace, len, 3, 2, units);
+    if UNIT_POS == 0 {
+        let root = f32::sqrt(middling);
+        if large > 0.0 {
+            let shrunk = root * f32::new(SHRINK_FACTOR);
+            out[0] = f32::sqrt(large + shrunk * shrunk) / f32::new(SHRINK_FACTOR);
+        } else if small > 0.0 && root < f32::new(NEGLIGIBLE) {
+            let grown = root * f32::new(GROW_FACTOR);
+            out[0] = f32::sqrt(grown * grown + small) / f32::new(GROW_FACTOR);
+        } else {
+            // A NaN among the elements is among the middling ones, and both conditions are false for it.
+            out[0] = root;
+        }
+    }
+}
