@@ -1,8 +1,8 @@
 //! Tiles of f32 and their products, on one thread.
 //!
-//! Tiles are small and used once, so nothing is packed: the right factor and the result are rows of whole vectors, and the
-//! left factor is read one element at a time, in rows or in columns. Tiles of this size take the `gemm` crate twice as long,
-//! most of it packing.
+//! Tiles are small and used once, so nothing is packed and nothing is allocated, where a general matrix product does both at
+//! every call: the right factor and the result are rows of whole vectors, and the left factor is read one element at a time, in
+//! rows or in columns.
 
 use pulp::{Simd, WithSimd};
 use unsloth_core::FloatElement;
