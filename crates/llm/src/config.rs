@@ -7,7 +7,10 @@
 use std::path::Path;
 
 use serde_json::Value;
-use unsloth_core::ops::{glu::Activation, rope_table::RopeSpec};
+use unsloth_core::{
+    DType,
+    ops::{glu::Activation, rope_table::RopeSpec},
+};
 
 use crate::{
     Error, Result,
@@ -119,6 +122,24 @@ impl DecoderConfig {
         fields.require_neutral(NEUTRAL)?;
         check_layer_types(&fields)?;
         Self::parse(&fields, family)
+    }
+
+    /// Storage type that `config.json` of a folder names for its weights (`dtype` or `torch_dtype`); f32 where it names none,
+    /// as in transformers. Files with weights say it themselves: this is for folders without.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Json`]; [`Error::Config`] for any other type than f32, f16 and bf16.
+    pub fn stored_dtype(folder: &Path) -> Result<DType> {
+        let path = folder.join("config.json");
+        let map = read_object(&path)?;
+        let fields = Fields::new(&path, &map, refused);
+        let field = if fields.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+        match fields.text(field)?.unwrap_or("float32") {
+            "float32" => Ok(DType::F32),
+            "float16" => Ok(DType::F16),
+            "bfloat16" => Ok(DType::BF16),
+            _ => Err(fields.refuse(field, "float32, float16 or bfloat16")),
+        }
     }
 
     fn parse(fields: &Fields<'_>, family: Family) -> Result<Self> {

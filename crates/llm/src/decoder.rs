@@ -23,7 +23,7 @@ use crate::{
     Error, Result,
     config::DecoderConfig,
     layer::{Context, Dimensions, Layer, Loader},
-    weights::Checkpoint,
+    weights::{Checkpoint, WeightSource},
 };
 
 /// How a model is loaded.
@@ -78,7 +78,7 @@ struct Tables {
 
 /// A language model with frozen base weights and, where they were added, trained adapters.
 pub struct Decoder {
-    folder: PathBuf,
+    folder: Option<PathBuf>,
     config: DecoderConfig,
     device: Device,
     dtype: DType,
@@ -99,9 +99,27 @@ impl Decoder {
     /// are memory-mapped and must not be changed while the model is alive.
     ///
     /// # Errors
-    /// As [`DecoderConfig::load`], [`Checkpoint::open`] and [`Checkpoint::tensor`]; [`Error::ActivationDType`];
-    /// [`unsloth_core::Error::UnsupportedDType`] if the device lacks the type.
+    /// As [`DecoderConfig::load`], [`Checkpoint::open`], [`Checkpoint::tensor`] and [`Decoder::new`].
     pub fn load(folder: &Path, device: &Device, options: LoadOptions) -> Result<Self> {
+        let config = DecoderConfig::load(folder)?;
+        let checkpoint = Checkpoint::open(folder)?;
+        let decoder = Self::new(config, &checkpoint, device, options)?;
+        // Frequencies that old checkpoints store; they follow from the configuration.
+        let mut unused_tensors = checkpoint.unused();
+        unused_tensors.retain(|name| !name.ends_with("rotary_emb.inv_freq"));
+        Ok(Self { folder: Some(folder.to_owned()), unused_tensors, ..decoder })
+    }
+
+    /// A model of this configuration with weights from `source`, under the names that Hugging Face gives them.
+    ///
+    /// # Errors
+    /// Those of the source; [`Error::ActivationDType`]; [`unsloth_core::Error::UnsupportedDType`] if the device lacks the type.
+    pub fn new(
+        config: DecoderConfig,
+        source: &dyn WeightSource,
+        device: &Device,
+        options: LoadOptions,
+    ) -> Result<Self> {
         let LoadOptions { dtype } = options;
         if !dtype.is_float() {
             return Err(Error::ActivationDType { dtype });
@@ -109,9 +127,7 @@ impl Decoder {
         if !device.supports(dtype) {
             return Err(unsloth_core::Error::UnsupportedDType { op: "load", dtype, device: device.name() }.into());
         }
-        let config = DecoderConfig::load(folder)?;
-        let checkpoint = Checkpoint::open(folder)?;
-        let loader = Loader { checkpoint: &checkpoint, device, dtype };
+        let loader = Loader { source, device, dtype };
         let table = [config.vocab_size, config.hidden_size];
         let embedding = loader.matrix("model.embed_tokens.weight", table)?;
         let layers = (0..config.num_layers).map(|index| Layer::load(&loader, &config, index));
@@ -119,11 +135,8 @@ impl Decoder {
         let norm = loader.vector("model.norm.weight", config.hidden_size)?;
         let head =
             if config.tie_word_embeddings { embedding.clone() } else { loader.matrix("lm_head.weight", table)? };
-        // Frequencies that old checkpoints store; they follow from the configuration.
-        let mut unused_tensors = checkpoint.unused();
-        unused_tensors.retain(|name| !name.ends_with("rotary_emb.inv_freq"));
         Ok(Self {
-            folder: folder.to_owned(),
+            folder: None,
             config,
             device: device.clone(),
             dtype,
@@ -133,13 +146,13 @@ impl Decoder {
             head,
             tables: RefCell::new(None),
             checkpointing: Checkpointing::None,
-            unused_tensors,
+            unused_tensors: Vec::new(),
         })
     }
 
-    /// The folder that it was loaded from, as it was given.
-    pub fn folder(&self) -> &Path {
-        &self.folder
+    /// The folder that it was loaded from, as it was given; `None` if its weights came from elsewhere.
+    pub fn folder(&self) -> Option<&Path> {
+        self.folder.as_deref()
     }
 
     /// What defines the model.

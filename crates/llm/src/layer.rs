@@ -16,7 +16,7 @@ use unsloth_train::{KvCache, Linear};
 use crate::{
     Result,
     config::DecoderConfig,
-    weights::{Checkpoint, Wanted},
+    weights::{Wanted, WeightSource},
 };
 
 /// What all layers of a model have in common.
@@ -158,9 +158,9 @@ impl Layer {
     }
 }
 
-/// Takes the weights of a model from a checkpoint.
+/// Takes the weights of a model from where they come from.
 pub(crate) struct Loader<'a> {
-    pub(crate) checkpoint: &'a Checkpoint,
+    pub(crate) source: &'a dyn WeightSource,
     pub(crate) device: &'a Device,
     /// Storage type of activations.
     pub(crate) dtype: DType,
@@ -170,14 +170,14 @@ impl Loader<'_> {
     pub(crate) fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
         let dtype = self.weight_dtype(name)?;
         let wanted = Wanted { name, shape: shape.into(), dtype, category: Category::Weights };
-        let tensor = self.checkpoint.tensor(self.device, &wanted)?;
+        let tensor = self.source.tensor(self.device, &wanted)?;
         Ok(Matrix::Frozen(self.device.prepare_weight(tensor)?))
     }
 
     pub(crate) fn vector(&self, name: &str, length: usize) -> Result<Vector> {
         let dtype = self.weight_dtype(name)?;
         let wanted = Wanted { name, shape: [length].into(), dtype, category: Category::Weights };
-        Ok(Vector::Frozen(self.checkpoint.tensor(self.device, &wanted)?))
+        Ok(Vector::Frozen(self.source.tensor(self.device, &wanted)?))
     }
 
     fn linear(&self, path: &str, shape: [usize; 2], bias: bool) -> Result<Linear> {
@@ -189,7 +189,7 @@ impl Loader<'_> {
     /// Under f32 activations weights stay as they are stored: sums are f32 either way, so widening them would change no
     /// product and cost a second copy. Otherwise they get the type of the activations.
     fn weight_dtype(&self, name: &str) -> Result<DType> {
-        let stored = self.checkpoint.stored_dtype(name)?;
+        let stored = self.source.stored_dtype(name)?;
         let keep = self.dtype == DType::F32 && self.device.supports(stored);
         Ok(if keep { stored } else { self.dtype })
     }

@@ -164,7 +164,7 @@ fn read_adapter(
 struct SavedConfig {
     alpha_pattern: BTreeMap<String, f64>,
     auto_mapping: Option<()>,
-    base_model_name_or_path: String,
+    base_model_name_or_path: Option<String>,
     bias: &'static str,
     fan_in_fan_out: bool,
     inference_mode: bool,
@@ -241,7 +241,7 @@ fn saved_config(model: &Decoder, rank: usize, alpha: f64) -> SavedConfig {
     SavedConfig {
         alpha_pattern: BTreeMap::new(),
         auto_mapping: None,
-        base_model_name_or_path: model.folder().display().to_string(),
+        base_model_name_or_path: model.folder().map(|folder| folder.display().to_string()),
         bias: "none",
         fan_in_fan_out: false,
         inference_mode: true,

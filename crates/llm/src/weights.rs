@@ -1,4 +1,4 @@
-//! Tensors of a safetensors checkpoint: one file, or shards with an index.
+//! Where weights come from: a safetensors checkpoint (one file, or shards with an index), or nowhere.
 //!
 //! Files are memory-mapped. A tensor that is wanted in the type it is stored in is adopted from the mapping without a copy
 //! where the device can; any other is converted on its own, so that at most one tensor exists twice.
@@ -19,7 +19,39 @@ use unsloth_core::{Category, DType, Device, HostBytes, Shape, Tensor, ops::eleme
 
 use crate::{Error, Result, fields::read_object};
 
-/// What to take from a checkpoint.
+/// Where a model takes its weights from.
+pub trait WeightSource {
+    /// Type that a tensor is stored in; a float.
+    ///
+    /// # Errors
+    /// Depend on the source: it may not have the tensor, or not as a float.
+    fn stored_dtype(&self, name: &str) -> Result<DType>;
+
+    /// Takes a tensor, which may be read-only.
+    ///
+    /// # Errors
+    /// As [`WeightSource::stored_dtype`]; [`unsloth_core::Error::OutOfMemory`], [`unsloth_core::Error::UnsupportedDType`].
+    fn tensor(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor>;
+}
+
+/// Weights of arbitrary contents: memory without a checkpoint, which is all that a device which only plans looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShapesOnly {
+    /// What every tensor counts as stored in.
+    pub dtype: DType,
+}
+
+impl WeightSource for ShapesOnly {
+    fn stored_dtype(&self, _name: &str) -> Result<DType> {
+        Ok(self.dtype)
+    }
+
+    fn tensor(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
+        Ok(device.empty(wanted.shape, wanted.dtype, wanted.category)?)
+    }
+}
+
+/// What to take from a source of weights.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a> {
     /// Name of the tensor.
@@ -122,39 +154,12 @@ impl Checkpoint {
         self.entries.keys().filter(|name| !used.contains(*name)).cloned().collect()
     }
 
-    /// Type that a tensor is stored in.
-    ///
-    /// # Errors
-    /// [`Error::MissingTensor`]; [`Error::TensorDType`] unless it is f32, f16 or bf16.
-    pub fn stored_dtype(&self, name: &str) -> Result<DType> {
-        let entry = self.entry(name)?;
-        match entry.dtype {
-            Dtype::F32 => Ok(DType::F32),
-            Dtype::F16 => Ok(DType::F16),
-            Dtype::BF16 => Ok(DType::BF16),
-            other => {
-                let path = self.files[entry.file].path.clone();
-                Err(Error::TensorDType { path, name: name.to_owned(), actual: other.to_string() })
-            }
-        }
-    }
-
     /// Shape of a tensor as stored.
     ///
     /// # Errors
     /// [`Error::MissingTensor`].
     pub fn stored_shape(&self, name: &str) -> Result<&[usize]> {
         Ok(&self.entry(name)?.shape)
-    }
-
-    /// Takes a tensor: the mapped bytes themselves where they have the wanted type and the device can read them, else a
-    /// converted copy. It may be read-only.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::stored_dtype`]; [`Error::TensorShape`]; [`unsloth_core::Error::OutOfMemory`],
-    /// [`unsloth_core::Error::UnsupportedDType`].
-    pub fn tensor(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
-        Ok(elementwise::cast(&self.stored(device, wanted)?, wanted.dtype)?)
     }
 
     /// Takes a tensor as a copy that can be written.
@@ -188,6 +193,32 @@ impl Checkpoint {
     fn entry(&self, name: &str) -> Result<&Entry> {
         let missing = || Error::MissingTensor { path: self.path.clone(), name: name.to_owned() };
         self.entries.get(name).ok_or_else(missing)
+    }
+}
+
+impl WeightSource for Checkpoint {
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::TensorDType`] unless it is f32, f16 or bf16.
+    fn stored_dtype(&self, name: &str) -> Result<DType> {
+        let entry = self.entry(name)?;
+        match entry.dtype {
+            Dtype::F32 => Ok(DType::F32),
+            Dtype::F16 => Ok(DType::F16),
+            Dtype::BF16 => Ok(DType::BF16),
+            other => {
+                let path = self.files[entry.file].path.clone();
+                Err(Error::TensorDType { path, name: name.to_owned(), actual: other.to_string() })
+            }
+        }
+    }
+
+    /// The mapped bytes themselves where they have the wanted type and the device can read them, else a converted copy.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::stored_dtype`]; [`Error::TensorShape`]; [`unsloth_core::Error::OutOfMemory`],
+    /// [`unsloth_core::Error::UnsupportedDType`].
+    fn tensor(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
+        Ok(elementwise::cast(&self.stored(device, wanted)?, wanted.dtype)?)
     }
 }
 

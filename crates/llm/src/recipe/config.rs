@@ -120,10 +120,7 @@ impl TrainConfig {
     /// [`Error::InvalidOption`] or [`unsloth_train::Error::InvalidConfig`], naming the field.
     pub fn validate(&self) -> Result<()> {
         at_least("data", self.data.len(), 1)?;
-        if !matches!(self.dtype, DType::F32 | DType::BF16) {
-            // Gradients of f16 activations underflow without loss scaling, which is worse than a refusal.
-            return invalid("dtype", self.dtype, "f32 or bf16 for training");
-        }
+        training_dtype(self.dtype)?;
         self.new_adapter().validate()?;
         at_least("max_seq_len", self.max_seq_len.unwrap_or(1), 1)?;
         match self.length {
@@ -167,6 +164,16 @@ impl TrainConfig {
         let &Self { schedule: kind, learning_rate, adamw, max_grad_norm, .. } = self;
         TrainerConfig { adamw, schedule: Schedule { kind, learning_rate, warmup_steps, total_steps }, max_grad_norm }
     }
+}
+
+/// # Errors
+/// [`Error::InvalidOption`] for a type of activations that cannot be trained in.
+pub(super) fn training_dtype(dtype: DType) -> Result<()> {
+    if !matches!(dtype, DType::F32 | DType::BF16) {
+        // Gradients of f16 activations underflow without loss scaling, which is worse than a refusal.
+        return invalid("dtype", dtype, "f32 or bf16 for training");
+    }
+    Ok(())
 }
 
 pub(super) fn invalid<T>(field: &'static str, value: impl std::fmt::Display, rule: &str) -> Result<T> {

@@ -1,14 +1,16 @@
-//! Training and evaluation from files to files.
+//! Training, evaluation and memory plans from files to files.
 
 mod config;
 mod evaluate;
 mod output;
+mod plan;
 mod train;
 
 use std::path::Path;
 
 pub use config::{RunLength, TrainConfig, Warmup};
 pub use evaluate::{EvalConfig, Evaluation, evaluate};
+pub use plan::{PlanConfig, plan};
 pub use train::{Event, Prepared, StepRecord, Summary, train};
 use unsloth_core::{DType, Device};
 

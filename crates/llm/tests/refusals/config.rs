@@ -3,9 +3,12 @@
 use std::fs;
 
 use serde_json::{Value, json};
-use unsloth_core::ops::{
-    glu::Activation,
-    rope_table::{RopeSpec, Scaling},
+use unsloth_core::{
+    DType,
+    ops::{
+        glu::Activation,
+        rope_table::{RopeSpec, Scaling},
+    },
 };
 use unsloth_llm::{Error, Result, config::DecoderConfig};
 
@@ -214,4 +217,19 @@ fn bad_rope_settings() {
 fn errors_can_be_matched() {
     let result = config("tiny-llama", &[("model_type", json!("gpt2"))]);
     assert!(matches!(result, Err(Error::UnsupportedArchitecture { name, .. }) if name == "gpt2"));
+}
+
+#[test]
+fn type_of_weights_that_are_not_there() {
+    let stored = |fields: &[(&str, Value)]| {
+        let folder = Folder::copy("tiny-llama", "model");
+        folder.set("config.json", "dtype", Value::Null);
+        fields.iter().for_each(|(field, value)| folder.set("config.json", field, value.clone()));
+        DecoderConfig::stored_dtype(folder.path())
+    };
+    assert_eq!(stored(&[]).unwrap(), DType::F32);
+    assert_eq!(stored(&[("torch_dtype", json!("bfloat16"))]).unwrap(), DType::BF16);
+    assert_eq!(stored(&[("torch_dtype", json!("bfloat16")), ("dtype", json!("float16"))]).unwrap(), DType::F16);
+    refused(stored(&[("torch_dtype", json!("int8"))]), &["config.json", "torch_dtype", "float32, float16 or bfloat16"]);
+    refused(stored(&[("dtype", json!(32))]), &["config.json", "dtype", "a string"]);
 }

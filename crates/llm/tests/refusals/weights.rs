@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use unsloth_core::DType;
 use unsloth_llm::{
     decoder::{Decoder, LoadOptions},
-    weights::{Checkpoint, Wanted},
+    weights::{Checkpoint, Wanted, WeightSource},
 };
 
 use crate::{

@@ -1,0 +1,114 @@
+//! `unsloth plan`: the memory of a training run, by running it where nothing is computed.
+
+use std::path::PathBuf;
+
+use unsloth_core::{DType, Device, Usage, ops::cross_entropy::IGNORE_INDEX};
+use unsloth_train::{
+    AdamWConfig, Batch, Checkpointing, Document, LoraConfig, Schedule, ScheduleKind, Trainer, TrainerConfig,
+};
+
+use super::config::{invalid, training_dtype};
+use crate::{
+    Error, Result,
+    config::DecoderConfig,
+    decoder::{Decoder, LoadOptions, Targets},
+    packing::at_least,
+    weights::ShapesOnly,
+};
+
+/// From the second step on, every step makes the same buffers and holds the first one's scalars besides.
+const NUM_STEPS: usize = 2;
+
+/// What of a run that trains low-rank adapters its memory depends on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlanConfig {
+    /// Folder with `config.json`. Of weights, if there are any, only the headers are read.
+    pub model: PathBuf,
+    /// Type of activations.
+    pub dtype: DType,
+    /// Tokens of a sequence, at least 2. All but the last of them have a target.
+    pub seq_len: usize,
+    /// Sequences of a micro-batch, at least 1.
+    pub batch_size: usize,
+    /// Inner dimension of the adapters.
+    pub rank: usize,
+    /// Layers that have adapters.
+    pub targets: Targets,
+    /// Which layers are computed again in the backward pass instead of kept.
+    pub checkpointing: Checkpointing,
+}
+
+impl PlanConfig {
+    /// The settings that `unsloth plan` has without options.
+    pub fn new(model: PathBuf, seq_len: usize) -> Self {
+        Self {
+            model,
+            dtype: DType::F32,
+            seq_len,
+            batch_size: 1,
+            rank: 16,
+            targets: Targets::AllLinear,
+            checkpointing: Checkpointing::None,
+        }
+    }
+
+    /// # Errors
+    /// [`Error::InvalidOption`] or [`unsloth_train::Error::InvalidConfig`], naming the field.
+    pub fn validate(&self) -> Result<()> {
+        training_dtype(self.dtype)?;
+        at_least("seq_len", self.seq_len, 2)?;
+        at_least("batch_size", self.batch_size, 1)?;
+        let num_tokens = self.seq_len.saturating_mul(self.batch_size);
+        if i32::try_from(num_tokens).is_err() {
+            return invalid("batch_size * seq_len", num_tokens, "below 2^31");
+        }
+        Ok(self.adapter().validate()?)
+    }
+
+    /// The factor of the update takes no memory.
+    fn adapter(&self) -> LoraConfig {
+        LoraConfig { rank: self.rank, alpha: 1.0 }
+    }
+
+    fn model(&self, device: &Device) -> Result<Decoder> {
+        let options = LoadOptions { dtype: self.dtype };
+        let mut model = match Decoder::load(&self.model, device, options) {
+            Err(Error::NoWeights { .. }) => {
+                let source = ShapesOnly { dtype: DecoderConfig::stored_dtype(&self.model)? };
+                Decoder::new(DecoderConfig::load(&self.model)?, &source, device, options)?
+            }
+            loaded => loaded?,
+        };
+        model.set_checkpointing(self.checkpointing);
+        model.add_adapters(&self.adapter(), &self.targets, 0)?;
+        Ok(model)
+    }
+
+    fn batch(&self, device: &Device) -> Result<Batch> {
+        let ids = vec![0; self.seq_len];
+        let mut targets = vec![0; self.seq_len];
+        targets[self.seq_len - 1] = IGNORE_INDEX;
+        let documents = vec![Document { ids: &ids, targets: &targets }; self.batch_size];
+        Ok(Batch::new(device, &documents)?)
+    }
+}
+
+/// Loads the model, gives it adapters, trains it for two steps and tells what was held: model, tape, trainer and optimiser are
+/// those of [`super::train`]. `device` should have nothing on it. On one that only plans, no weight is read and nothing is
+/// computed; on another one this measures.
+///
+/// # Errors
+/// As [`PlanConfig::validate`]; whatever loading the model refuses; [`unsloth_core::Error::OutOfMemory`], naming what is held,
+/// if the run does not fit the device's budget.
+pub fn plan(device: &Device, config: &PlanConfig) -> Result<Usage> {
+    config.validate()?;
+    let schedule =
+        Schedule { kind: ScheduleKind::Constant, learning_rate: 0.0, warmup_steps: 0, total_steps: NUM_STEPS };
+    let trainer = TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0) };
+    let mut trainer = Trainer::new(config.model(device)?, trainer)?;
+    for _ in 0..NUM_STEPS {
+        trainer.step(&[config.batch(device)?])?;
+    }
+    trainer.finish()?;
+    Ok(device.usage())
+}
