@@ -5,6 +5,7 @@
 mod args;
 mod eval;
 mod generate;
+mod plan;
 mod train;
 
 use std::{io::Write, process::ExitCode};
@@ -19,6 +20,8 @@ enum Command {
     Train(train::Args),
     /// Mean loss and perplexity of a model, with or without an adapter, over data.
     Eval(eval::Args),
+    /// Memory that training an adapter would take, by category, without reading weights or computing.
+    Plan(plan::Args),
     /// Continue a prompt greedily.
     Generate(generate::Args),
 }
@@ -27,6 +30,7 @@ fn main() -> ExitCode {
     let result = match Command::parse() {
         Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Generate(args) => generate::run(args),
     };
     match result {

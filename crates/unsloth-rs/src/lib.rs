@@ -42,6 +42,19 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! What such a run would hold, by running it on a [device that computes nothing](plan) but memory:
+//!
+//! ```no_run
+//! use unsloth_rs::{Category, Device, plan::{PlanBackend, PlanOptions}, recipe::{PlanConfig, plan}};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let device = Device::new(PlanBackend::new(PlanOptions::default())?);
+//! let usage = plan(&device, &PlanConfig { batch_size: 4, ..PlanConfig::new("Llama-3.2-1B".into(), 2048) })?;
+//! println!("{} bytes, {} of them activations", usage.total_peak_bytes(), usage.at_peak(Category::Activations));
+//! # Ok(())
+//! # }
+//! ```
 
 pub use unsloth_autograd as autograd;
 pub use unsloth_core as core;
@@ -50,6 +63,7 @@ pub use unsloth_cpu as cpu;
 pub use unsloth_llm as llm;
 pub use unsloth_llm::recipe;
 pub use unsloth_memory as memory;
+pub use unsloth_plan as plan;
 pub use unsloth_train as train;
 
 /// The device of this name, with default options. This build has `cpu`.

@@ -9,7 +9,7 @@ use super::files;
 
 /// Crates from the lowest layer up, by folder, and the crates of this workspace that each may name under `[dependencies]`. A crate
 /// names only crates above its own line here, and siblings do not see each other.
-const ARROWS: [(&str, &[&str]); 22] = [
+const ARROWS: [(&str, &[&str]); 23] = [
     ("crates/core", &[]),
     ("crates/memory", &["unsloth-core"]),
     ("crates/testkit", &["unsloth-core"]),
@@ -46,11 +46,20 @@ const ARROWS: [(&str, &[&str]); 22] = [
     ("crates/llm", &["unsloth-core", "unsloth-autograd", "unsloth-train"]),
     (
         "crates/unsloth-rs",
-        &["unsloth-core", "unsloth-memory", "unsloth-cpu", "unsloth-autograd", "unsloth-train", "unsloth-llm"],
+        &[
+            "unsloth-core",
+            "unsloth-memory",
+            "unsloth-cpu",
+            "unsloth-plan",
+            "unsloth-autograd",
+            "unsloth-train",
+            "unsloth-llm",
+        ],
     ),
     ("crates/cli", &["unsloth-rs"]),
     ("benches", &["unsloth-rs", "unsloth-testkit"]),
     ("xtask", &[]),
+    ("xtask/cuda-check", &["unsloth-core", "unsloth-cube"]),
 ];
 
 /// What tests of any crate may use besides: a device to run on, and the oracles.

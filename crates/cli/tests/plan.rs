@@ -1,0 +1,278 @@
+//! `unsloth plan` against what `unsloth train` measures.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper of a test may panic like the test itself")]
+
+mod support;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use safetensors::{Dtype, serialize_to_file, tensor::TensorView};
+use serde_json::{Value, json};
+use support::*;
+
+/// A model of random weights, by the fields of its configuration.
+struct Shape {
+    model_type: &'static str,
+    class: &'static str,
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_layers: usize,
+    num_heads: usize,
+    num_kv_heads: usize,
+    tied: bool,
+}
+
+const SMALL: Shape = Shape {
+    model_type: "llama",
+    class: "LlamaForCausalLM",
+    vocab_size: 8192,
+    hidden_size: 512,
+    intermediate_size: 1408,
+    num_layers: 8,
+    num_heads: 8,
+    num_kv_heads: 4,
+    tied: false,
+};
+
+/// Layers of Qwen2.5-0.5B.
+const MEDIUM: Shape = Shape {
+    model_type: "qwen2",
+    class: "Qwen2ForCausalLM",
+    vocab_size: 32_000,
+    hidden_size: 896,
+    intermediate_size: 4864,
+    num_layers: 6,
+    num_heads: 14,
+    num_kv_heads: 2,
+    tied: true,
+};
+
+impl Shape {
+    fn config(&self) -> Value {
+        json!({
+            "model_type": self.model_type,
+            "architectures": [self.class],
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "dtype": "float32",
+        })
+    }
+
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (hidden, intermediate) = (self.hidden_size, self.intermediate_size);
+        let kv = hidden / self.num_heads * self.num_kv_heads;
+        let mut tensors = vec![
+            ("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden]),
+            ("model.norm.weight".to_owned(), vec![hidden]),
+        ];
+        if !self.tied {
+            tensors.push(("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
+        }
+        for layer in 0..self.num_layers {
+            let mut parts = vec![
+                ("input_layernorm.weight", vec![hidden]),
+                ("post_attention_layernorm.weight", vec![hidden]),
+                ("self_attn.q_proj.weight", vec![hidden, hidden]),
+                ("self_attn.k_proj.weight", vec![kv, hidden]),
+                ("self_attn.v_proj.weight", vec![kv, hidden]),
+                ("self_attn.o_proj.weight", vec![hidden, hidden]),
+                ("mlp.gate_proj.weight", vec![intermediate, hidden]),
+                ("mlp.up_proj.weight", vec![intermediate, hidden]),
+                ("mlp.down_proj.weight", vec![hidden, intermediate]),
+            ];
+            if self.model_type == "qwen2" {
+                let biases = [("q", hidden), ("k", kv), ("v", kv)];
+                let names = ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"];
+                parts.extend(names.into_iter().zip(biases).map(|(name, (_, length))| (name, vec![length])));
+            }
+            tensors.extend(parts.into_iter().map(|(name, shape)| (format!("model.layers.{layer}.{name}"), shape)));
+        }
+        tensors
+    }
+
+    /// Writes `config.json` alone.
+    fn write_config(&self, folder: &Path) {
+        fs::write(folder.join("config.json"), self.config().to_string()).unwrap();
+    }
+
+    /// Writes the whole model. Every tensor is the front of one random one: what they hold makes no difference here.
+    fn write(&self, folder: &Path) {
+        self.write_config(folder);
+        let tensors = self.tensors();
+        let bytes = |shape: &[usize]| 4 * shape.iter().product::<usize>();
+        let random = random_f32(tensors.iter().map(|(_, shape)| bytes(shape)).max().unwrap() / 4);
+        let view = |shape: &Vec<usize>| TensorView::new(Dtype::F32, shape.clone(), &random[..bytes(shape)]).unwrap();
+        let views = tensors.iter().map(|(name, shape)| (name.as_str(), view(shape)));
+        serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+    }
+}
+
+/// Uniform in `(-0.05, 0.05)`.
+fn random_f32(count: usize) -> Vec<u8> {
+    let mut state = 1u32;
+    let mut draw = || {
+        // Numerical Recipes' generator, of which the high bits are good.
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        ((state >> 8) as f32 / 16_777_216.0 - 0.5) * 0.1
+    };
+    (0..count).flat_map(|_| draw().to_le_bytes()).collect()
+}
+
+/// Options that `plan` and `train` have in common, and the shape of a batch.
+struct Run<'a> {
+    model: &'a Path,
+    seq_len: usize,
+    batch_size: usize,
+    options: &'a str,
+}
+
+impl Run<'_> {
+    fn plan(&self) -> Value {
+        let Run { seq_len, batch_size, options, .. } = self;
+        let text = format!("plan --model {{}} --seq {seq_len} --batch {batch_size} --json {options}");
+        unsloth(line(&text, &[self.model])).succeeded().json()
+    }
+
+    /// Peak of two steps of training on as many documents of that length as a batch has.
+    fn measure(&self) -> u64 {
+        let Run { seq_len, batch_size, options, .. } = self;
+        let folder = tempfile::tempdir().unwrap();
+        let (data, output) = (folder.path().join("data.jsonl"), folder.path().join("out"));
+        let document =
+            |i: usize| json!({"input_ids": (0..*seq_len).map(|j| (7 * i + 3 * j) % 1000).collect::<Vec<_>>()});
+        fs::write(&data, (0..*batch_size).map(|i| format!("{}\n", document(i))).collect::<String>()).unwrap();
+        let text = format!(
+            "train --model {{}} --data {{}} --output {{}} --steps 2 --batch-size {batch_size} --packing false \
+             --max-seq-len {seq_len} --quiet {options}"
+        );
+        unsloth(line(&text, &[self.model, &data, &output])).succeeded();
+        read_metrics(&output).last().unwrap()["peak_bytes"].as_u64().unwrap()
+    }
+
+    /// Holds the plan to 5% of what training measures, and gives it.
+    fn check(&self) -> u64 {
+        let Run { seq_len, batch_size, options, .. } = self;
+        let plan = self.plan();
+        let (planned, measured) = (plan["peak_bytes"].as_u64().unwrap(), self.measure());
+        let error = planned as f64 / measured as f64 - 1.0;
+        println!("{batch_size} x {seq_len} {options}: planned {planned}, measured {measured}, {:+.3}%", 100.0 * error);
+        assert!(error.abs() <= 0.05, "{batch_size} x {seq_len} {options}: planned {planned}, measured {measured}");
+        planned
+    }
+}
+
+/// Three lengths, with and without checkpointing, which must save memory wherever there is much.
+fn check_lengths(model: &Path, lengths: [usize; 3]) {
+    for seq_len in lengths {
+        let [none, every] = ["--checkpointing none", "--checkpointing every:1"]
+            .map(|options| Run { model, seq_len, batch_size: 1, options }.check());
+        assert!(every < none, "{seq_len}: {every} with checkpointing, {none} without");
+    }
+}
+
+fn tiny() -> PathBuf {
+    fixture("tiny-llama").join("model")
+}
+
+#[test]
+fn tiny_llama_as_measured() {
+    check_lengths(&tiny(), [64, 128, 256]);
+}
+
+#[test]
+fn small_as_measured() {
+    let model = tempfile::tempdir().unwrap();
+    SMALL.write(model.path());
+    check_lengths(model.path(), [128, 512, 1024]);
+    let options = "--checkpointing sqrt --dtype bf16 --rank 4 --targets q_proj,down_proj";
+    Run { model: model.path(), seq_len: 300, batch_size: 2, options }.check();
+}
+
+#[test]
+fn medium_as_measured() {
+    let model = tempfile::tempdir().unwrap();
+    MEDIUM.write(model.path());
+    check_lengths(model.path(), [128, 256, 512]);
+}
+
+#[test]
+fn options_as_measured() {
+    for options in ["--dtype bf16", "--rank 2 --targets v_proj", "--threads 1", "--checkpointing every:3"] {
+        Run { model: &tiny(), seq_len: 100, batch_size: 3, options }.check();
+    }
+}
+
+#[test]
+fn categories_add_up_and_need_no_weights() {
+    let (full, bare) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    SMALL.write(full.path());
+    SMALL.write_config(bare.path());
+    for options in ["", "--dtype bf16"] {
+        let [full, bare] =
+            [full.path(), bare.path()].map(|model| Run { model, seq_len: 64, batch_size: 2, options }.plan());
+        let categories = full["by_category"].as_object().unwrap();
+        let sum: u64 = categories.values().map(|bytes| bytes.as_u64().unwrap()).sum();
+        assert_eq!((sum, &full["device"]), (full["peak_bytes"].as_u64().unwrap(), &json!("cpu")));
+        let names = ["activations", "adapters", "gradients", "kv_cache", "optimiser", "weights", "workspace"];
+        assert!(categories.keys().eq(&names), "{categories:?}");
+        // Two moments for each of the adapters' parameters; the scalars of this step and of the one before.
+        let [adapters, optimiser] = ["adapters", "optimiser"].map(|name| categories[name].as_u64().unwrap());
+        assert_eq!(optimiser, 2 * adapters + 2 * 256);
+        assert_eq!(full, bare);
+    }
+    // What the configuration says of the weights counts where there are none.
+    let plan =
+        || Run { model: bare.path(), seq_len: 64, batch_size: 2, options: "" }.plan()["by_category"]["weights"].clone();
+    let wide = plan().as_u64().unwrap();
+    set_config(bare.path(), "dtype", Value::Null);
+    assert_eq!(plan().as_u64().unwrap(), wide);
+    set_config(bare.path(), "torch_dtype", json!("bfloat16"));
+    // The rotary tables, 64 positions of 32 channels each, stay f32.
+    assert_eq!(2 * plan().as_u64().unwrap(), wide + 2 * 64 * 32 * 4);
+}
+
+#[test]
+fn a_table_and_a_limit() {
+    let planned =
+        Run { model: &tiny(), seq_len: 100, batch_size: 1, options: "" }.plan()["peak_bytes"].as_u64().unwrap();
+    let limited = |bytes: u64| unsloth(line(&format!("plan --model {{}} --seq 100 --memory {bytes}"), &[&tiny()]));
+    let table = limited(planned).succeeded().stdout;
+    let names: Vec<&str> = table.lines().filter_map(|line| line.split(' ').next()).collect();
+    assert_eq!(names, ["weights", "adapters", "gradients", "optimiser", "activations", "workspace", "peak"]);
+    assert!(table.contains("on cpu, fits ") && table.contains("peak  "), "{table}");
+    limited(planned - 1).failed_with(&["out of memory", "do not fit the budget", "in use: weights ", "activations "]);
+}
+
+#[test]
+fn bad_input() {
+    let folder = tempfile::tempdir().unwrap();
+    SMALL.write_config(folder.path());
+    let plan = |options: &str| unsloth(line(&format!("plan --model {{}} {options}"), &[folder.path()]));
+    plan("--seq 1").failed_with(&["seq_len = 1, must be at least 2"]);
+    plan("--seq 8 --batch 0").failed_with(&["batch_size = 0, must be at least 1"]);
+    plan("--seq 70000 --batch 70000").failed_with(&["4900000000, must be below 2^31"]);
+    plan("--seq 8 --rank 0").failed_with(&["rank = 0"]);
+    plan("--seq 8 --rank 300").failed_with(&["k_proj: rank = 300, must be 1 to 256"]);
+    plan("--seq 8 --threads 0").failed_with(&["num_threads = 0, must be at least 1"]);
+    plan("--seq 8 --dtype f16").failed_with(&["dtype = f16, must be f32 or bf16"]);
+    plan("--seq 8 --targets x_proj").failed_with(&["no linear layer is named `x_proj`"]);
+    for usage in ["", "--seq x", "--seq 8 --memory lots", "--seq 8 --checkpointing every:0", "--seq 8 --method full"] {
+        assert_eq!(plan(usage).status, 2, "{usage}");
+    }
+    set_config(folder.path(), "dtype", json!("float64"));
+    plan("--seq 8").failed_with(&["config.json", "`dtype` = \"float64\", must be float32, float16 or bfloat16"]);
+    fs::write(folder.path().join("model.safetensors"), "").unwrap();
+    plan("--seq 8").failed_with(&["model.safetensors", "not a complete safetensors file"]);
+    let nowhere = folder.path().join("nowhere");
+    unsloth(line("plan --model {} --seq 8", &[&nowhere])).failed_with(&["cannot read", "nowhere/config.json"]);
+}
