@@ -70,11 +70,6 @@ impl<R: Runtime> CubeBackend<R> {
         Ok(backend)
     }
 
-    /// The client, for properties. Launch through [`CubeBackend::launch`].
-    pub(crate) fn client(&self) -> &ComputeClient<R> {
-        &self.client
-    }
-
     /// Runs `launch`, which launches kernels, on this backend's stream. `op` names it in errors.
     ///
     /// # Errors

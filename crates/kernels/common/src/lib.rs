@@ -10,4 +10,4 @@ mod reduce;
 
 pub use error::LaunchError;
 pub use launch::{Launch, RowGrid};
-pub use reduce::{cube_max, cube_sum, vector_sum};
+pub use reduce::{cube_max, cube_reduce_bytes, cube_sum, vector_sum};

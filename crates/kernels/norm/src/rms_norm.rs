@@ -7,7 +7,7 @@
 //! has the same bits on every run.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, cube_sum, vector_sum};
+use unsloth_common::{Launch, LaunchError, cube_reduce_bytes, cube_sum, vector_sum};
 
 /// Sizes and constants of one normalisation.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,7 +52,7 @@ pub fn forward<R: Runtime, E: Float, W: Float>(
     }
     let (len, width) = (shape.rows * shape.hidden_size, launch.vector_width::<f32>(shape.hidden_size));
     let grid = launch.rows(shape.rows, shape.hidden_size / width);
-    launch.cube(grid.dim, grid.units * size_of::<f32>())?;
+    launch.cube(grid.dim, cube_reduce_bytes(grid.units))?;
     forward_kernel::launch::<E, W, R>(
         client,
         grid.count,
@@ -103,7 +103,7 @@ pub fn add_forward<R: Runtime, E: Float, W: Float>(
     }
     let (len, width) = (shape.rows * shape.hidden_size, launch.vector_width::<f32>(shape.hidden_size));
     let grid = launch.rows(shape.rows, shape.hidden_size / width);
-    launch.cube(grid.dim, grid.units * size_of::<f32>())?;
+    launch.cube(grid.dim, cube_reduce_bytes(grid.units))?;
     add_forward_kernel::launch::<E, W, R>(
         client,
         grid.count,
@@ -167,7 +167,7 @@ fn forward_kernel<E: Float, W: Float, N: Size>(
     #[comptime] units: usize,
 ) {
     let cols = cols as usize;
-    let mut row = CUBE_POS as usize;
+    let mut row = CUBE_POS;
     while row < rows as usize {
         let mut squares = Vector::<f32, N>::new(0.0);
         let mut i = UNIT_POS as usize;
@@ -177,7 +177,7 @@ fn forward_kernel<E: Float, W: Float, N: Size>(
             i += units;
         }
         write_row::<E, W, N>(&x.to_slice(), weight, out, rstd, squares, row, cols, eps, weight_offset, units);
-        row += CUBE_COUNT as usize;
+        row += CUBE_COUNT;
     }
 }
 
@@ -196,7 +196,7 @@ fn add_forward_kernel<E: Float, W: Float, N: Size>(
     #[comptime] units: usize,
 ) {
     let cols = cols as usize;
-    let mut row = CUBE_POS as usize;
+    let mut row = CUBE_POS;
     while row < rows as usize {
         let mut squares = Vector::<f32, N>::new(0.0);
         let mut i = UNIT_POS as usize;
@@ -209,7 +209,7 @@ fn add_forward_kernel<E: Float, W: Float, N: Size>(
             i += units;
         }
         write_row::<E, W, N>(&x.to_slice(), weight, out, rstd, squares, row, cols, eps, weight_offset, units);
-        row += CUBE_COUNT as usize;
+        row += CUBE_COUNT;
     }
 }
 
@@ -246,7 +246,7 @@ pub fn backward<R: Runtime, E: Float, W: Float>(
     }
     let (len, width) = (shape.rows * shape.hidden_size, launch.vector_width::<f32>(shape.hidden_size));
     let grid = launch.rows(shape.rows, shape.hidden_size / width);
-    launch.cube(grid.dim, grid.units * size_of::<f32>())?;
+    launch.cube(grid.dim, cube_reduce_bytes(grid.units))?;
     backward_kernel::launch::<E, W, R>(
         client,
         grid.count,
@@ -283,7 +283,7 @@ fn backward_kernel<E: Float, W: Float, N: Size>(
 ) {
     let width = N::value();
     let cols = cols as usize;
-    let mut row = CUBE_POS as usize;
+    let mut row = CUBE_POS;
     while row < rows as usize {
         let r = rstd[row];
         let mut products = Vector::<f32, N>::new(0.0);
@@ -310,7 +310,7 @@ fn backward_kernel<E: Float, W: Float, N: Size>(
             dout[at] = Vector::cast_from(dx);
             i += units;
         }
-        row += CUBE_COUNT as usize;
+        row += CUBE_COUNT;
     }
 }
 

@@ -205,8 +205,8 @@ fn step_kernel<E: Float, N: Size>(
         let (scale, steps) = (state[1], state[3]);
         let step_size = learning_rate / correction(log_beta1, steps);
         let correction2 = correction(log_beta2, steps);
-        let walk = CUBE_COUNT as usize * CUBE_DIM as usize;
-        let mut i = ABSOLUTE_POS as usize;
+        let walk = CUBE_COUNT * CUBE_DIM as usize;
+        let mut i = ABSOLUTE_POS;
         while i < items as usize {
             let g = grad[i] * Vector::new(scale);
             let first = Vector::new(beta1) * m[i] + Vector::new(1.0 - beta1) * g;

@@ -78,8 +78,8 @@ fn binary_kernel<E: Float, N: Size>(
     #[comptime] op: BinaryOp,
     #[comptime] in_place: bool,
 ) {
-    let step = CUBE_COUNT as usize * CUBE_DIM as usize;
-    let mut i = ABSOLUTE_POS as usize;
+    let step = CUBE_COUNT * CUBE_DIM as usize;
+    let mut i = ABSOLUTE_POS;
     while i < items as usize {
         let right = Vector::<f32, N>::cast_from(b[i]);
         let left =
@@ -119,8 +119,8 @@ pub fn scale<R: Runtime, E: Float>(
 /// Multiplies vectors `ABSOLUTE_POS`, `ABSOLUTE_POS + number of units`, ...
 #[cube]
 fn scale_vectors<E: Float, N: Size>(x: &mut Array<Vector<E, N>>, factor: f32, items: usize) {
-    let step = CUBE_COUNT as usize * CUBE_DIM as usize;
-    let mut i = ABSOLUTE_POS as usize;
+    let step = CUBE_COUNT * CUBE_DIM as usize;
+    let mut i = ABSOLUTE_POS;
     while i < items {
         x[i] = Vector::cast_from(Vector::<f32, N>::cast_from(x[i]) * Vector::new(factor));
         i += step;
@@ -189,8 +189,8 @@ pub fn accumulate<R: Runtime, E: Float>(
 /// Grid as [`binary_kernel`].
 #[cube(launch)]
 fn accumulate_kernel<E: Float, N: Size>(accumulator: &mut Array<Vector<f32, N>>, x: &Array<Vector<E, N>>, items: u32) {
-    let step = CUBE_COUNT as usize * CUBE_DIM as usize;
-    let mut i = ABSOLUTE_POS as usize;
+    let step = CUBE_COUNT * CUBE_DIM as usize;
+    let mut i = ABSOLUTE_POS;
     while i < items as usize {
         accumulator[i] = accumulator[i] + Vector::<f32, N>::cast_from(x[i]);
         i += step;
@@ -228,8 +228,8 @@ fn cast_kernel<From: Float, To: Float, N: Size>(
     out: &mut Array<Vector<To, N>>,
     items: u32,
 ) {
-    let step = CUBE_COUNT as usize * CUBE_DIM as usize;
-    let mut i = ABSOLUTE_POS as usize;
+    let step = CUBE_COUNT * CUBE_DIM as usize;
+    let mut i = ABSOLUTE_POS;
     while i < items as usize {
         // By way of f32, so that no pair of 16-bit types needs a conversion of its own.
         out[i] = Vector::cast_from(Vector::<f32, N>::cast_from(x[i]));
@@ -257,8 +257,8 @@ pub fn copy<R: Runtime>(client: &ComputeClient<R>, words: usize, x: &Handle, out
 /// Grid as [`binary_kernel`].
 #[cube(launch)]
 fn copy_kernel<N: Size>(x: &Array<Vector<u32, N>>, out: &mut Array<Vector<u32, N>>, items: u32) {
-    let step = CUBE_COUNT as usize * CUBE_DIM as usize;
-    let mut i = ABSOLUTE_POS as usize;
+    let step = CUBE_COUNT * CUBE_DIM as usize;
+    let mut i = ABSOLUTE_POS;
     while i < items as usize {
         out[i] = x[i];
         i += step;
@@ -285,8 +285,8 @@ pub fn fill<R: Runtime>(client: &ComputeClient<R>, words: usize, x: &Handle, wor
 /// Grid as [`binary_kernel`].
 #[cube(launch)]
 fn fill_kernel<N: Size>(x: &mut Array<Vector<u32, N>>, word: u32, items: u32) {
-    let step = CUBE_COUNT as usize * CUBE_DIM as usize;
-    let mut i = ABSOLUTE_POS as usize;
+    let step = CUBE_COUNT * CUBE_DIM as usize;
+    let mut i = ABSOLUTE_POS;
     while i < items as usize {
         x[i] = Vector::new(word);
         i += step;

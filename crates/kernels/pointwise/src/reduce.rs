@@ -8,7 +8,7 @@
 //! square overflows or vanishes; one pass is enough for that, unlike scaling by the largest element.   Blue 1978, ACM TOMS 4(1)
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, cube_sum, vector_sum};
+use unsloth_common::{Launch, LaunchError, cube_reduce_bytes, cube_sum, vector_sum};
 
 /// Elements that a cube folds, at least, before another cube joins.
 const PART_ELEMENTS: usize = 4096;
@@ -63,7 +63,7 @@ fn partial_grid<R: Runtime>(
     let units = launch.units_for(PART_ELEMENTS);
     let dim = CubeDim::new_1d(units as u32);
     let sums = workspace_len(reduction, 1);
-    launch.cube(dim, sums * units * size_of::<f32>())?;
+    launch.cube(dim, sums * cube_reduce_bytes(units))?;
     let parts = parts(part.len);
     let needed = part.at.saturating_add(parts).max(part.total_parts);
     let workspace = launch.array::<f32>("workspace", part.workspace, workspace_len(reduction, needed))?;
@@ -98,14 +98,14 @@ fn partial_sum_kernel<E: Float, N: Size>(
     #[comptime] units: usize,
 ) {
     let mut sum = Vector::<f32, N>::new(0.0);
-    let mut i = ABSOLUTE_POS as usize;
+    let mut i = ABSOLUTE_POS;
     while i < items as usize {
         sum += Vector::<f32, N>::cast_from(x[i]);
-        i += CUBE_COUNT as usize * units;
+        i += CUBE_COUNT * units;
     }
     let total = cube_sum(vector_sum::<N>(sum), units);
     if UNIT_POS == 0 {
-        workspace[at as usize + CUBE_POS as usize] = total;
+        workspace[at as usize + CUBE_POS] = total;
     }
 }
 
@@ -150,7 +150,7 @@ fn partial_norm_kernel<E: Float, N: Size>(
     let mut large = 0.0f32;
     let mut middling = 0.0f32;
     let mut small = 0.0f32;
-    let mut i = ABSOLUTE_POS as usize;
+    let mut i = ABSOLUTE_POS;
     while i < items as usize {
         let vector = Vector::<f32, N>::cast_from(x[i]);
         #[unroll]
@@ -173,13 +173,13 @@ fn partial_norm_kernel<E: Float, N: Size>(
                 middling += value * value;
             }
         }
-        i += CUBE_COUNT as usize * units;
+        i += CUBE_COUNT * units;
     }
     let large = cube_sum(large, units);
     let middling = cube_sum(middling, units);
     let small = cube_sum(small, units);
     if UNIT_POS == 0 {
-        let to = (at as usize + CUBE_POS as usize) * 3;
+        let to = (at as usize + CUBE_POS) * 3;
         workspace[to] = large;
         workspace[to + 1] = middling;
         workspace[to + 2] = small;
@@ -253,7 +253,7 @@ fn partial_finite_kernel<N: Size>(
 ) {
     let width = N::value();
     let mut bad = 0.0f32;
-    let mut i = ABSOLUTE_POS as usize;
+    let mut i = ABSOLUTE_POS;
     while i < items as usize {
         let vector = x[i];
         #[unroll]
@@ -266,11 +266,11 @@ fn partial_finite_kernel<N: Size>(
                 bad += 1.0;
             }
         }
-        i += CUBE_COUNT as usize * units;
+        i += CUBE_COUNT * units;
     }
     let total = cube_sum(bad, units);
     if UNIT_POS == 0 {
-        workspace[at as usize + CUBE_POS as usize] = total;
+        workspace[at as usize + CUBE_POS] = total;
     }
 }
 
@@ -293,7 +293,7 @@ pub fn fold<R: Runtime>(
     let launch = Launch::new(client, name);
     let units = launch.units_for(MAX_PARTS);
     let dim = CubeDim::new_1d(units as u32);
-    launch.cube(dim, workspace_len(reduction, 1) * units * size_of::<f32>())?;
+    launch.cube(dim, workspace_len(reduction, 1) * cube_reduce_bytes(units))?;
     let workspace = launch.array::<f32>("workspace", workspace, workspace_len(reduction, parts))?;
     let (out, count) = (launch.array::<f32>("out", out, 1)?, launch.cubes(1, 1, 1)?);
     if reduction == Reduction::Norm {
