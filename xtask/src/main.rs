@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 
 mod cargo;
 mod check;
+mod cuda_check;
 mod golden;
 mod test;
 
@@ -27,6 +28,8 @@ enum Task {
     Check,
     /// Every test of every crate, and a list of what did not run.
     Test,
+    /// Every CUDA kernel compiled without a GPU: registers, spills, shared memory, occupancy.
+    CudaCheck(cuda_check::Arguments),
     /// Turns golden folders of transformers + PEFT into the fixtures under crates/llm/tests/fixtures.
     Golden(golden::Arguments),
 }
@@ -42,6 +45,7 @@ fn run(task: &Task) -> Result<()> {
     match task {
         Task::Check => check::run(&root),
         Task::Test => test::run(&root),
+        Task::CudaCheck(arguments) => cuda_check::run(&root, arguments),
         Task::Golden(arguments) => golden::run(&root, arguments),
     }
 }

@@ -44,7 +44,7 @@ pub(super) fn shown(root: &Path, path: &Path) -> String {
 
 /// A tree in a temporary folder, for tests of rules.
 #[cfg(test)]
-pub(super) fn plant(files: &[(&str, &str)]) -> tempfile::TempDir {
+pub(crate) fn plant(files: &[(&str, &str)]) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for (path, text) in files {
         let path = folder.path().join(path);

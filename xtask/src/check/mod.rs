@@ -12,6 +12,9 @@ mod links;
 mod ops;
 mod sources;
 
+#[cfg(test)]
+pub(crate) use files::plant;
+
 /// Finds what breaks one rule under a repository root: one line each, empty when all is well.
 type Rule = fn(&Path) -> Result<Vec<String>>;
 

@@ -1,0 +1,96 @@
+//! Calls of every operator through the contract, so that what is compiled is what the library launches.
+//!
+//! Each operator is called in every combination of storage types and options, with sizes of real models and with an odd size,
+//! which no vector divides. That no kernel is left out is checked by name: see [`crate::kernels`].
+
+use std::fmt::Display;
+
+use anyhow::{Context, Result};
+use cubecl::prelude::{ComputeClient, Runtime};
+use unsloth_core::{Category, DType, Device, Shape, Tensor};
+use unsloth_cube::{CubeBackend, CubeOptions};
+
+use crate::{
+    architecture::Architecture,
+    offline::{Launched, OfflineCuda, OfflineDevice},
+};
+
+mod attention;
+mod linear;
+mod pointwise;
+mod rms_norm;
+mod rope;
+
+type Calls = fn(&mut Caller) -> unsloth_core::Result<()>;
+
+/// Operators that have kernels.
+const OPERATORS: [(&str, Calls); 7] = [
+    ("adamw", pointwise::adamw),
+    ("attention", attention::calls),
+    ("elementwise", pointwise::elementwise),
+    ("linear", linear::calls),
+    ("reduce", pointwise::reduce),
+    ("rms_norm", rms_norm::calls),
+    ("rope", rope::calls),
+];
+
+/// A launch and the call that led to it.
+pub(crate) struct Launch {
+    pub(crate) call: String,
+    pub(crate) launched: Launched,
+}
+
+/// What the calls of one device led to.
+pub(crate) struct Outcome {
+    pub(crate) launches: Vec<Launch>,
+    /// Calls that the library refused: every call here has to be possible.
+    pub(crate) refused: Vec<String>,
+}
+
+/// Calls the operators whose name contains `filter` on a device of `architecture`.
+///
+/// # Errors
+/// If the device or a tensor cannot be made.
+pub(crate) fn outcome(architecture: &Architecture, filter: &str) -> Result<Outcome> {
+    let offline = OfflineDevice { capability: architecture.capability as u16 };
+    let backend = CubeBackend::<OfflineCuda>::new(&offline, architecture.target, CubeOptions::default())?;
+    let outcome = Outcome { launches: Vec::new(), refused: Vec::new() };
+    let client = OfflineCuda::client(&offline);
+    let mut caller = Caller { device: Device::new(backend), client, operator: "", outcome };
+    for (name, calls) in OPERATORS.into_iter().filter(|(name, _)| name.contains(filter)) {
+        caller.operator = name;
+        calls(&mut caller).with_context(|| format!("{name} on {}", architecture.target))?;
+    }
+    Ok(caller.outcome)
+}
+
+/// Calls operators on one device and keeps what they launch.
+struct Caller {
+    device: Device,
+    client: ComputeClient<OfflineCuda>,
+    operator: &'static str,
+    outcome: Outcome,
+}
+
+impl Caller {
+    fn tensor(&self, dtype: DType, shape: impl Into<Shape>) -> unsloth_core::Result<Tensor> {
+        self.device.empty(shape, dtype, Category::Activations)
+    }
+
+    /// Makes one call and notes what it launches.
+    fn call<T>(&mut self, detail: impl Display, call: impl FnOnce() -> unsloth_core::Result<T>) {
+        let name = format!("{} {detail}", self.operator);
+        let result = call().and_then(|_| self.device.synchronize());
+        let launched = self.client.info().take();
+        self.outcome.launches.extend(launched.into_iter().map(|launched| Launch { call: name.clone(), launched }));
+        if let Err(error) = result {
+            let causes: Vec<String> = anyhow::Error::new(error).chain().map(ToString::to_string).collect();
+            self.outcome.refused.push(format!("{name}: {}", causes.join(": ")));
+        }
+    }
+}
+
+/// Storage types of activations with those of weights beside them.
+fn dtype_pairs() -> impl Iterator<Item = (DType, DType)> {
+    DType::FLOATS.into_iter().flat_map(|dtype| DType::FLOATS.into_iter().map(move |weight| (dtype, weight)))
+}

@@ -1,0 +1,75 @@
+//! Elementwise operators, reductions and the optimiser: a length that vectors divide, and an odd one.
+
+use unsloth_core::{
+    DType, Result,
+    ops::{
+        adamw::{self as optimiser, Buffers, ControlSpec, Spec, StepState},
+        elementwise as ops, reduce as reductions,
+    },
+};
+
+use super::{Caller, dtype_pairs};
+
+const LENGTHS: [usize; 2] = [1 << 20, 4099];
+
+pub(super) fn elementwise(caller: &mut Caller) -> Result<()> {
+    for length in LENGTHS {
+        for dtype in DType::FLOATS {
+            let tensor = || caller.tensor(dtype, [length]);
+            let (shared, b, scalar) = (tensor()?, tensor()?, caller.tensor(DType::F32, [1])?);
+            let [a, m, x, y] = [tensor()?, tensor()?, tensor()?, tensor()?];
+            let (mut accumulator, mut filled) = (caller.tensor(DType::F32, [length])?, tensor()?);
+            let detail = |what: &str| format!("{what} [{length}] {dtype}");
+            caller.call(detail("add in place"), || ops::add(a, &b));
+            caller.call(detail("add"), || ops::add(shared.clone(), &b));
+            caller.call(detail("mul in place"), || ops::mul(m, &b));
+            caller.call(detail("mul"), || ops::mul(shared.clone(), &b));
+            caller.call(detail("scale"), || ops::scale(x, 0.5));
+            caller.call(detail("scale by a device scalar"), || ops::scale_by(y, &scalar));
+            caller.call(detail("accumulate"), || ops::accumulate(&mut accumulator, &b));
+            caller.call(detail("copy"), || ops::copy(&b));
+            caller.call(detail("fill with zeros"), || ops::fill_zero(&mut filled));
+        }
+        for (from, to) in dtype_pairs().filter(|(from, to)| from != to) {
+            let x = caller.tensor(from, [length])?;
+            caller.call(format!("cast [{length}] {from} to {to}"), || ops::cast(&x, to));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn reduce(caller: &mut Caller) -> Result<()> {
+    for length in LENGTHS {
+        for dtype in DType::FLOATS {
+            let x = caller.tensor(dtype, [length])?;
+            let detail = |what: &str| format!("{what} [{length}] {dtype}");
+            caller.call(detail("sum"), || reductions::sum(&x));
+            caller.call(detail("all_finite"), || reductions::all_finite(&[&x, &x]));
+            caller.call(detail("grad_norm"), || reductions::grad_norm(&[&x, &x]));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn adamw(caller: &mut Caller) -> Result<()> {
+    for max_grad_norm in [None, Some(1.0)] {
+        for sticky in [false, true] {
+            let (norm, finite) = (caller.tensor(DType::F32, [1])?, caller.tensor(DType::F32, [1])?);
+            let mut state = StepState::new(&caller.device, 0)?;
+            let spec = ControlSpec { max_grad_norm, loss_scale: 1.0, sticky };
+            let detail = format!("control, clipping {max_grad_norm:?}, sticky {sticky}");
+            caller.call(detail, || optimiser::control(&spec, &norm, &finite, &mut state));
+        }
+    }
+    let spec = Spec { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
+    for length in LENGTHS {
+        for dtype in DType::FLOATS {
+            let state = StepState::new(&caller.device, 0)?;
+            let (mut param, grad) = (caller.tensor(dtype, [length])?, caller.tensor(DType::F32, [length])?);
+            let (mut m, mut v) = (caller.tensor(DType::F32, [length])?, caller.tensor(DType::F32, [length])?);
+            let buffers = Buffers { param: &mut param, grad: &grad, m: &mut m, v: &mut v };
+            caller.call(format!("step [{length}] {dtype}"), || optimiser::step(&spec, buffers, &state));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! The kernels that the source declares, to hold the calls to launching every one of them.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+
+/// Name of a kernel as `norm::rms_norm::forward_kernel`, from the type that CubeCL's macro makes for it:
+/// `unsloth_norm::rms_norm::forward_kernel::ForwardKernel<..>`.
+pub(crate) fn name_of(type_name: &str) -> String {
+    let path = type_name.split('<').next().unwrap_or(type_name);
+    let path = path.rsplit_once("::").map_or(path, |(module, _)| module);
+    path.strip_prefix("unsloth_").unwrap_or(path).to_owned()
+}
+
+/// Names, as [`name_of`] gives them, of all functions under `crates/kernels` that can be launched.
+///
+/// # Errors
+/// If a file cannot be read.
+pub(crate) fn declared(root: &Path) -> Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for family in folder(&root.join("crates/kernels"))? {
+        let name = family.file_name().unwrap_or_default().to_string_lossy().replace('-', "_");
+        read_modules(&family.join("src"), &name, &mut names)?;
+    }
+    Ok(names)
+}
+
+fn folder(path: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(path).with_context(|| path.display().to_string())?;
+    Ok(entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?)
+}
+
+fn read_modules(path: &Path, module: &str, names: &mut BTreeSet<String>) -> Result<()> {
+    for path in folder(path)? {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        let module = if ["lib", "mod"].contains(&&*stem) { module.to_owned() } else { format!("{module}::{stem}") };
+        if path.is_dir() {
+            read_modules(&path, &module, names)?;
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+            names.extend(launchable(&text).map(|function| format!("{module}::{function}")));
+        }
+    }
+    Ok(())
+}
+
+/// Functions under a `#[cube(launch)]` or `#[cube(launch_unchecked)]`, other attributes between them or not.
+fn launchable(text: &str) -> impl Iterator<Item = &str> {
+    let mut marked = false;
+    text.lines().map(str::trim_start).filter_map(move |line| {
+        marked |= line.starts_with("#[cube(launch");
+        let (_, rest) = line.split_once("fn ").filter(|_| marked && !line.starts_with(['#', '/']))?;
+        marked = false;
+        rest.split(['<', '(']).next()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::{declared, launchable, name_of};
+
+    #[test]
+    fn names_are_the_same_from_type_and_source() {
+        let from_type = name_of("unsloth_norm::rms_norm::forward_kernel::ForwardKernel<f32, half::bf16, offline::R>");
+        assert_eq!(from_type, "norm::rms_norm::forward_kernel");
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        assert!(declared(&root).unwrap().contains(&from_type));
+    }
+
+    #[test]
+    fn finds_what_can_be_launched() {
+        let text = "#[cube]\nfn helper<E: Float>(x: u32) {}\n/// Grid: fn of rows.\n#[cube(launch)]\n#[allow(x)]\n\
+            fn one_kernel<E: Float>(\n#[cube(launch_unchecked)]\npub(crate) fn two_kernel(x: u32) {}\nfn host() {}\n";
+        assert_eq!(launchable(text).collect::<Vec<_>>(), ["one_kernel", "two_kernel"]);
+    }
+}

@@ -1,0 +1,84 @@
+//! Compiles every kernel that the library launches on NVIDIA devices, without one: `cargo xtask cuda-check`.
+//!
+//! The operators run through the contract on a device that notes launches instead of running them; each noted kernel goes through
+//! CubeCL's CUDA code generator and NVRTC, for every architecture in [`architecture::ARCHITECTURES`]. A kernel that does not
+//! compile or spills registers, a call that the library refuses, and a kernel that no call launches are failures.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+
+mod architecture;
+mod calls;
+mod compile;
+mod kernels;
+mod nvrtc;
+mod offline;
+mod report;
+
+use architecture::ARCHITECTURES;
+
+/// Compiles every CUDA kernel of the library with NVRTC. Started by `cargo xtask cuda-check`, which finds NVRTC.
+#[derive(Parser)]
+struct Arguments {
+    /// NVRTC's library.
+    #[arg(long)]
+    nvrtc: PathBuf,
+    /// Folder of CUDA headers; may be given more than once.
+    #[arg(long)]
+    include: Vec<PathBuf>,
+    /// Where the report goes.
+    #[arg(long)]
+    json: PathBuf,
+    /// Only operators whose name contains this.
+    #[arg(default_value = "")]
+    filter: String,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Not by returning the error: its Debug form adds a backtrace, which hides the findings.
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<()> {
+    let Arguments { nvrtc, include, json, filter } = arguments;
+    let start = Instant::now();
+    let (mut launches, mut refused) = (Vec::new(), Vec::new());
+    for architecture in &ARCHITECTURES {
+        let outcome = calls::outcome(architecture, &filter)?;
+        launches.push(outcome.launches);
+        refused.extend(outcome.refused.into_iter().map(|call| format!("{}: {call}", architecture.target)));
+    }
+    let nvrtc = nvrtc::Nvrtc::load(&nvrtc, include)?;
+    let (major, minor) = nvrtc.version();
+    let compiled = compile::compile(&nvrtc, launches);
+
+    let names: BTreeSet<String> = compiled.iter().map(|kernel| kernel.name.clone()).collect();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).context("no repository above this crate")?;
+    let declared = if filter.is_empty() { kernels::declared(root)? } else { BTreeSet::new() };
+    let problems = report::problems(&compiled, &refused, &(&declared - &names));
+    print!("{}", report::table(&compiled));
+    print!("\n{}", report::summary(&compiled));
+    report::write(&json, &format!("{major}.{minor}"), &compiled, &problems)?;
+
+    let targets = ARCHITECTURES.each_ref().map(|architecture| architecture.target).join(" and ");
+    let (count, num_kernels, seconds) = (compiled.len(), names.len(), start.elapsed().as_secs());
+    println!("\n{count} instantiations of {num_kernels} kernels, {targets}, NVRTC {major}.{minor}, {seconds} s");
+    println!("written to {}", json.display());
+    problems.iter().for_each(|problem| println!("  {problem}"));
+    ensure!(problems.is_empty(), "{} problems", problems.len());
+    ensure!(count > 0, "no operator's name contains `{filter}`");
+    Ok(())
+}
