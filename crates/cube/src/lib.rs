@@ -11,9 +11,11 @@ mod backend;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod elementwise;
+mod linear;
 mod poison;
 mod reduce;
 mod rms_norm;
+mod rope;
 mod unsupported;
 #[cfg(feature = "wgpu")]
 mod vulkan;

@@ -3,7 +3,7 @@
 use cubecl::prelude::Runtime;
 use unsloth_core::{
     Result, Tensor, Weight,
-    ops::{cross_entropy, embedding, glu, linear, linear_cross_entropy, lora_linear, rope},
+    ops::{cross_entropy, embedding, glu, linear_cross_entropy, lora_linear},
 };
 
 use crate::backend::CubeBackend;
@@ -23,45 +23,12 @@ impl<R: Runtime> embedding::Embedding for CubeBackend<R> {
     }
 }
 
-impl<R: Runtime> rope::Rope for CubeBackend<R> {
-    fn rope(&self, _spec: &rope::Spec, _q: Tensor, _k: Tensor, _angles: rope::Angles<'_>) -> Result<(Tensor, Tensor)> {
-        self.unsupported("rope")
-    }
-}
-
 impl<R: Runtime> glu::Glu for CubeBackend<R> {
     fn glu_forward(&self, _spec: &glu::Spec, _gate: &Tensor, _up: &Tensor) -> Result<Tensor> {
         self.unsupported("glu_forward")
     }
     fn glu_backward(&self, _spec: &glu::Spec, _dout: &Tensor, _gate: Tensor, _up: Tensor) -> Result<glu::Gradients> {
         self.unsupported("glu_backward")
-    }
-}
-
-impl<R: Runtime> linear::Linear for CubeBackend<R> {
-    fn linear_forward(
-        &self,
-        _spec: &linear::Spec,
-        _x: &Tensor,
-        _weight: &Weight,
-        _bias: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        self.unsupported("linear_forward")
-    }
-    fn linear_input_gradient(&self, _spec: &linear::Spec, _dy: &Tensor, _weight: &Weight) -> Result<Tensor> {
-        self.unsupported("linear_input_gradient")
-    }
-    fn linear_weight_gradient(
-        &self,
-        _spec: &linear::Spec,
-        _dy: &Tensor,
-        _x: &Tensor,
-        _dweight: &mut Tensor,
-    ) -> Result<()> {
-        self.unsupported("linear_weight_gradient")
-    }
-    fn linear_bias_gradient(&self, _spec: &linear::Spec, _dy: &Tensor, _dbias: &mut Tensor) -> Result<()> {
-        self.unsupported("linear_bias_gradient")
     }
 }
 

@@ -13,18 +13,23 @@ fn device() -> Device {
 }
 
 #[test]
-fn attention() {
-    suite::attention::run(&device());
-}
-
-#[test]
 fn adamw() {
     suite::adamw::run(&device());
 }
 
 #[test]
+fn attention() {
+    suite::attention::run(&device());
+}
+
+#[test]
 fn elementwise() {
     suite::elementwise::run(&device());
+}
+
+#[test]
+fn linear() {
+    suite::linear::run(&device());
 }
 
 #[test]
@@ -35,4 +40,9 @@ fn reduce() {
 #[test]
 fn rms_norm() {
     suite::rms_norm::run(&device());
+}
+
+#[test]
+fn rope() {
+    suite::rope::run(&device());
 }

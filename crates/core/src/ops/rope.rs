@@ -62,7 +62,8 @@ pub struct Angles<'a> {
 
 /// RoPE of a backend.
 pub trait Rope {
-    /// Rotates `q` and `k`, in place where their buffers are unique. No device reads outside the tables.
+    /// Rotates `q` and `k`, in place where their buffers are unique. No device reads outside the tables: where the host cannot
+    /// see the positions, the heads of a token whose position is outside become NaN, so that the mistake shows.
     ///
     /// # Errors
     /// [`crate::Error::InvalidSpec`] for a position outside the table, on devices whose host can see the positions.

@@ -15,8 +15,11 @@ const OP: &str = "linear";
 
 /// `(rows, in_features, out_features)`: none, one, primes, one off a power of two, odd tails, and each dimension longer
 /// than a block that a device may work in.
-const SHAPES: [(usize, usize, usize); 12] = [
+const SHAPES: [(usize, usize, usize); 15] = [
     (0, 5, 7),
+    (3, 5, 0),
+    (3, 0, 5),
+    (6, 0, 5),
     (1, 1, 1),
     (5, 1, 3),
     (3, 7, 1),

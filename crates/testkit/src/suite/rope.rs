@@ -180,7 +180,7 @@ fn inverse_undoes_forward(device: &Device, case: &Case) -> Checked {
     Ok(())
 }
 
-/// Where the host can see the positions the call is refused; no device reads outside the tables.
+/// Where the host can see the positions the call is refused; elsewhere the token becomes NaN and the others are right.
 fn rejects_positions_outside_the_table(device: &Device, case: &Case) -> Checked {
     for bad in [-1, NUM_POSITIONS as i32, i32::MAX, i32::MIN] {
         let mut problem = Problem::new(SIZES[3], DType::F32, 1.0);
@@ -194,17 +194,20 @@ fn rejects_positions_outside_the_table(device: &Device, case: &Case) -> Checked 
                     typed,
                 )?;
             }
-            Ok((q, _)) => {
-                // The other tokens are right.
-                let exact = rotate(
-                    &Exact,
-                    &problem.q,
-                    Problem::new(SIZES[3], DType::F32, 1.0).rotation((Layout::Half, Direction::Forward)),
-                );
-                let width = problem.sizes.num_heads * problem.sizes.head_dim;
-                let first = &data::read(&q)?[..2 * width];
-                let close = first.iter().zip(&exact).all(|(a, e)| (a - e).abs() <= 1e-5);
-                expect::holds(case, &format!("position {bad} leaves other tokens alone"), close)?;
+            Ok((q, k)) => {
+                let good = Problem::new(SIZES[3], DType::F32, 1.0);
+                let how = good.rotation((Layout::Half, Direction::Forward));
+                for (name, values, actual) in [("q", &good.q, q), ("k", &good.k, k)] {
+                    let width = values.len() / good.sizes.tokens;
+                    let (exact, actual) = (rotate(&Exact, values, how), data::read(&actual)?);
+                    let mut tokens = actual.chunks(width).zip(exact.chunks(width)).enumerate();
+                    let right = tokens.all(|(token, (actual, exact))| match token {
+                        2 => actual.iter().all(|a| a.is_nan()),
+                        _ => actual.iter().zip(exact).all(|(a, e)| (a - e).abs() <= 1e-5),
+                    });
+                    let what = format!("position {bad} makes NaN of its token and leaves the others of {name} alone");
+                    expect::holds(case, &what, right)?;
+                }
             }
         }
     }
