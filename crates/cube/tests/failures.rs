@@ -1,5 +1,6 @@
 //! What goes wrong becomes a typed error that names the operator, before anything is launched or allocated, and the device goes on.
 #![cfg(feature = "wgpu")]
+#![allow(clippy::unwrap_used, reason = "a helper of a test may panic like the test itself")]
 
 use std::sync::mpsc;
 

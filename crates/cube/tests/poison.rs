@@ -1,5 +1,6 @@
 //! A panic on the device's thread. A test binary of its own, because the device stays unusable for the rest of the process.
 #![cfg(feature = "wgpu")]
+#![allow(clippy::unwrap_used, reason = "a helper of a test may panic like the test itself")]
 
 use std::error::Error as _;
 

@@ -10,10 +10,10 @@ pub struct Launch<'a, R: Runtime> {
     kernel: &'static str,
 }
 
-/// Cubes that walk over rows: cube `c` takes rows `c`, `c + count`, ...
+/// Cubes of one dimension of units that share rows or items.
 #[derive(Clone, Debug)]
 pub struct RowGrid {
-    /// Number of cubes, at most the number of rows.
+    /// Number of cubes. `CUBE_POS` counts through all dimensions.
     pub count: CubeCount,
     /// Units of a cube in one dimension.
     pub dim: CubeDim,
@@ -115,21 +115,25 @@ impl<'a, R: Runtime> Launch<'a, R> {
         Ok(CubeCount::Static(x as u32, y as u32, z as u32))
     }
 
-    /// Units of a cube that shares `work` items: the smallest power of two that covers them, at most 256 and the device's
-    /// limit, at least one plane.
+    /// Units of a cube that shares `work` items: 16, 64 or 256, whichever first covers them, within the device's limit and not
+    /// less than a plane. Always a power of two. Few sizes, because a kernel is compiled anew for each.
     pub fn units_for(&self, work: usize) -> usize {
         let hardware = &self.client.properties().hardware;
         let most = (hardware.max_units_per_cube.min(hardware.max_cube_dim.0) as usize).min(256);
         let most = if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 };
-        work.next_power_of_two().clamp((hardware.plane_size_min.max(1) as usize).min(most), most)
+        let least = (hardware.plane_size_min.max(1) as usize).next_power_of_two().min(most);
+        let units = [16, 64].into_iter().find(|&units| work <= units).unwrap_or(256);
+        units.clamp(least, most)
     }
 
-    /// One cube per row of `work` items, at most as many cubes as the device takes in one dimension: the kernel walks on by
-    /// `CUBE_COUNT`.
+    /// One cube per row of `work` items: row `CUBE_POS`. In two dimensions where one does not hold them all, so that there may be
+    /// cubes without a row. (Cubes that walk over rows would be fewer, but a loop around the barriers of a row doubles the time
+    /// that a software device compiles.)
     pub fn rows(&self, rows: usize, work: usize) -> RowGrid {
         let units = self.units_for(work);
         let most = self.client.properties().hardware.max_cube_count.0 as usize;
-        let count = CubeCount::Static(rows.clamp(1, most) as u32, 1, 1);
+        let lines = rows.div_ceil(most).max(1);
+        let count = CubeCount::Static(rows.div_ceil(lines).max(1) as u32, lines as u32, 1);
         RowGrid { count, dim: CubeDim::new_1d(units as u32), units }
     }
 

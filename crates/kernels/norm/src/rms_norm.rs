@@ -153,7 +153,7 @@ fn write_row<E: Float, W: Float, N: Size>(
     }
 }
 
-/// Grid: cube = row (walking on by `CUBE_COUNT`), units stride the columns.
+/// Grid: cube = row, units stride the columns.
 #[cube(launch)]
 fn forward_kernel<E: Float, W: Float, N: Size>(
     x: &Array<Vector<E, N>>,
@@ -167,8 +167,8 @@ fn forward_kernel<E: Float, W: Float, N: Size>(
     #[comptime] units: usize,
 ) {
     let cols = cols as usize;
-    let mut row = CUBE_POS;
-    while row < rows as usize {
+    let row = CUBE_POS;
+    if row < rows as usize {
         let mut squares = Vector::<f32, N>::new(0.0);
         let mut i = UNIT_POS as usize;
         while i < cols {
@@ -177,7 +177,6 @@ fn forward_kernel<E: Float, W: Float, N: Size>(
             i += units;
         }
         write_row::<E, W, N>(&x.to_slice(), weight, out, rstd, squares, row, cols, eps, weight_offset, units);
-        row += CUBE_COUNT;
     }
 }
 
@@ -196,8 +195,8 @@ fn add_forward_kernel<E: Float, W: Float, N: Size>(
     #[comptime] units: usize,
 ) {
     let cols = cols as usize;
-    let mut row = CUBE_POS;
-    while row < rows as usize {
+    let row = CUBE_POS;
+    if row < rows as usize {
         let mut squares = Vector::<f32, N>::new(0.0);
         let mut i = UNIT_POS as usize;
         while i < cols {
@@ -209,7 +208,6 @@ fn add_forward_kernel<E: Float, W: Float, N: Size>(
             i += units;
         }
         write_row::<E, W, N>(&x.to_slice(), weight, out, rstd, squares, row, cols, eps, weight_offset, units);
-        row += CUBE_COUNT;
     }
 }
 
@@ -283,8 +281,8 @@ fn backward_kernel<E: Float, W: Float, N: Size>(
 ) {
     let width = N::value();
     let cols = cols as usize;
-    let mut row = CUBE_POS;
-    while row < rows as usize {
+    let row = CUBE_POS;
+    if row < rows as usize {
         let r = rstd[row];
         let mut products = Vector::<f32, N>::new(0.0);
         let mut i = UNIT_POS as usize;
@@ -310,7 +308,6 @@ fn backward_kernel<E: Float, W: Float, N: Size>(
             dout[at] = Vector::cast_from(dx);
             i += units;
         }
-        row += CUBE_COUNT;
     }
 }
 

@@ -50,8 +50,9 @@ pub fn check(device: &Device) -> Checked {
 
 type Hazard = fn(&Device, &Case) -> Checked;
 
-const HAZARDS: [(&str, Hazard); 5] = [
+const HAZARDS: [(&str, Hazard); 6] = [
     ("large_bf16_inputs", large_bf16_inputs),
+    ("more_rows_than_cubes", more_rows_than_cubes),
     ("rows_of_zeros", rows_of_zeros),
     ("rejects_operands", rejects_operands),
     ("rejects_eps", rejects_eps),
@@ -238,6 +239,14 @@ fn large_bf16_inputs(device: &Device, case: &Case) -> Checked {
     let dtype = super::wide_dtype(device);
     let variant = Variant { residual: true, dsum: true, weight_offset: 0.0, eps: 1e-6, scale: 1e15 };
     let problem = Problem::new((3, 1031), (dtype, dtype), variant);
+    problem.forward(device, case)?;
+    problem.backward(device, case)
+}
+
+/// More rows than many devices take cubes in one dimension (65535).
+fn more_rows_than_cubes(device: &Device, case: &Case) -> Checked {
+    let variant = Variant { residual: true, dsum: true, weight_offset: 0.0, eps: 1e-6, scale: 1.0 };
+    let problem = Problem::new((66_001, 3), (DType::F32, DType::F32), variant);
     problem.forward(device, case)?;
     problem.backward(device, case)
 }
