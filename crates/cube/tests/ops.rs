@@ -9,7 +9,8 @@ use unsloth_testkit::suite;
 fn device() -> Device {
     let adapter = &adapters()[0];
     println!("running on {} ({})", adapter.name, adapter.driver);
-    vulkan(0, CubeOptions { fill_arbitrary_with_nan: true, ..Default::default() }).unwrap()
+    let options = CubeOptions { fill_arbitrary_with_nan: true, ..Default::default() };
+    vulkan(0, options).unwrap_or_else(|error| panic!("{error}"))
 }
 
 #[test]
