@@ -13,6 +13,7 @@ mod check;
 mod cuda_check;
 mod golden;
 mod test;
+mod vulkan;
 
 /// Development tasks of unsloth-rs.
 #[derive(Parser)]

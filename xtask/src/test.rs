@@ -9,11 +9,19 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use crate::cargo;
+use crate::{
+    cargo,
+    vulkan::{self, Vulkan},
+};
 
 pub(crate) fn run(root: &Path) -> Result<()> {
+    let vulkan = vulkan::find_or_install(root)?;
+    let mut arguments = vec!["test", "--workspace", "--no-fail-fast"];
+    if let Vulkan::Devices(_) = vulkan {
+        arguments.extend(["--features", vulkan::FEATURE]);
+    }
     // Output of passing tests says which device ran a suite.
-    let arguments = ["test", "--workspace", "--no-fail-fast", "--", "--show-output"];
+    arguments.extend(["--", "--show-output"]);
     println!("$ cargo {}", arguments.join(" "));
     let mut child = cargo::command(root, &arguments).stdout(Stdio::piped()).spawn().context("starting cargo")?;
     let stdout = child.stdout.take().context("cargo has no standard output")?;
@@ -27,8 +35,15 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     }
     let status = child.wait()?;
     print!("{summary}");
+    println!("{vulkan}");
+    println!("cuda suites: not run (built without feature cuda)");
+    println!("{}", summary.totals());
     ensure!(status.success(), "cargo test: {status}");
     ensure!(summary.failed == 0 && summary.passed > 0, "cargo test reported success without a passing test");
+    if let Vulkan::Devices(_) = vulkan {
+        let ran = summary.devices.iter().any(|device| device.starts_with("vulkan:"));
+        ensure!(ran, "there is a Vulkan device, but no suite ran on it");
+    }
     Ok(())
 }
 
@@ -62,6 +77,10 @@ impl Summary {
             self.devices.insert(device.to_owned());
         }
     }
+
+    fn totals(&self) -> String {
+        format!("xtask test: {} passed, {} failed, {} ignored", self.passed, self.failed, self.ignored.len())
+    }
 }
 
 /// The number in front of ` passed` in `ok. 3 passed; 0 failed; ...`.
@@ -77,8 +96,7 @@ impl std::fmt::Display for Summary {
         for line in &self.ignored {
             writeln!(f, "{line}")?;
         }
-        writeln!(f, "gpu suites: not run (built without a GPU feature)")?;
-        writeln!(f, "xtask test: {} passed, {} failed, {} ignored", self.passed, self.failed, self.ignored.len())
+        Ok(())
     }
 }
 
@@ -100,6 +118,6 @@ mod tests {
         assert_eq!(summary.ignored, ["slow: not run (ignored, needs an idle machine)"]);
         assert_eq!(summary.devices.iter().collect::<Vec<_>>(), ["cpu"]);
         assert!(!summary.in_successes);
-        assert!(summary.to_string().ends_with("xtask test: 43 passed, 1 failed, 1 ignored\n"));
+        assert_eq!(summary.totals(), "xtask test: 43 passed, 1 failed, 1 ignored");
     }
 }
