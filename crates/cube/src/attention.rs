@@ -61,8 +61,11 @@ impl<R: Runtime> Attention for CubeBackend<R> {
 
     fn attention_backward(&self, spec: &Spec, inputs: Inputs<'_>, backward: Backward<'_>) -> Result<Gradients> {
         let Inputs { q, k, v, seq_q, seq_k } = inputs;
-        let [mut dq, mut dk, mut dv] =
-            [output(q, spec.dtype, *q.shape())?, output(k, spec.dtype, *k.shape())?, output(v, spec.dtype, *v.shape())?];
+        let [mut dq, mut dk, mut dv] = [
+            output(q, spec.dtype, *q.shape())?,
+            output(k, spec.dtype, *k.shape())?,
+            output(v, spec.dtype, *v.shape())?,
+        ];
         let row_sums = [spec.num_heads, seq_q.num_tokens()];
         let mut row_sums = q.device().empty(row_sums, DType::F32, Category::Workspace)?;
         let shape = shape(spec, seq_q, (seq_k.num_tokens(), seq_k.max_seqlen()));

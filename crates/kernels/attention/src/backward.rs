@@ -9,15 +9,17 @@ use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{Launch, LaunchError};
 
 use crate::{
-    block::{Problem, Scoring, Sizes, accumulate, filled, load, problem, products, score, store, unit, zeros},
+    block::{
+        Problem, Scoring, Sizes, accumulate, filled, horizontal_sum, load, problem, products, score, store, unit, zeros,
+    },
     shape::Shape,
     tile::{Need, Tile},
 };
 
 /// Keys and values stay; queries and their gradients pass by; P and ds are weights.
-const KEYS_NEED: Need = Need { held: 2, streamed: 2, weights: 2, sums: 2 };
+const KEYS_NEED: Need = Need { held: 2, streamed: 2, weights: 2 };
 /// Queries and their gradients stay; keys and values pass by; ds are weights.
-const QUERIES_NEED: Need = Need { held: 2, streamed: 2, weights: 1, sums: 1 };
+const QUERIES_NEED: Need = Need { held: 2, streamed: 2, weights: 1 };
 
 /// Buffers of the backward pass.
 #[derive(Clone, Copy, Debug)]
@@ -113,16 +115,12 @@ fn row_sums_kernel<E: Float, N: Size>(
     let (tokens, num_heads, vectors) = (tokens as usize, num_heads as usize, vectors as usize);
     let mut row = ABSOLUTE_POS_X as usize;
     while row < tokens * num_heads {
-        let mut sum = 0.0f32;
+        let mut sum = Vector::<f32, N>::new(0.0);
         for c in 0..vectors {
             let at = row * vectors + c;
-            let product = Vector::<f32, N>::cast_from(dout[at]) * Vector::<f32, N>::cast_from(out[at]);
-            #[unroll]
-            for n in 0..product.size() {
-                sum += product[n];
-            }
+            sum += Vector::<f32, N>::cast_from(dout[at]) * Vector::<f32, N>::cast_from(out[at]);
         }
-        row_sums[row % num_heads * tokens + row / num_heads] = sum;
+        row_sums[row % num_heads * tokens + row / num_heads] = horizontal_sum::<N>(sum);
         row += (CUBE_COUNT_X * CUBE_DIM_X) as usize;
     }
 }
@@ -343,7 +341,8 @@ fn queries_kernel<E: Float, N: Size>(
                 }
             }
             sync_cube();
-            accumulate::<N>(&mut sums, &ds_tile, &k_tile, min(end - first, comptime!(tile.streamed())), tile);
+            let count = min(end - first, comptime!(tile.streamed()));
+            accumulate::<N>(&mut sums, &ds_tile, &k_tile, count, tile);
             first += comptime!(tile.streamed());
         }
         store::<E, N>(&sums, &filled(scoring.scale, tile), dq, &problem.queries, start, vectors, tile);

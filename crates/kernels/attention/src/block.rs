@@ -178,10 +178,10 @@ pub(crate) fn products<N: Size>(
     let (held_unit, streamed_unit) = unit(tile);
     let stride = comptime!(tile.stride());
     let (rows, cols) = comptime!((tile.held_rows, tile.streamed_rows));
-    let mut sums = Array::<f32>::new(comptime!(rows * cols));
+    let mut sums = Array::<Vector<f32, N>>::new(comptime!(rows * cols));
     #[unroll]
     for i in 0..comptime!(rows * cols) {
-        sums[i] = 0.0;
+        sums[i] = Vector::new(0.0);
     }
     for c in 0..vectors {
         let mut left = Array::<Vector<f32, N>>::new(rows);
@@ -194,15 +194,27 @@ pub(crate) fn products<N: Size>(
             let right = streamed[(streamed_unit + j * tile.streamed_units) * stride + c];
             #[unroll]
             for i in 0..rows {
-                let product = left[i] * right;
-                #[unroll]
-                for n in 0..product.size() {
-                    sums[i * cols + j] += product[n];
-                }
+                sums[i * cols + j] += left[i] * right;
             }
         }
     }
-    sums
+    let mut totals = Array::<f32>::new(comptime!(rows * cols));
+    #[unroll]
+    for i in 0..comptime!(rows * cols) {
+        totals[i] = horizontal_sum::<N>(sums[i]);
+    }
+    totals
+}
+
+/// Sum over the components of a vector, first to last.
+#[cube]
+pub(crate) fn horizontal_sum<N: Size>(vector: Vector<f32, N>) -> f32 {
+    let mut sum = 0.0f32;
+    #[unroll]
+    for i in 0..vector.size() {
+        sum += vector[i];
+    }
+    sum
 }
 
 /// `sums[held row] += sum over streamed rows of weight * row`, for this unit's held rows and channels.
@@ -216,7 +228,7 @@ pub(crate) fn accumulate<N: Size>(
 ) {
     let (held_unit, streamed_unit) = unit(tile);
     let (stride, weights_stride) = comptime!((tile.stride(), tile.weights_stride()));
-    let (rows, vectors) = comptime!((tile.held_rows, tile.vectors));
+    let rows = tile.held_rows;
     for j in 0..count {
         let mut weight = Array::<f32>::new(rows);
         #[unroll]
@@ -224,11 +236,11 @@ pub(crate) fn accumulate<N: Size>(
             weight[i] = weights[(held_unit + i * tile.held_units) * weights_stride + j];
         }
         #[unroll]
-        for t in 0..vectors {
+        for t in 0..tile.vectors {
             let row = streamed[j * stride + streamed_unit + t * tile.streamed_units];
             #[unroll]
             for i in 0..rows {
-                sums[i * vectors + t] += row * Vector::new(weight[i]);
+                sums[i * tile.vectors + t] += row * Vector::new(weight[i]);
             }
         }
     }

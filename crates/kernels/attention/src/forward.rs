@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Queries stay; keys, then values, pass by.
-const NEED: Need = Need { held: 1, streamed: 1, weights: 1, sums: 1 };
+const NEED: Need = Need { held: 1, streamed: 1, weights: 1 };
 
 /// Buffers of the forward pass.
 #[derive(Clone, Copy, Debug)]
@@ -236,12 +236,12 @@ fn attend<E: Float, N: Size>(
         mask(&mut scores, &mut reduced, problem, (start, first, end), scoring, capped, tile);
         sync_cube();
         load::<E, N>(v, &mut kv_tile, &problem.keys, first, vectors, comptime!(tile.streamed()), tile);
-        exponentials::<N>(&scores, &reduced, &mut rows, &mut sums, &mut weights, tile);
+        exponentials::<N>(&scores, &reduced, &mut rows, &mut sums, &mut weights, end - first, tile);
         sync_cube();
         accumulate::<N>(&mut sums, &weights, &kv_tile, min(end - first, comptime!(tile.streamed())), tile);
         first += comptime!(tile.streamed());
     }
-    sum_units(&mut rows.total, &mut reduced, tile);
+    sum_units(&mut rows.total, &mut reduced, end - first_key, tile);
     let mut factors = Array::<f32>::new(tile.held_rows);
     #[unroll]
     for i in 0..tile.held_rows {
@@ -290,23 +290,24 @@ fn exponentials<N: Size>(
     statistics: &mut RowStatistics,
     sums: &mut Array<Vector<f32, N>>,
     weights: &mut SharedMemory<f32>,
+    keys: usize,
     #[comptime] tile: Tile,
 ) {
     let (held_unit, streamed_unit) = unit(tile);
-    let (rows, cols, vectors) = comptime!((tile.held_rows, tile.streamed_rows, tile.vectors));
+    let (rows, cols) = comptime!((tile.held_rows, tile.streamed_rows));
     #[unroll]
     for i in 0..rows {
         let row = held_unit + i * tile.held_units;
         let mut most = statistics.greatest[i];
-        for u in 0..tile.streamed_units.runtime() {
+        for u in 0..min(keys, tile.streamed_units) {
             most = max(most, reduced[row * tile.streamed_units + u]);
         }
         let rescale = f32::exp(statistics.greatest[i] - most);
         let mut total = statistics.total[i] * rescale;
         statistics.greatest[i] = most;
         #[unroll]
-        for t in 0..vectors {
-            sums[i * vectors + t] = sums[i * vectors + t] * Vector::new(rescale);
+        for t in 0..tile.vectors {
+            sums[i * tile.vectors + t] = sums[i * tile.vectors + t] * Vector::new(rescale);
         }
         #[unroll]
         for j in 0..cols {
@@ -320,9 +321,9 @@ fn exponentials<N: Size>(
     }
 }
 
-/// Replaces each unit's part of a sum over the units of a row by the whole.
+/// Replaces each unit's part of a sum over the units of a row by the whole; only as many units as `keys` have a part.
 #[cube]
-fn sum_units(parts: &mut Array<f32>, reduced: &mut SharedMemory<f32>, #[comptime] tile: Tile) {
+fn sum_units(parts: &mut Array<f32>, reduced: &mut SharedMemory<f32>, keys: usize, #[comptime] tile: Tile) {
     let (held_unit, streamed_unit) = unit(tile);
     sync_cube();
     #[unroll]
@@ -333,7 +334,7 @@ fn sum_units(parts: &mut Array<f32>, reduced: &mut SharedMemory<f32>, #[comptime
     #[unroll]
     for i in 0..tile.held_rows {
         let mut sum = 0.0f32;
-        for u in 0..tile.streamed_units.runtime() {
+        for u in 0..min(keys, tile.streamed_units) {
             sum += reduced[(held_unit + i * tile.held_units) * tile.streamed_units + u];
         }
         parts[i] = sum;

@@ -5,8 +5,8 @@ use cubecl::ir::DeviceProperties;
 /// Shared memory of a cube is kept below this, so that a multiprocessor has room for several cubes.
 const MAX_SHARED_BYTES: usize = 48 * 1024;
 
-/// Numbers in registers for each kind of sum, at most: more would leave too few cubes at a time, or spill.
-const MAX_SUMS: usize = 64;
+/// Numbers that a unit sums in registers, at most, for each tile of sums: more would leave too few cubes at a time, or spill.
+const MAX_SUMS: usize = 32;
 
 /// What a kernel keeps in shared memory and registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,8 +17,6 @@ pub(crate) struct Need {
     pub(crate) streamed: usize,
     /// Tiles of weights, one number per held and streamed row.
     pub(crate) weights: usize,
-    /// Sums of the size of the held rows.
-    pub(crate) sums: usize,
 }
 
 /// A block of `held` rows stays with a cube, blocks of `streamed` rows pass by.
@@ -38,17 +36,8 @@ pub(crate) struct Tile {
 }
 
 /// `held_units`, `streamed_units`, `held_rows`, `streamed_rows`: from the most reuse of what is loaded to the least memory.
-const CANDIDATES: [[usize; 4]; 9] = [
-    [16, 16, 4, 4],
-    [16, 16, 4, 2],
-    [8, 8, 4, 4],
-    [8, 8, 4, 2],
-    [8, 8, 2, 4],
-    [8, 8, 2, 2],
-    [8, 8, 2, 1],
-    [8, 8, 1, 1],
-    [8, 4, 1, 1],
-];
+const CANDIDATES: [[usize; 4]; 6] =
+    [[16, 16, 4, 2], [16, 16, 2, 2], [8, 8, 2, 2], [8, 8, 2, 1], [8, 8, 1, 1], [4, 8, 1, 1]];
 
 impl Tile {
     /// The first candidate that fits the device, else the smallest, which the check of the launch then refuses.
@@ -65,10 +54,15 @@ impl Tile {
         let fits = |tile: &Self| {
             tile.units() <= units
                 && tile.shared_bytes(need, width) <= shared_bytes.min(MAX_SHARED_BYTES)
-                && tile.held_rows * tile.vectors * width * need.sums <= MAX_SUMS
+                && tile.sums(width) <= MAX_SUMS
         };
         let smallest = tile(CANDIDATES[CANDIDATES.len() - 1]);
         CANDIDATES.into_iter().map(tile).find(fits).unwrap_or(smallest)
+    }
+
+    /// Numbers that a unit sums for each tile of sums.
+    fn sums(&self, width: usize) -> usize {
+        self.held_rows * self.vectors * width
     }
 
     pub(crate) fn units(&self) -> usize {
@@ -113,15 +107,16 @@ mod tests {
     #[test]
     fn every_head_size_fits_32_kib() {
         let needs = [
-            Need { held: 1, streamed: 1, weights: 1, sums: 1 },
-            Need { held: 2, streamed: 2, weights: 1, sums: 1 },
-            Need { held: 2, streamed: 2, weights: 2, sums: 2 },
+            Need { held: 1, streamed: 1, weights: 1 },
+            Need { held: 2, streamed: 2, weights: 1 },
+            Need { held: 2, streamed: 2, weights: 2 },
         ];
         for head_dim in 1..=256usize {
             for width in [1, 2, 4].into_iter().filter(|width| head_dim.is_multiple_of(*width)) {
                 for need in needs {
                     let tile = Tile::within(32 * 1024, 256, need, (head_dim, width));
                     assert!(tile.shared_bytes(need, width) <= 32 * 1024, "{head_dim} {width} {need:?} {tile:?}");
+                    assert!(tile.sums(width) <= MAX_SUMS, "{head_dim} {width} {need:?} {tile:?}");
                     assert!(tile.vectors * tile.streamed_units * width >= head_dim, "{head_dim} {width} {tile:?}");
                 }
             }
@@ -130,7 +125,7 @@ mod tests {
 
     #[test]
     fn more_memory_gives_larger_tiles() {
-        let need = Need { held: 1, streamed: 1, weights: 1, sums: 1 };
+        let need = Need { held: 1, streamed: 1, weights: 1 };
         let small = Tile::within(32 * 1024, 256, need, (64, 4));
         let large = Tile::within(48 * 1024, 256, need, (64, 4));
         assert!(large.held() > small.held(), "{small:?} {large:?}");
