@@ -3,7 +3,10 @@
 use std::{io::Write, path::PathBuf};
 
 use anyhow::{Context, Result};
-use unsloth_rs::recipe::{EvalConfig, evaluate};
+use unsloth_rs::{
+    llm::dataset::TrainOn,
+    recipe::{EvalConfig, evaluate},
+};
 
 use crate::{
     args::{DeviceArgs, ModelArgs, describe},
@@ -18,9 +21,12 @@ pub(crate) struct Args {
     /// Folder of an adapter to apply
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// JSONL file of {"input_ids": [..], "labels": [..]} lines; may be given several times
+    /// JSONL file of chats, instructions, prompts and completions, texts or tokens; may be given several times
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
+    /// Tokens to predict: answers (of chats, and completions) or all [default: answers, all for plain text, labels for tokens]
+    #[arg(long, value_name = "answers|all")]
+    train_on: Option<TrainOn>,
     #[command(flatten)]
     device: DeviceArgs,
     /// Documents computed at once
@@ -35,9 +41,10 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Result<()> {
-    let Args { model, adapter, data, device, batch_size, max_seq_len, json } = args;
+    let Args { model, adapter, data, train_on, device, batch_size, max_seq_len, json } = args;
     let device = device.open()?;
-    let config = EvalConfig { model: model.model, adapter, data, dtype: model.dtype.into(), batch_size, max_seq_len };
+    let config =
+        EvalConfig { model: model.model, adapter, data, train_on, dtype: model.dtype.into(), batch_size, max_seq_len };
     let found = evaluate(&device, &config)?;
     let line = if json {
         serde_json::to_string(&found)?

@@ -10,6 +10,8 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use unsloth_rs::{
     llm::{
+        Error,
+        chat_template::ChatTemplate,
         generate::{GenerateOptions, StopReason, greedy},
         text_stream::TextStream,
         tokenizer::Tokenizer,
@@ -55,6 +57,9 @@ struct Prompt {
     /// Text to continue
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
+    /// What a user says, to be answered by the model in the form of its chat template
+    #[arg(long, value_name = "TEXT")]
+    chat: Option<String>,
 }
 
 /// What `--json` prints.
@@ -72,11 +77,17 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let device = args.device.open()?;
     let folder = &args.model.model;
     // Ids can be continued without a tokenizer, text cannot.
-    let has_tokenizer = args.prompt.prompt.is_some() || folder.join("tokenizer.json").exists();
+    let has_text = args.prompt.prompt.is_some() || args.prompt.chat.is_some();
+    let has_tokenizer = has_text || Tokenizer::exists(folder);
     let model = load_model(&device, folder, args.adapter.as_deref(), args.model.dtype.into())?;
     let tokenizer = has_tokenizer.then(|| Tokenizer::load(folder)).transpose()?;
-    let prompt_tokens = match (&args.prompt.prompt, &tokenizer) {
-        (Some(text), Some(tokenizer)) => tokenizer.encode(text)?,
+    let prompt_tokens = match (&args.prompt, &tokenizer) {
+        (Prompt { prompt: Some(text), .. }, Some(tokenizer)) => tokenizer.encode(text)?,
+        (Prompt { chat: Some(text), .. }, Some(tokenizer)) => {
+            let template =
+                ChatTemplate::load(folder)?.ok_or_else(|| Error::NoChatTemplate { model: folder.clone() })?;
+            tokenizer.encode_rendered(&template.prompt(text)?)?
+        }
         _ => args.prompt.tokens.unwrap_or_default(),
     };
 

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::ArgAction;
 use unsloth_rs::{
-    llm::decoder::Targets,
+    llm::{
+        dataset::{Sample, TrainOn},
+        decoder::Targets,
+    },
     recipe::{Event, RunLength, StepRecord, Summary, TrainConfig, Warmup, train},
     train::{AdamWConfig, Checkpointing, ScheduleKind},
 };
@@ -20,7 +23,7 @@ use crate::{
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// JSONL file of {"input_ids": [..], "labels": [..]} lines; may be given several times
+    /// JSONL file of chats, instructions, prompts and completions, texts or tokens; may be given several times
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
     /// Folder for the adapter, the tokenizer's files and metrics.jsonl
@@ -43,6 +46,9 @@ pub(crate) struct Args {
     /// all-linear, or names of the layers to adapt, such as q_proj,v_proj [default: those of --adapter, else all-linear]
     #[arg(long, value_name = "NAME,NAME,..")]
     targets: Option<Targets>,
+    /// Tokens to learn: answers (of chats, and completions) or all [default: answers, all for plain text, labels for tokens]
+    #[arg(long, value_name = "answers|all")]
+    train_on: Option<TrainOn>,
     /// Longer examples are cut to this many tokens [default: the model's limit or 2048, the smaller]
     #[arg(long, value_name = "N")]
     max_seq_len: Option<usize>,
@@ -119,6 +125,7 @@ impl From<Args> for TrainConfig {
             rank: args.rank,
             alpha: args.alpha,
             targets: args.targets,
+            train_on: args.train_on,
             max_seq_len: args.max_seq_len,
             packing: args.packing,
             shuffle: args.shuffle,
@@ -157,6 +164,9 @@ fn report(event: Event, total_steps: usize) {
     match event {
         Event::Prepared(prepared) => {
             note(&format!("{} (limit {} tokens)", describe(&prepared.data), prepared.max_seq_len));
+            if let Some(sample) = &prepared.sample {
+                note(&describe_sample(sample));
+            }
             if !prepared.unused_tensors.is_empty() {
                 note(&format!("warning: tensors without a place in the model: {}", prepared.unused_tensors.join(", ")));
             }
@@ -169,6 +179,25 @@ fn report(event: Event, total_steps: usize) {
             ));
         }
     }
+}
+
+/// The first example, indented, with what is learnt in brackets.
+fn describe_sample(sample: &Sample) -> String {
+    let mut text = String::new();
+    for piece in &sample.pieces {
+        text += &if piece.is_trained { format!("[[{}]]", piece.text) } else { piece.text.clone() };
+    }
+    if sample.is_cut {
+        text += " ..";
+    }
+    let mut shown = "first example, [[learnt]]:".to_owned();
+    for line in text.lines() {
+        // Data must not move the cursor or change colours.
+        let line: String = line.chars().map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c }).collect();
+        shown += "\n    ";
+        shown += &line;
+    }
+    shown
 }
 
 const MEBIBYTE: f64 = 1024.0 * 1024.0;

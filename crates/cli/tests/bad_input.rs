@@ -144,8 +144,54 @@ fn missing_data_file() {
 #[test]
 fn malformed_jsonl() {
     Run::with_data("{\"input_ids\": [1, 2]}\n{\"input_ids\": [1, 2\n").fails("", &["data.jsonl`, line 2, column 19"]);
-    Run::with_data("{\"messages\": []}\n").fails("", &["data.jsonl`, line 1", "missing field `input_ids`"]);
+    Run::with_data("{\"input_ids\": [1, 2]}\n{\"labels\": [1]}\n").fails("", &["line 2", "missing field `input_ids`"]);
     Run::with_data("{\"input_ids\": [1, \"two\"]}\n").fails("", &["line 1", "`input_ids`", "string \"two\""]);
+}
+
+#[test]
+fn chats_of_no_known_form() {
+    let run = Run::with_data("{\"dialogue\": [\"a\", \"b\"], \"id\": 3}\n");
+    run.fails("", &["data.jsonl`, line 1", "found `dialogue`, `id`", "expected `messages`"]);
+    let good = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+    for (line, parts) in [
+        (r#"{"text": "a"}"#, &["`messages` is missing"][..]),
+        (r#"{"messages": []}"#, &["`messages` is empty"]),
+        (r#"{"messages": [{"role": "user", "content": 1}]}"#, &["message 1", "`content` is a number"]),
+        (r#"{"messages": [{"role": "wizard", "content": "a"}]}"#, &["role `wizard` in message 1"]),
+        (
+            r#"{"messages": [{"from": "human", "value": "a"}, {"from": "wizard", "value": "b"}]}"#,
+            &["message 2", "`from` is `wizard`"],
+        ),
+    ] {
+        let run = Run::with_data(&format!("{good}\n{line}\n"));
+        run.fails("", &[&["data.jsonl`, line 2"][..], parts].concat());
+    }
+    Run::with_data("{\"text\": \"a\"}\n")
+        .fails("--train-on answers", &["train_on = answers", "all for plain text", "data.jsonl"]);
+    Run::with_data("{\"input_ids\": [1, 2]}\n").fails("--train-on all", &["train_on = all", "labels of its own"]);
+}
+
+#[test]
+fn chats_that_the_template_refuses() {
+    let chat = |first: &str, second: &str| {
+        format!(
+            "{{\"messages\": [{{\"role\": \"{first}\", \"content\": \"a\"}}, {{\"role\": \"{second}\", \"content\": \"b\"}}]}}\n"
+        )
+    };
+    let run = Run::with_data(&(chat("user", "assistant") + &chat("user", "user")));
+    let template = run.model.join("chat_template.jinja");
+    let source = "{% for m in messages %}\n{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}\n\
+        {{ raise_exception('roles must alternate, not ' + m.role) }}\n{% endif %}\n{{ m.content }}\n{% endfor %}";
+    fs::write(&template, source).unwrap();
+    run.fails("", &["data.jsonl`, line 2", "chat_template.jinja`, line 3 of", ": roles must alternate, not user"]);
+    fs::write(&template, "{{ messages[0].content + 1 }}").unwrap();
+    run.fails("", &["data.jsonl`, line 1", "chat_template.jinja`, line 1 of", "invalid operation"]);
+    fs::write(&template, "\n{% if %}").unwrap();
+    run.fails("", &["chat_template.jinja`, line 2 of", "syntax error"]);
+    fs::remove_file(&template).unwrap();
+    fs::write(run.model.join("tokenizer_config.json"), "{}").unwrap();
+    run.fails("", &[run.model.to_str().unwrap(), "has no chat template"]);
+    unsloth(line("generate --model {} --chat hello", &[&run.model])).failed_with(&["has no chat template"]);
 }
 
 #[test]
@@ -255,6 +301,7 @@ fn wrong_usage() {
         "--steps 2 --epochs 1",
         "--warmup-steps 2 --warmup-ratio 0.1",
         "--packing maybe",
+        "--train-on questions",
         "--schedule sawtooth",
         "--checkpointing every:0",
         "--dtype int8",
@@ -267,8 +314,15 @@ fn wrong_usage() {
         assert!(outcome.stderr.starts_with("error: ") && outcome.stdout.is_empty(), "{}", outcome.stderr);
         assert!(!run.output.exists());
     }
-    for args in ["", "train", "eval --model x", "generate --model x", "generate --model x --prompt a --tokens 1", "fly"]
-    {
+    for args in [
+        "",
+        "train",
+        "eval --model x",
+        "generate --model x",
+        "generate --model x --prompt a --tokens 1",
+        "generate --model x --prompt a --chat b",
+        "fly",
+    ] {
         let outcome = unsloth(line(args, &[]));
         assert_eq!(outcome.status, 2, "{args}: {}", outcome.stderr);
     }

@@ -174,3 +174,41 @@ fn generate_streams_text_or_ids() {
     assert_eq!(json!(ids), found["tokens"]);
     unsloth(line("generate --model {} --prompt x", &[&model])).failed_with(&["tokenizer"]);
 }
+
+#[test]
+fn chats_are_rendered_trained_and_reported() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data, output) =
+        (fixture("tiny-llama").join("model"), folder.path().join("chats.jsonl"), folder.path().join("out"));
+    let chat = |question: &str, answer: &str| {
+        let messages = json!([{"role": "user", "content": question}, {"role": "assistant", "content": answer}]);
+        format!("{}\n", json!({ "messages": messages }))
+    };
+    let long = chat("Why?", &"because ".repeat(80));
+    std::fs::write(&data, chat("What is it?\u{1b}[31m", "A licence.") + &long).unwrap();
+    let options = "--steps 2 --rank 2 --max-seq-len 60";
+    let mut args = line("train --model {} --data {} --output {}", &[&model, &data, &output]);
+    args.extend(line(options, &[]));
+    let outcome = unsloth(args).succeeded();
+    let shown = "first example, [[learnt]]:\n    <|im_start|>user\n    What is it?\u{fffd}[31m<|im_end|>\n    \
+        <|im_start|>assistant\n    [[A licence.<|im_end|>\n    ]]\n";
+    for part in ["data: 2 examples, ", "% of them targets; 1 examples cut to the limit (limit 60 tokens)\n", shown] {
+        assert!(outcome.stderr.contains(part), "{part}: {}", outcome.stderr);
+    }
+
+    let tokens = |options: &str| {
+        let mut args = line("eval --json --model {} --data {}", &[&model, &data]);
+        args.extend(line(options, &[]));
+        unsloth(args).succeeded().json()["tokens"].as_u64().unwrap()
+    };
+    assert!(tokens("") < tokens("--train-on all"));
+
+    let generate = |options: [&str; 2]| {
+        let common = line("generate --json --max-new-tokens 4 --model {}", &[&model]);
+        let args = common.into_iter().chain(options.map(str::to_owned));
+        unsloth(args).succeeded().json()["prompt_tokens"].clone()
+    };
+    // The template of the fixture, written out.
+    let prompt = "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n";
+    assert_eq!(generate(["--chat", "What is it?"]), generate(["--prompt", prompt]));
+}

@@ -203,6 +203,61 @@ pub enum Error {
         /// What the parser reported, without its own idea of the line.
         reason: String,
     },
+    /// A line of a data file has the fields of none of the forms that are read.
+    #[error(
+        "`{}`, line {line}: no known form of example, found {found}; expected `messages`, `conversations`, `instruction` and `output`, `prompt` and `completion`, `text`, or `input_ids`",
+        path.display()
+    )]
+    UnknownShape {
+        /// The file.
+        path: PathBuf,
+        /// Line number from 1.
+        line: usize,
+        /// The fields that are there, comma-separated.
+        found: String,
+    },
+    /// A chat template is not Jinja, fails on a conversation or refuses it.
+    #[error("`{}`, line {line} of chat template `{name}`: {reason}", path.display())]
+    ChatTemplate {
+        /// The file it stands in.
+        path: PathBuf,
+        /// Its name, `default` where there is but one.
+        name: String,
+        /// Line of the template from 1; 0 if unknown.
+        line: usize,
+        /// What the template says, or what is wrong with it.
+        reason: String,
+    },
+    /// Chats are to be read or continued, and the model has no template for them.
+    #[error("the model in `{}` has no chat template, neither chat_template.jinja nor `chat_template` in tokenizer_config.json", model.display())]
+    NoChatTemplate {
+        /// Folder of the model.
+        model: PathBuf,
+    },
+    /// The conversation of an example could not be rendered.
+    #[error("`{}`, line {line}: cannot render the conversation", path.display())]
+    Rendering {
+        /// The file.
+        path: PathBuf,
+        /// Line number from 1.
+        line: usize,
+        /// What the template reported.
+        #[source]
+        source: Box<Error>,
+    },
+    /// Where an answer begins and ends in the rendered text cannot be told.
+    #[error(
+        "`{}`, line {line}: cannot tell where the answer in message {message} begins and ends, because the chat template renders it otherwise than at the end of a conversation; mark answers with {{% generation %}} in the template, or train on all tokens",
+        path.display()
+    )]
+    AnswerSpan {
+        /// The file.
+        path: PathBuf,
+        /// Line number from 1.
+        line: usize,
+        /// The message, from 1.
+        message: usize,
+    },
     /// A data file is empty.
     #[error("`{}`: no examples in it", path.display())]
     NoExamples {

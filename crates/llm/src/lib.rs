@@ -5,17 +5,20 @@
 //! [`recipe`] puts the parts together; [`generate`] continues a prompt.
 
 mod atomic;
+pub mod chat_template;
 pub mod config;
 pub mod dataset;
 pub mod decoder;
 mod error;
 mod fields;
 pub mod generate;
+mod json;
 mod layer;
 pub mod packing;
 pub mod peft;
 pub mod recipe;
 mod rope_config;
+mod special_tokens;
 pub mod text_stream;
 pub mod tokenizer;
 pub mod weights;

@@ -1,6 +1,9 @@
 //! Text to token ids and back, by the `tokenizers` crate.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use crate::{Error, Result};
 
@@ -10,16 +13,31 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
 }
 
+/// A text as tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Encoded {
+    pub(crate) ids: Vec<i32>,
+    /// Bytes of the text that each token stands for; empty for one that was added.
+    pub(crate) ranges: Vec<Range<usize>>,
+}
+
 impl Tokenizer {
+    /// Whether a folder has a tokenizer: token ids can be trained on and continued without one.
+    pub fn exists(folder: &Path) -> bool {
+        folder.join(FILE).is_file()
+    }
+
     /// Reads `tokenizer.json` of a folder.
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be read; [`Error::Tokenizer`] if it is not a tokenizer.
     pub fn load(folder: &Path) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
+        let path = folder.join(FILE);
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        let inner = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|source| Error::Tokenizer { path: path.clone(), source })?;
+        let failed = |source| Error::Tokenizer { path: path.clone(), source };
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(failed)?;
+        // A file may hold the settings of whoever wrote it last; transformers sets them anew too.
+        inner.with_padding(None).with_truncation(None).map_err(failed)?;
         Ok(Self { path, inner })
     }
 
@@ -28,13 +46,28 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`]; [`Error::InvalidOption`] for an id of 2^31 or more.
     pub fn encode(&self, text: &str) -> Result<Vec<i32>> {
-        let encoding = self.inner.encode(text, true).map_err(|source| self.failed(source))?;
+        Ok(self.encode_ranges(text, true)?.ids)
+    }
+
+    /// Ids of a text in which a chat template has put all special tokens already.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_rendered(&self, text: &str) -> Result<Vec<i32>> {
+        Ok(self.encode_ranges(text, false)?.ids)
+    }
+
+    /// # Errors
+    /// As [`Self::encode`].
+    pub(crate) fn encode_ranges(&self, text: &str, add_special_tokens: bool) -> Result<Encoded> {
+        let encoding = self.inner.encode(text, add_special_tokens).map_err(|source| self.failed(source))?;
         let id = |&id: &u32| {
             let too_large =
                 |_| Error::InvalidOption { field: "token id", value: id.to_string(), rule: "below 2^31".to_owned() };
             i32::try_from(id).map_err(too_large)
         };
-        encoding.get_ids().iter().map(id).collect()
+        let ids = encoding.get_ids().iter().map(id).collect::<Result<_>>()?;
+        Ok(Encoded { ids, ranges: encoding.get_offsets().iter().map(|&(start, end)| start..end).collect() })
     }
 
     /// Text of ids, without special tokens.
@@ -42,16 +75,30 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::InvalidOption`] for a negative id; [`Error::Tokenizer`].
     pub fn decode(&self, ids: &[i32]) -> Result<String> {
+        self.decode_ids(ids, true)
+    }
+
+    /// Text of ids, special tokens included.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
+    pub fn decode_all(&self, ids: &[i32]) -> Result<String> {
+        self.decode_ids(ids, false)
+    }
+
+    fn decode_ids(&self, ids: &[i32], skip_special_tokens: bool) -> Result<String> {
         let id = |&id: &i32| {
             let negative =
                 |_| Error::InvalidOption { field: "token id", value: id.to_string(), rule: "0 or more".to_owned() };
             u32::try_from(id).map_err(negative)
         };
         let ids = ids.iter().map(id).collect::<Result<Vec<u32>>>()?;
-        self.inner.decode(&ids, true).map_err(|source| self.failed(source))
+        self.inner.decode(&ids, skip_special_tokens).map_err(|source| self.failed(source))
     }
 
     fn failed(&self, source: tokenizers::Error) -> Error {
         Error::Tokenizer { path: self.path.clone(), source }
     }
 }
+
+const FILE: &str = "tokenizer.json";

@@ -7,6 +7,7 @@ use unsloth_train::{AdamWConfig, Checkpointing, LoraConfig, Schedule, ScheduleKi
 
 use crate::{
     Error, Result,
+    dataset::TrainOn,
     decoder::Targets,
     packing::{BatchOptions, Batches, at_least},
 };
@@ -60,6 +61,8 @@ pub struct TrainConfig {
     pub alpha: Option<f32>,
     /// Layers that have adapters. `None`: those of `adapter`, or every linear layer for a new one.
     pub targets: Option<Targets>,
+    /// Which tokens are learnt. `None`: answers of chats and completions, all of plain text; tokens bring their own labels.
+    pub train_on: Option<TrainOn>,
     /// Longer examples are cut to their first tokens. `None`: the model's limit or 2048, the smaller.
     pub max_seq_len: Option<usize>,
     /// Whether a sequence takes as many documents as fit, instead of one.
@@ -99,6 +102,7 @@ impl TrainConfig {
             rank: None,
             alpha: None,
             targets: None,
+            train_on: None,
             max_seq_len: None,
             packing: true,
             shuffle: true,

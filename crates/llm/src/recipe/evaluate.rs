@@ -9,7 +9,7 @@ use unsloth_train::{Batch, Document};
 use super::{load_model, max_seq_len};
 use crate::{
     Error, Result,
-    dataset::{Dataset, ReadOptions, Report},
+    dataset::{Dataset, ReadOptions, Report, TrainOn},
     packing::at_least,
 };
 
@@ -22,6 +22,8 @@ pub struct EvalConfig {
     pub adapter: Option<PathBuf>,
     /// JSONL files, read one after another; at least one.
     pub data: Vec<PathBuf>,
+    /// Which tokens are targets. `None`: answers of chats and completions, all of plain text; tokens bring their own labels.
+    pub train_on: Option<TrainOn>,
     /// Type of activations.
     pub dtype: DType,
     /// Documents computed at once, at least 1; the result is the same up to rounding.
@@ -62,8 +64,13 @@ pub fn evaluate(device: &Device, config: &EvalConfig) -> Result<Evaluation> {
     config.validate()?;
     let model = load_model(device, &config.model, config.adapter.as_deref(), config.dtype)?;
     let max_seq_len = max_seq_len(config.max_seq_len, &model);
-    let dataset =
-        Dataset::read_jsonl(&config.data, ReadOptions { vocab_size: model.config().vocab_size, max_seq_len })?;
+    let options = ReadOptions {
+        model: &config.model,
+        vocab_size: model.config().vocab_size,
+        max_seq_len,
+        train_on: config.train_on,
+    };
+    let dataset = Dataset::read_jsonl(&config.data, options)?;
     // Summed in f64 on the host: millions of targets would lose the small differences in f32.
     let mut sum = 0.0f64;
     let mut tokens = 0usize;

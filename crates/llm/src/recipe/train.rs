@@ -16,10 +16,11 @@ use super::{
 };
 use crate::{
     Error, Result,
-    dataset::{Dataset, ReadOptions, Report},
+    dataset::{Dataset, ReadOptions, Report, Sample},
     decoder::{Decoder, LoadOptions, Targets},
     packing::{Batches, Step},
     peft,
+    tokenizer::Tokenizer,
 };
 
 /// What a run tells while it works.
@@ -36,6 +37,8 @@ pub enum Event {
 pub struct Prepared {
     /// What was read.
     pub data: Report,
+    /// The beginning of the first example; `None` for a model without a tokenizer.
+    pub sample: Option<Sample>,
     /// Limit that examples were cut to, in tokens.
     pub max_seq_len: usize,
     /// Steps of the run.
@@ -95,14 +98,21 @@ pub fn train(device: &Device, config: &TrainConfig, on_event: &mut dyn FnMut(Eve
     let output = OutputFolder::open(&config.output)?;
     let model = prepare_model(device, config)?;
     let max_seq_len = max_seq_len(config.max_seq_len, &model);
-    let options = ReadOptions { vocab_size: model.config().vocab_size, max_seq_len };
+    let options = ReadOptions {
+        model: &config.model,
+        vocab_size: model.config().vocab_size,
+        max_seq_len,
+        train_on: config.train_on,
+    };
     let dataset = Dataset::read_jsonl(&config.data, options)?;
+    let tokenizer = Tokenizer::exists(&config.model).then(|| Tokenizer::load(&config.model)).transpose()?;
+    let sample = tokenizer.map(|tokenizer| dataset.sample(&tokenizer)).transpose()?;
     let mut batches = Batches::new(&dataset, config.batch_options(max_seq_len))?;
     let total_steps = config.num_steps(&batches)?;
     let trainer = Trainer::new(model, config.trainer(total_steps))?;
     let num_trained = trainer.optimizer().parameters().map(|parameter| parameter.value().num_elements()).sum();
     let (data, unused_tensors) = (dataset.report(), trainer.model().unused_tensors().to_vec());
-    on_event(Event::Prepared(Prepared { data, max_seq_len, total_steps, num_trained, unused_tensors }));
+    on_event(Event::Prepared(Prepared { data, sample, max_seq_len, total_steps, num_trained, unused_tensors }));
 
     let metrics = JsonLines::create(output.path().join("metrics.jsonl"))?;
     let mut run = Run { device, trainer, metrics, on_event, records: Records::default() };
