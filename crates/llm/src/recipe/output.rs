@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::{Error, Result, atomic};
 
 /// What a tokenizer may consist of, across the families and versions of transformers.
-const TOKENIZER_FILES: [&str; 9] = [
+const TOKENIZER_FILES: [&str; 10] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -21,6 +21,7 @@ const TOKENIZER_FILES: [&str; 9] = [
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
 ];
 
 /// A folder known to be writable. If the run ends before it has written anything, a folder made for it is removed again.
@@ -50,6 +51,8 @@ impl OutputFolder {
         for name in TOKENIZER_FILES {
             let (from, to) = (model.join(name), self.path.join(name));
             if from.is_file() {
+                let folder = to.parent().unwrap_or(&self.path);
+                fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
                 atomic::write(&to, &fs::read(&from).map_err(Error::io("read", &from))?)?;
             }
         }
@@ -104,6 +107,21 @@ mod tests {
         // An existing folder stays, whether used or not.
         drop(OutputFolder::open(parent.path()).unwrap());
         assert!(parent.path().exists());
+    }
+
+    #[test]
+    fn every_template_is_copied() {
+        let (model, parent) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let files = ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"];
+        fs::create_dir(model.path().join("additional_chat_templates")).unwrap();
+        for name in files {
+            fs::write(model.path().join(name), name).unwrap();
+        }
+        let output = OutputFolder::open(&parent.path().join("out")).unwrap();
+        output.copy_tokenizer(model.path()).unwrap();
+        for name in files {
+            assert_eq!(fs::read_to_string(output.path().join(name)).unwrap(), name);
+        }
     }
 
     #[test]
