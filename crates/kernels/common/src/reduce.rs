@@ -14,7 +14,7 @@ const fn folders(units: usize) -> usize {
     units.isqrt().next_power_of_two()
 }
 
-/// Bytes of shared memory that one call of [`cube_sum`] or [`cube_max`] takes.
+/// Bytes of shared memory that one call of [`cube_sum()`] or [`cube_max()`] takes.
 pub const fn cube_reduce_bytes(units: usize) -> usize {
     (units + folders(units)) * size_of::<f32>()
 }
