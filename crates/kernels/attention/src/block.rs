@@ -178,10 +178,10 @@ pub(crate) fn products<N: Size>(
     let (held_unit, streamed_unit) = unit(tile);
     let stride = comptime!(tile.stride());
     let (rows, cols) = comptime!((tile.held_rows, tile.streamed_rows));
-    let mut sums = Array::<Vector<f32, N>>::new(comptime!(rows * cols));
+    let mut sums = Array::<f32>::new(comptime!(rows * cols));
     #[unroll]
     for i in 0..comptime!(rows * cols) {
-        sums[i] = Vector::new(0.0);
+        sums[i] = 0.0;
     }
     for c in 0..vectors {
         let mut left = Array::<Vector<f32, N>>::new(rows);
@@ -194,16 +194,11 @@ pub(crate) fn products<N: Size>(
             let right = streamed[(streamed_unit + j * tile.streamed_units) * stride + c];
             #[unroll]
             for i in 0..rows {
-                sums[i * cols + j] += left[i] * right;
+                sums[i * cols + j] += horizontal_sum::<N>(left[i] * right);
             }
         }
     }
-    let mut totals = Array::<f32>::new(comptime!(rows * cols));
-    #[unroll]
-    for i in 0..comptime!(rows * cols) {
-        totals[i] = horizontal_sum::<N>(sums[i]);
-    }
-    totals
+    sums
 }
 
 /// Sum over the components of a vector, first to last.

@@ -2,8 +2,8 @@
 
 use cubecl::ir::DeviceProperties;
 
-/// Shared memory of a cube is kept below this, so that a multiprocessor has room for several cubes.
-const MAX_SHARED_BYTES: usize = 48 * 1024;
+/// Up to this much shared memory a cube may take all that the device offers.
+const SMALL_SHARED_BYTES: usize = 48 * 1024;
 
 /// Numbers that a unit sums in registers, at most, for each tile of sums: more would leave too few cubes at a time, or spill.
 const MAX_SUMS: usize = 32;
@@ -36,8 +36,16 @@ pub(crate) struct Tile {
 }
 
 /// `held_units`, `streamed_units`, `held_rows`, `streamed_rows`: from the most reuse of what is loaded to the least memory.
-const CANDIDATES: [[usize; 4]; 6] =
-    [[16, 16, 4, 2], [16, 16, 2, 2], [8, 8, 2, 2], [8, 8, 2, 1], [8, 8, 1, 1], [4, 8, 1, 1]];
+const CANDIDATES: [[usize; 4]; 8] = [
+    [16, 16, 4, 2],
+    [16, 16, 2, 2],
+    [16, 16, 2, 1],
+    [16, 16, 1, 1],
+    [8, 8, 2, 2],
+    [8, 8, 2, 1],
+    [8, 8, 1, 1],
+    [4, 8, 1, 1],
+];
 
 impl Tile {
     /// The first candidate that fits the device, else the smallest, which the check of the launch then refuses.
@@ -51,10 +59,10 @@ impl Tile {
             let vectors = (head_dim / width).div_ceil(streamed_units);
             Self { held_units, streamed_units, held_rows, streamed_rows, vectors }
         };
+        // What a device lends to one cube is about what a multiprocessor has: leave room for a second cube.
+        let usable = (shared_bytes / 2).max(shared_bytes.min(SMALL_SHARED_BYTES));
         let fits = |tile: &Self| {
-            tile.units() <= units
-                && tile.shared_bytes(need, width) <= shared_bytes.min(MAX_SHARED_BYTES)
-                && tile.sums(width) <= MAX_SUMS
+            tile.units() <= units && tile.shared_bytes(need, width) <= usable && tile.sums(width) <= MAX_SUMS
         };
         let smallest = tile(CANDIDATES[CANDIDATES.len() - 1]);
         CANDIDATES.into_iter().map(tile).find(fits).unwrap_or(smallest)
