@@ -17,9 +17,9 @@ use crate::{
 };
 
 /// Keys and values stay; queries and their gradients pass by; P and ds are weights.
-const KEYS_NEED: Need = Need { held: 2, streamed: 2, weights: 2 };
+const KEYS_NEED: Need = Need { held: 2, streamed: 2, weights: 2, reduces: false };
 /// Queries and their gradients stay; keys and values pass by; ds are weights.
-const QUERIES_NEED: Need = Need { held: 2, streamed: 2, weights: 1 };
+const QUERIES_NEED: Need = Need { held: 2, streamed: 2, weights: 1, reduces: false };
 
 /// Buffers of the backward pass.
 #[derive(Clone, Copy, Debug)]

@@ -2,6 +2,10 @@
 //!
 //! Query rows are pairs of a query and a head of the group, the head running faster: all heads that read one key head share its
 //! tiles, and a single new token still fills a block.
+//!
+//! Loops over channels, rows and tiles have trip counts that only the device knows: where a driver compiles for a processor
+//! (lavapipe), unrolling them takes minutes. Loops over what a unit keeps in registers are unrolled, since an array that is
+//! indexed at run time is not in registers.
 
 use cubecl::prelude::*;
 

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Queries stay; keys, then values, pass by.
-const NEED: Need = Need { held: 1, streamed: 1, weights: 1 };
+const NEED: Need = Need { held: 1, streamed: 1, weights: 1, reduces: true };
 
 /// Buffers of the forward pass.
 #[derive(Clone, Copy, Debug)]
@@ -96,6 +96,10 @@ pub fn cached<R: Runtime, E: Float>(
     args: Cached<'_>,
 ) -> Result<(), LaunchError> {
     let launch = Launch::new(client, "attention_cached");
+    if shape.tokens_k != shape.num_seqs * shape.max_seqlen_k {
+        let (value, rule) = (shape.tokens_k as u64, "num_seqs * max_seqlen_k");
+        return Err(LaunchError::Invalid { kernel: launch.kernel(), field: "tokens_k", value, rule });
+    }
     let Some(Plan { width, tile, count, dim }) = plan::<R, E>(&launch, shape)? else {
         return Ok(());
     };
