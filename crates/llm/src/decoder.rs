@@ -22,7 +22,8 @@ use unsloth_train::{Batch, Checkpointing, KvCache, KvCacheSpec, Linear, LoraConf
 use crate::{
     Error, Result,
     config::DecoderConfig,
-    layer::{Context, Dimensions, Layer, Loader},
+    layer::{Context, Dimensions, Layer},
+    loader::Loader,
     weights::{Checkpoint, WeightSource},
 };
 

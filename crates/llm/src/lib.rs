@@ -14,6 +14,7 @@ mod fields;
 pub mod generate;
 mod json;
 mod layer;
+mod loader;
 pub mod packing;
 pub mod peft;
 pub mod recipe;
