@@ -103,7 +103,7 @@ fn greedy_tokens_after_ids(name: &str) {
 #[test]
 fn greedy_tokens_after_text() {
     let text = "Licensed under the Apache License, Version 2.0; you may not use this file except in";
-    for name in ["tiny-llama", "tiny-llama3"] {
+    for name in ["tiny-llama", "tiny-llama3", "tiny-mistral", "tiny-gemma2", "tiny-gemma3"] {
         greedy_tokens(name, "--prompt", text);
     }
 }
@@ -127,4 +127,12 @@ macro_rules! golden {
     )+};
 }
 
-golden!(llama: "tiny-llama", llama3: "tiny-llama3", qwen2: "tiny-qwen2");
+golden!(
+    llama: "tiny-llama",
+    llama3: "tiny-llama3",
+    qwen2: "tiny-qwen2",
+    qwen3: "tiny-qwen3",
+    mistral: "tiny-mistral",
+    gemma2: "tiny-gemma2",
+    gemma3: "tiny-gemma3"
+);

@@ -9,13 +9,15 @@ use std::path::Path;
 use serde_json::Value;
 use unsloth_core::{
     DType,
-    ops::{glu::Activation, rope_table::RopeSpec},
+    ops::{attention::Window, glu::Activation, rope_table::RopeSpec},
 };
 
 use crate::{
     Error, Result,
-    fields::{Fields, Neutral, read_object},
-    rope_config,
+    family::{AttentionBias, Family, OPTIONAL, REFUSED, Scale},
+    fields::{Fields, Neutral, NeutralField, read_object},
+    rope_config::{self, Extent},
+    windows,
 };
 
 /// What defines a decoder, whatever its family.
@@ -27,18 +29,30 @@ pub struct DecoderConfig {
     pub hidden_size: usize,
     /// Width between the matrices of the feed-forward part.
     pub intermediate_size: usize,
-    /// Number of layers.
-    pub num_layers: usize,
+    /// What differs from layer to layer, for each of them.
+    pub layers: Vec<LayerConfig>,
     /// Query heads.
     pub num_heads: usize,
     /// Key and value heads; divides `num_heads`.
     pub num_kv_heads: usize,
     /// Channels of a head, even, at most 256.
     pub head_dim: usize,
+    /// Multiplies `q k^T`; positive.
+    pub attention_scale: f32,
+    /// Bounds attention scores smoothly; positive.
+    pub attention_softcap: Option<f32>,
+    /// Bounds logits smoothly; positive.
+    pub logit_softcap: Option<f32>,
+    /// Whether embeddings are multiplied by `sqrt(hidden_size)`, rounded to the type of activations.
+    pub scaled_embedding: bool,
     /// Added to the mean square in every norm; positive.
     pub rms_norm_eps: f32,
-    /// Rotary frequencies.
-    pub rope: RopeSpec,
+    /// Added to every weight of a norm: 0, or 1 where checkpoints store `weight - 1`.
+    pub norm_weight_offset: f32,
+    /// Whether queries and keys are normed before they are rotated, each head for itself.
+    pub qk_norm: bool,
+    /// Whether the results of attention and feed-forward part are normed before they are added to the residual stream.
+    pub post_norms: bool,
     /// Activation of the gate.
     pub activation: Activation,
     /// Whether the projections to queries, keys and values have biases.
@@ -55,25 +69,26 @@ pub struct DecoderConfig {
     pub eos_token_ids: Vec<i32>,
 }
 
-/// Model families; they differ in defaults and biases.
-#[derive(Clone, Copy)]
-enum Family {
-    Llama,
-    Qwen2,
+/// What may differ from layer to layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LayerConfig {
+    /// Which earlier tokens are seen.
+    pub window: Window,
+    /// Rotary frequencies.
+    pub rope: RopeSpec,
 }
 
-/// Fields that would change the computation, and the values under which they do not.
-const NEUTRAL: &[(&str, Neutral, &str)] = &[
+/// Fields that would change the computation of any family, and the values under which they do not.
+const NEUTRAL: &[NeutralField] = &[
     ("quantization_config", Neutral::Absent, "absent: quantised checkpoints are not supported"),
     ("pretraining_tp", Neutral::Number(1.0), "1: split matrices are not supported"),
     ("partial_rotary_factor", Neutral::Number(1.0), "1: partly rotated heads are not supported"),
-    ("use_sliding_window", Neutral::False, "false: sliding-window layers are not supported"),
     ("attention_dropout", Neutral::Number(0.0), "0: dropout of attention probabilities is not supported"),
+    ("is_causal", Neutral::True, "true: attention to later tokens is not supported"),
+    ("use_bidirectional_attention", Neutral::False, "false: attention to later tokens is not supported"),
     ("use_mrope", Neutral::False, "false: multi-axis rotary embedding is not supported"),
     ("is_encoder_decoder", Neutral::False, "false: only decoders are supported"),
     ("add_cross_attention", Neutral::False, "false: cross attention is not supported"),
-    ("attn_logit_softcapping", Neutral::Absent, "absent: capped attention scores are not supported"),
-    ("final_logit_softcapping", Neutral::Absent, "absent: capped logits are not supported"),
     ("logit_scale", Neutral::Number(1.0), "1: scaled logits are not supported"),
     ("logits_scaling", Neutral::Number(1.0), "1: scaled logits are not supported"),
     ("embedding_multiplier", Neutral::Number(1.0), "1: scaled embeddings are not supported"),
@@ -120,7 +135,7 @@ impl DecoderConfig {
         let fields = Fields::new(path, &map, refused);
         let family = family(&fields)?;
         fields.require_neutral(NEUTRAL)?;
-        check_layer_types(&fields)?;
+        fields.require_neutral(OPTIONAL.iter().filter(|(name, ..)| !family.accepts.contains(name)))?;
         Self::parse(&fields, family)
     }
 
@@ -142,65 +157,66 @@ impl DecoderConfig {
         }
     }
 
-    fn parse(fields: &Fields<'_>, family: Family) -> Result<Self> {
+    fn parse(fields: &Fields<'_>, family: &Family) -> Result<Self> {
         let hidden_size = fields.required_size("hidden_size")?;
         let num_heads = fields.required_size("num_attention_heads")?;
-        let num_kv_heads = match (family, fields.size("num_key_value_heads")?) {
-            (_, Some(number)) => number,
-            // Checkpoints older than grouped queries do not have the field.
-            (Family::Llama, None) => num_heads,
-            (Family::Qwen2, None) => {
-                return Err(fields.refuse("num_key_value_heads", "a divisor of num_attention_heads"));
-            }
+        let num_layers = fields.required_size("num_hidden_layers")?;
+        let max_position_embeddings = fields.size("max_position_embeddings")?.unwrap_or(family.max_position_embeddings);
+        let head_dim = head_dim(fields, family, (hidden_size, num_heads))?;
+        let ropes = rope_config::read(fields, &family.rope_bases, Extent { head_dim, max_position_embeddings })?;
+        let layer = |window| {
+            let rope = if window == Window::Full { ropes.full } else { ropes.sliding };
+            LayerConfig { window, rope }
         };
-        if !num_heads.is_multiple_of(num_kv_heads) {
-            return Err(fields.refuse("num_key_value_heads", "a divisor of num_attention_heads"));
-        }
-        let max_position_embeddings = fields.size("max_position_embeddings")?.unwrap_or(match family {
-            Family::Llama => 2048,
-            Family::Qwen2 => 32768,
-        });
-        let head_dim = head_dim(fields, hidden_size, num_heads)?;
-        let (attention_bias, mlp_bias) = (fields.flag("attention_bias", false)?, fields.flag("mlp_bias", false)?);
-        let (qkv_bias, o_bias, mlp_bias) = match family {
-            Family::Llama => (attention_bias, attention_bias, mlp_bias),
-            Family::Qwen2 => (true, false, false),
+        let (qkv_bias, o_bias) = match family.attention_bias {
+            AttentionBias::Field => {
+                let bias = fields.flag("attention_bias", false)?;
+                (bias, bias)
+            }
+            AttentionBias::QueriesKeysValues => (true, false),
         };
         Ok(Self {
             vocab_size: fields.required_size("vocab_size")?,
             hidden_size,
             intermediate_size: fields.required_size("intermediate_size")?,
-            num_layers: fields.required_size("num_hidden_layers")?,
+            layers: windows::read(fields, family, num_layers)?.into_iter().map(layer).collect(),
             num_heads,
-            num_kv_heads,
+            num_kv_heads: num_kv_heads(fields, family, num_heads)?,
             head_dim,
-            rms_norm_eps: rms_norm_eps(fields)?,
-            rope: rope_config::read(fields, head_dim, max_position_embeddings)?,
-            activation: activation(fields)?,
+            attention_scale: attention_scale(fields, family, head_dim)?,
+            attention_softcap: softcap(fields, "attn_logit_softcapping", family.attention_softcap)?,
+            logit_softcap: softcap(fields, "final_logit_softcapping", family.logit_softcap)?,
+            scaled_embedding: family.scaled_embedding,
+            rms_norm_eps: positive(fields, "rms_norm_eps", 1e-6)? as f32,
+            norm_weight_offset: family.norm_weight_offset,
+            qk_norm: family.qk_norm,
+            post_norms: family.post_norms,
+            activation: activation(fields, family)?,
             qkv_bias,
             o_bias,
-            mlp_bias,
-            tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
+            mlp_bias: fields.flag("mlp_bias", false)?,
+            tie_word_embeddings: fields.flag("tie_word_embeddings", family.tie_word_embeddings)?,
             max_position_embeddings,
             eos_token_ids: fields.ids("eos_token_id")?,
         })
     }
 }
 
-fn family(fields: &Fields<'_>) -> Result<Family> {
-    let Some(model_type) = fields.text("model_type")? else {
-        return Err(fields.refuse("model_type", "llama or qwen2"));
-    };
+fn family(fields: &Fields<'_>) -> Result<&'static Family> {
     let unsupported =
         |name: &str| Err(Error::UnsupportedArchitecture { path: fields.path().to_owned(), name: name.to_owned() });
-    let (family, class) = match model_type {
-        "llama" => (Family::Llama, "LlamaForCausalLM"),
-        "qwen2" => (Family::Qwen2, "Qwen2ForCausalLM"),
-        other => return unsupported(other),
+    let Some(model_type) = fields.text("model_type")? else {
+        return Err(fields.refuse("model_type", "the name of a model family, such as llama"));
     };
+    if let Some((_, rule)) = REFUSED.iter().find(|(name, _)| *name == model_type) {
+        return Err(fields.refuse("model_type", rule));
+    }
+    let Some(family) = Family::find(model_type) else { return unsupported(model_type) };
     match fields.get("architectures") {
         None => Ok(family),
-        Some(Value::Array(classes)) if classes.is_empty() || classes.iter().any(|c| c.as_str() == Some(class)) => {
+        Some(Value::Array(classes))
+            if classes.is_empty() || classes.iter().any(|class| class.as_str() == Some(family.class)) =>
+        {
             Ok(family)
         }
         Some(Value::Array(classes)) => unsupported(classes[0].as_str().unwrap_or(model_type)),
@@ -208,14 +224,16 @@ fn family(fields: &Fields<'_>) -> Result<Family> {
     }
 }
 
-fn check_layer_types(fields: &Fields<'_>) -> Result<()> {
-    let Some(types) = fields.get("layer_types") else { return Ok(()) };
-    let all_full = types.as_array().is_some_and(|list| list.iter().all(|kind| kind.as_str() == Some("full_attention")));
-    if all_full { Ok(()) } else { Err(fields.refuse("layer_types", "a list of `full_attention`")) }
+fn num_kv_heads(fields: &Fields<'_>, family: &Family, num_heads: usize) -> Result<usize> {
+    let implied = family.ungrouped_by_default.then_some(num_heads);
+    match fields.size("num_key_value_heads")?.or(implied) {
+        Some(number) if num_heads.is_multiple_of(number) => Ok(number),
+        _ => Err(fields.refuse("num_key_value_heads", "a divisor of num_attention_heads")),
+    }
 }
 
-fn head_dim(fields: &Fields<'_>, hidden_size: usize, num_heads: usize) -> Result<usize> {
-    let (field, head_dim) = match fields.size("head_dim")? {
+fn head_dim(fields: &Fields<'_>, family: &Family, (hidden_size, num_heads): (usize, usize)) -> Result<usize> {
+    let (field, head_dim) = match fields.size("head_dim")?.or(family.head_dim) {
         Some(head_dim) => ("head_dim", head_dim),
         None if hidden_size.is_multiple_of(num_heads) => ("hidden_size", hidden_size / num_heads),
         None => return Err(fields.refuse("hidden_size", "a multiple of num_attention_heads")),
@@ -226,16 +244,37 @@ fn head_dim(fields: &Fields<'_>, hidden_size: usize, num_heads: usize) -> Result
     Ok(head_dim)
 }
 
-fn rms_norm_eps(fields: &Fields<'_>) -> Result<f32> {
-    let eps = fields.number("rms_norm_eps")?.unwrap_or(1e-6) as f32;
-    if eps > 0.0 && eps.is_finite() { Ok(eps) } else { Err(fields.refuse("rms_norm_eps", "positive and finite")) }
+/// A number that is above zero in f32 too.
+fn positive(fields: &Fields<'_>, name: &str, default: f64) -> Result<f64> {
+    let number = fields.number(name)?.unwrap_or(default);
+    let narrow = number as f32;
+    if narrow > 0.0 && narrow.is_finite() { Ok(number) } else { Err(fields.refuse(name, "positive and finite")) }
 }
 
-fn activation(fields: &Fields<'_>) -> Result<Activation> {
-    match fields.text("hidden_act")?.unwrap_or("silu") {
-        "silu" | "swish" => Ok(Activation::Silu),
-        "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
-        "gelu" => Ok(Activation::GeluErf),
-        _ => Err(fields.refuse("hidden_act", "silu, swish, gelu, gelu_new or gelu_pytorch_tanh")),
+fn attention_scale(fields: &Fields<'_>, family: &Family, head_dim: usize) -> Result<f32> {
+    let divisor = match family.scale {
+        Scale::HeadDim => head_dim as f64,
+        Scale::QueryPreAttnScalar(default) => positive(fields, "query_pre_attn_scalar", default)?,
+    };
+    Ok(divisor.sqrt().recip() as f32)
+}
+
+/// `null` means that there is no cap, absence the family's default.
+fn softcap(fields: &Fields<'_>, name: &str, default: Option<f64>) -> Result<Option<f32>> {
+    let default = default.filter(|_| !fields.is_null(name));
+    match fields.number(name)?.or(default) {
+        None => Ok(None),
+        Some(cap) => Ok(Some(positive(fields, name, cap)? as f32)),
+    }
+}
+
+fn activation(fields: &Fields<'_>, family: &Family) -> Result<Activation> {
+    let (field, default) = family.activation;
+    match fields.text(field)? {
+        None => Ok(default),
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
+        Some("gelu") => Ok(Activation::GeluErf),
+        Some(_) => Err(fields.refuse(field, "silu, swish, gelu, gelu_new or gelu_pytorch_tanh")),
     }
 }

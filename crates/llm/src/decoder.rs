@@ -1,29 +1,27 @@
 //! A decoder-only transformer of the Llama kind.                       Touvron et al. 2023, arXiv:2307.09288
 //!
-//! Per layer: `x += o(attention(rope(q(n)), rope(k(n)), v(n)))` with `n = rms_norm(x)`, then
-//! `x += down(act(gate(n)) * up(n))` with `n = rms_norm(x)`; logits are `head(rms_norm(x))`. Rows are packed tokens,
-//! `[tokens, hidden_size]`; no token sees another sequence.
+//! `x` begins as the tokens' embeddings, scaled in some families. Per layer: `x += o(attention(rope(q(n)), rope(k(n)), v(n)))`
+//! with `n = rms_norm(x)`, then `x += down(act(gate(n)) * up(n))` with `n = rms_norm(x)`; logits are `head(rms_norm(x))`, capped in
+//! some families. [`DecoderConfig`] says what a family adds to that. Rows are packed tokens, `[tokens, hidden_size]`; no token sees
+//! another sequence.
 
 use std::{
-    cell::RefCell,
     fmt,
     path::{Path, PathBuf},
     str::FromStr,
     sync::Arc,
 };
 
-use unsloth_autograd::{
-    Matrix, Parameter, Tape, Var, Vector, checkpoint,
-    ops::{self, RopeAngles},
-};
+use unsloth_autograd::{Matrix, Parameter, Tape, Var, Vector, checkpoint, ops};
 use unsloth_core::{Category, DType, Device, Sequences, Tensor, ops::cross_entropy::LossSpec};
 use unsloth_train::{Batch, Checkpointing, KvCache, KvCacheSpec, Linear, LoraConfig, Model};
 
 use crate::{
     Error, Result,
-    config::DecoderConfig,
-    layer::{Context, Dimensions, Layer},
+    config::{DecoderConfig, LayerConfig},
+    layer::{Context, Dimensions, Layer, Place},
     loader::Loader,
+    rope_tables::RopeTables,
     weights::{Checkpoint, WeightSource},
 };
 
@@ -71,12 +69,6 @@ impl fmt::Display for Targets {
     }
 }
 
-/// Rotary tables, f32 `[num_positions, head_dim / 2]`.
-struct Tables {
-    cos: Tensor,
-    sin: Tensor,
-}
-
 /// A language model with frozen base weights and, where they were added, trained adapters.
 pub struct Decoder {
     folder: Option<PathBuf>,
@@ -89,8 +81,7 @@ pub struct Decoder {
     norm: Vector,
     /// The embedding's matrix itself where the two are tied.
     head: Matrix,
-    /// Made for the longest sequence seen so far.
-    tables: RefCell<Option<Tables>>,
+    ropes: RopeTables,
     checkpointing: Checkpointing,
     unused_tensors: Vec<String>,
 }
@@ -131,7 +122,9 @@ impl Decoder {
         let loader = Loader { source, device, dtype };
         let table = [config.vocab_size, config.hidden_size];
         let embedding = loader.matrix("model.embed_tokens.weight", table)?;
-        let layers = (0..config.num_layers).map(|index| Layer::load(&loader, &config, index));
+        let ropes = RopeTables::new(&config);
+        let place = |(layer, kind): (usize, &LayerConfig)| Place { layer, rope: ropes.index(&kind.rope) };
+        let layers = config.layers.iter().enumerate().map(place).map(|place| Layer::load(&loader, &config, place));
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let norm = loader.vector("model.norm.weight", config.hidden_size)?;
         let head =
@@ -145,7 +138,7 @@ impl Decoder {
             layers: Arc::new(layers),
             norm,
             head,
-            tables: RefCell::new(None),
+            ropes,
             checkpointing: Checkpointing::None,
             unused_tensors: Vec::new(),
         })
@@ -227,7 +220,7 @@ impl Decoder {
     /// An id outside the vocabulary; [`unsloth_core::Error::OutOfMemory`].
     pub fn hidden(&self, tape: &Tape, batch: &Batch) -> unsloth_core::Result<Var> {
         let context = self.context(&batch.positions, &batch.sequences, batch.sequences.max_seqlen())?;
-        let mut stream = ops::embedding(tape, &self.embedding, &batch.ids, self.dtype)?;
+        let mut stream = self.embed(tape, &batch.ids)?;
         for segment in self.checkpointing.segments(self.layers.len()) {
             let (layers, context) = (self.layers.clone(), context.clone());
             let run = move |tape: &Tape, inputs: &[Var]| {
@@ -246,19 +239,39 @@ impl Decoder {
         ops::rms_norm(tape, &stream, &self.norm, context.dimensions.norm)
     }
 
-    /// Logits of all tokens, `[tokens, vocab_size]`, for tests and inspection: [`Model::loss`] never forms them.
+    /// Logits of all tokens, `tokens * vocab_size` of them on the host, for tests and inspection: [`Model::loss`] never forms
+    /// them.
     ///
     /// # Errors
     /// As [`Decoder::hidden`].
-    pub fn logits(&self, tape: &Tape, batch: &Batch) -> unsloth_core::Result<Var> {
-        let hidden = self.hidden(tape, batch)?;
-        ops::linear(tape, &hidden, &self.head, None)
+    pub fn logits(&self, batch: &Batch) -> unsloth_core::Result<Vec<f32>> {
+        let tape = Tape::inference();
+        let hidden = self.hidden(&tape, batch)?;
+        self.read_logits(&tape, &hidden)
+    }
+
+    /// The beginning of the residual stream, `[tokens, hidden_size]`.
+    fn embed(&self, tape: &Tape, ids: &Tensor) -> unsloth_core::Result<Var> {
+        let rows = ops::embedding(tape, &self.embedding, ids, self.dtype)?;
+        match embedding_scale(&self.config, self.dtype) {
+            None => Ok(rows),
+            Some(factor) => ops::scale(tape, rows, factor),
+        }
+    }
+
+    /// Logits of normed hidden states, on the host; capped there, since nothing on the device reads whole logits.
+    fn read_logits(&self, tape: &Tape, hidden: &Var) -> unsloth_core::Result<Vec<f32>> {
+        let mut logits = ops::linear(tape, hidden, &self.head, None)?.tensor().to_f32_vec()?;
+        if let Some(cap) = self.config.logit_softcap {
+            logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
+        }
+        Ok(logits)
     }
 
     /// An empty cache for one sequence of at most `capacity` tokens.
     pub(crate) fn kv_cache(&self, capacity: usize) -> unsloth_core::Result<KvCache> {
         let spec = KvCacheSpec {
-            num_layers: self.config.num_layers,
+            num_layers: self.layers.len(),
             num_seqs: 1,
             capacity,
             num_kv_heads: self.config.num_kv_heads,
@@ -279,7 +292,7 @@ impl Decoder {
         let context = self.context(&positions, &sequences, past + ids.len())?;
         let last = self.device.from_slice(&[ids.len() as i32 - 1], [1], Category::Activations)?;
         let ids = self.device.from_slice(ids, [ids.len()], Category::Activations)?;
-        let mut stream = ops::embedding(&tape, &self.embedding, &ids, self.dtype)?;
+        let mut stream = self.embed(&tape, &ids)?;
         for (index, layer) in self.layers.iter().enumerate() {
             stream = layer.forward_cached(&stream, &context, (cache, index))?;
         }
@@ -287,7 +300,7 @@ impl Decoder {
         let rows = Matrix::Frozen(self.device.prepare_weight(stream.into_tensor())?);
         let last = ops::embedding(&tape, &rows, &last, self.dtype)?;
         let normed = ops::rms_norm(&tape, &last, &self.norm, context.dimensions.norm)?;
-        ops::linear(&tape, &normed, &self.head, None)?.tensor().to_f32_vec()
+        self.read_logits(&tape, &normed)
     }
 
     fn context(
@@ -296,19 +309,20 @@ impl Decoder {
         sequences: &Sequences,
         num_positions: usize,
     ) -> unsloth_core::Result<Context> {
-        let mut tables = self.tables.borrow_mut();
-        let tables = match &*tables {
-            Some(tables) if tables.cos.shape()[0] >= num_positions => tables,
-            _ => {
-                // Powers of two, so that a generation does not make them anew for every token.
-                let rows = num_positions.next_power_of_two();
-                let (cos, sin) = self.config.rope.tables(&self.device, rows)?;
-                &*tables.insert(Tables { cos, sin })
-            }
-        };
-        let angles = RopeAngles { cos: tables.cos.clone(), sin: tables.sin.clone(), positions: positions.clone() };
+        let angles = self.ropes.angles(&self.device, positions, num_positions)?;
         Ok(Context { dimensions: Dimensions::new(&self.config), angles, sequences: sequences.clone() })
     }
+}
+
+/// What embeddings are multiplied by: rounded to their type, as transformers does.
+fn embedding_scale(config: &DecoderConfig, dtype: DType) -> Option<f32> {
+    let factor = (config.hidden_size as f64).sqrt() as f32;
+    let rounded = match dtype {
+        DType::BF16 => half::bf16::from_f32(factor).to_f32(),
+        DType::F16 => half::f16::from_f32(factor).to_f32(),
+        _ => factor,
+    };
+    config.scaled_embedding.then_some(rounded)
 }
 
 /// Whether a target name means a module path: all of it, or its last parts.
@@ -319,6 +333,8 @@ fn matches(path: &str, name: &str) -> bool {
 impl Model for Decoder {
     fn loss(&self, tape: &Tape, batch: &Batch, loss: LossSpec) -> unsloth_core::Result<Var> {
         let hidden = self.hidden(tape, batch)?;
+        // The cap is a part of the model.
+        let loss = LossSpec { softcap: self.config.logit_softcap.or(loss.softcap), ..loss };
         ops::linear_cross_entropy(tape, &hidden, &self.head, &batch.targets, loss)
     }
 

@@ -51,7 +51,7 @@ pub enum Error {
         rule: &'static str,
     },
     /// The model is of a family that this crate does not have.
-    #[error("`{}`: architecture `{name}` is not supported (supported: llama, qwen2)", path.display())]
+    #[error("`{}`: architecture `{name}` is not supported (supported: {})", path.display(), crate::family::supported())]
     UnsupportedArchitecture {
         /// The file.
         path: PathBuf,

@@ -19,11 +19,15 @@ pub(crate) struct Fields<'a> {
     error: MakeError,
 }
 
+/// A field, the values under which it changes nothing, and the rule that a refusal names.
+pub(crate) type NeutralField = (&'static str, Neutral, &'static str);
+
 /// The values of a field under which it changes nothing.
 #[derive(Clone, Copy)]
 pub(crate) enum Neutral {
     Absent,
     False,
+    True,
     Number(f64),
     Text(&'static str),
     /// Absent, or an empty list, object or string.
@@ -35,6 +39,7 @@ impl Neutral {
         match self {
             Neutral::Absent => false,
             Neutral::False => *value == Value::Bool(false),
+            Neutral::True => *value == Value::Bool(true),
             Neutral::Number(number) => value.as_f64() == Some(number),
             Neutral::Text(text) => value.as_str() == Some(text),
             Neutral::Empty => match value {
@@ -68,6 +73,20 @@ impl<'a> Fields<'a> {
 
     pub(crate) fn get(&self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|value| !value.is_null())
+    }
+
+    /// Whether a field is there and `null`, where that says something else than its absence.
+    pub(crate) fn is_null(&self, name: &str) -> bool {
+        self.map.get(name).is_some_and(Value::is_null)
+    }
+
+    /// The object in a field, unless it is empty; `prefix` is the field's whole name with a dot.
+    pub(crate) fn object(&self, name: &str, prefix: &'a str) -> Result<Option<Self>> {
+        match self.get(name) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(self.nested(prefix, map)).filter(|_| !map.is_empty())),
+            Some(_) => Err(self.refuse(name, "an object")),
+        }
     }
 
     /// Names of the fields that are not null.
@@ -107,12 +126,20 @@ impl<'a> Fields<'a> {
 
     /// A count from 1 to 2^31 - 1.
     pub(crate) fn size(&self, name: &str) -> Result<Option<usize>> {
-        const RULE: &str = "a whole number from 1 to 2147483647";
+        self.whole(name, 1, "a whole number from 1 to 2147483647")
+    }
+
+    /// A count from 0 to 2^31 - 1.
+    pub(crate) fn count(&self, name: &str) -> Result<Option<usize>> {
+        self.whole(name, 0, "a whole number from 0 to 2147483647")
+    }
+
+    fn whole(&self, name: &str, least: u64, rule: &'static str) -> Result<Option<usize>> {
         let in_range = |value: &Value| {
-            let number = value.as_u64().filter(|number| (1..=i32::MAX as u64).contains(number))?;
+            let number = value.as_u64().filter(|number| (least..=i32::MAX as u64).contains(number))?;
             usize::try_from(number).ok()
         };
-        self.get(name).map(|value| in_range(value).ok_or_else(|| self.refuse(name, RULE))).transpose()
+        self.get(name).map(|value| in_range(value).ok_or_else(|| self.refuse(name, rule))).transpose()
     }
 
     pub(crate) fn required_size(&self, name: &str) -> Result<usize> {
@@ -131,7 +158,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Refuses every field of the table that is present with a value that changes the model.
-    pub(crate) fn require_neutral(&self, table: &[(&str, Neutral, &'static str)]) -> Result<()> {
+    pub(crate) fn require_neutral<'t>(&self, table: impl IntoIterator<Item = &'t NeutralField>) -> Result<()> {
         for &(name, neutral, rule) in table {
             if self.get(name).is_some_and(|value| !neutral.accepts(value)) {
                 return Err(self.refuse(name, rule));

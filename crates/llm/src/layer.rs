@@ -1,6 +1,7 @@
 //! One layer of a decoder: attention and feed-forward part, each behind a norm and added to the residual stream.
 //!
-//! A layer takes the stream and gives the stream, so that a checkpointed segment keeps one tensor `[tokens, hidden_size]`. The
+//! Families differ in what is normed besides (queries and keys, the results of the two parts), in windows, caps and rotary bases;
+//! [`DecoderConfig`] says which of them a model has. A layer takes the stream and gives the stream, so that a checkpointed segment keeps one tensor `[tokens, hidden_size]`. The
 //! add in the middle is fused with the second norm.
 
 use unsloth_autograd::{
@@ -23,7 +24,6 @@ pub(crate) struct Dimensions {
     pub(crate) head_dim: usize,
     pub(crate) norm: NormOptions,
     pub(crate) activation: Activation,
-    pub(crate) attention: attention::Options,
 }
 
 impl Dimensions {
@@ -32,9 +32,8 @@ impl Dimensions {
             num_heads: config.num_heads,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
-            norm: NormOptions { eps: config.rms_norm_eps, weight_offset: 0.0 },
+            norm: NormOptions { eps: config.rms_norm_eps, weight_offset: config.norm_weight_offset },
             activation: config.activation,
-            attention: attention::Options::causal(config.head_dim),
         }
     }
 }
@@ -43,7 +42,8 @@ impl Dimensions {
 #[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) dimensions: Dimensions,
-    pub(crate) angles: RopeAngles,
+    /// Of each kind of rotary embedding that layers of the model have.
+    pub(crate) angles: Vec<RopeAngles>,
     pub(crate) sequences: Sequences,
 }
 
@@ -56,20 +56,35 @@ struct Heads {
 
 #[derive(Clone)]
 pub(crate) struct Layer {
-    input_norm: Vector,
+    attention: attention::Options,
+    /// Which of the context's angles are this layer's.
+    rope: usize,
+    before_attention: Vector,
     q: Linear,
     k: Linear,
     v: Linear,
+    /// Norms of a head's queries and of its keys.
+    q_norm: Option<Vector>,
+    k_norm: Option<Vector>,
     o: Linear,
-    post_attention_norm: Vector,
+    after_attention: Option<Vector>,
+    before_mlp: Vector,
     gate: Linear,
     up: Linear,
     down: Linear,
+    after_mlp: Option<Vector>,
+}
+
+/// Which layer of a model, and which of the context's angles are its own.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) layer: usize,
+    pub(crate) rope: usize,
 }
 
 impl Layer {
-    pub(crate) fn load(loader: &Loader<'_>, config: &DecoderConfig, index: usize) -> Result<Self> {
-        let prefix = format!("model.layers.{index}");
+    pub(crate) fn load(loader: &Loader<'_>, config: &DecoderConfig, place: Place) -> Result<Self> {
+        let prefix = format!("model.layers.{}", place.layer);
         let hidden = config.hidden_size;
         let q_features = config.num_heads * config.head_dim;
         let kv_features = config.num_kv_heads * config.head_dim;
@@ -78,16 +93,35 @@ impl Layer {
         };
         let mlp = |name: &str, shape| loader.linear(&format!("{prefix}.mlp.{name}_proj"), shape, config.mlp_bias);
         let norm = |name: &str| loader.vector(&format!("{prefix}.{name}_layernorm.weight"), hidden);
+        let head_norm = |name: &str| {
+            let name = format!("{prefix}.self_attn.{name}_norm.weight");
+            config.qk_norm.then(|| loader.vector(&name, config.head_dim)).transpose()
+        };
+        let post_norm = |name: &str| config.post_norms.then(|| norm(name)).transpose();
+        // Llama calls the norm before the feed-forward part by what it stands behind; where there are two norms in that
+        // place the name belongs to the first.
+        let before_mlp = if config.post_norms { "pre_feedforward" } else { "post_attention" };
         Ok(Self {
-            input_norm: norm("input")?,
+            attention: attention::Options {
+                scale: config.attention_scale,
+                causal: true,
+                window: config.layers[place.layer].window,
+                softcap: config.attention_softcap,
+            },
+            rope: place.rope,
+            before_attention: norm("input")?,
             q: attention("q", q_features, config.qkv_bias)?,
             k: attention("k", kv_features, config.qkv_bias)?,
             v: attention("v", kv_features, config.qkv_bias)?,
+            q_norm: head_norm("q")?,
+            k_norm: head_norm("k")?,
             o: loader.linear(&format!("{prefix}.self_attn.o_proj"), [hidden, q_features], config.o_bias)?,
-            post_attention_norm: norm("post_attention")?,
+            after_attention: post_norm("post_attention")?,
+            before_mlp: norm(before_mlp)?,
             gate: mlp("gate", [config.intermediate_size, hidden])?,
             up: mlp("up", [config.intermediate_size, hidden])?,
             down: mlp("down", [hidden, config.intermediate_size])?,
+            after_mlp: post_norm("post_feedforward")?,
         })
     }
 
@@ -105,7 +139,7 @@ impl Layer {
         let Heads { q, k, v } = self.heads(tape, x, context)?;
         let (q_sequences, k_sequences) = (context.sequences.clone(), context.sequences.clone());
         let sequences = AttentionSequences { q: q_sequences, k: k_sequences };
-        let out = ops::attention(tape, &q, &k, &v, &sequences, context.dimensions.attention)?;
+        let out = ops::attention(tape, &q, &k, &v, &sequences, self.attention)?;
         self.finish(tape, &out, x, context)
     }
 
@@ -119,21 +153,27 @@ impl Layer {
         let tape = Tape::inference();
         let Heads { q, k, v } = self.heads(&tape, x, context)?;
         cache.append(index, k.tensor(), v.tensor(), &context.sequences)?;
-        let options = context.dimensions.attention;
-        let out = attention::cached(q.tensor(), &context.sequences, cache.view(index)?, options)?;
+        let out = attention::cached(q.tensor(), &context.sequences, cache.view(index)?, self.attention)?;
         self.finish(&tape, &Var::constant(out), x, context)
     }
 
     fn heads(&self, tape: &Tape, x: &Var, context: &Context) -> unsloth_core::Result<Heads> {
         let Dimensions { num_heads, num_kv_heads, head_dim, norm, .. } = context.dimensions;
         let tokens = x.tensor().shape().rows();
-        let normed = ops::rms_norm(tape, x, &self.input_norm, norm)?;
-        let project = |linear: &Linear, heads: usize| {
-            ops::reshape(tape, &linear.forward(tape, &normed)?, [tokens, heads, head_dim])
+        let normed = ops::rms_norm(tape, x, &self.before_attention, norm)?;
+        let project = |linear: &Linear, heads: usize, head_norm: Option<&Vector>| {
+            let mut rows = linear.forward(tape, &normed)?;
+            if let Some(weight) = head_norm {
+                let heads = ops::reshape(tape, &rows, [tokens * heads, head_dim])?;
+                drop(rows);
+                rows = ops::rms_norm(tape, &heads, weight, norm)?;
+            }
+            ops::reshape(tape, &rows, [tokens, heads, head_dim])
         };
-        let (q, k) = (project(&self.q, num_heads)?, project(&self.k, num_kv_heads)?);
-        let v = project(&self.v, num_kv_heads)?;
-        let (q, k) = ops::rope(tape, q, k, &context.angles, Layout::Half)?;
+        let q = project(&self.q, num_heads, self.q_norm.as_ref())?;
+        let k = project(&self.k, num_kv_heads, self.k_norm.as_ref())?;
+        let v = project(&self.v, num_kv_heads, None)?;
+        let (q, k) = ops::rope(tape, q, k, &context.angles[self.rope], Layout::Half)?;
         Ok(Heads { q, k, v })
     }
 
@@ -142,14 +182,22 @@ impl Layer {
         let Dimensions { num_heads, head_dim, norm, activation, .. } = context.dimensions;
         let tokens = x.tensor().shape().rows();
         let out = ops::reshape(tape, out, [tokens, num_heads * head_dim])?;
-        let attended = self.o.forward(tape, &out)?;
-        let (normed, stream) = ops::add_rms_norm(tape, attended, x, &self.post_attention_norm, norm)?;
+        let attended = post_norm(tape, self.o.forward(tape, &out)?, self.after_attention.as_ref(), norm)?;
+        let (normed, stream) = ops::add_rms_norm(tape, attended, x, &self.before_mlp, norm)?;
         let gate = self.gate.forward(tape, &normed)?;
         let up = self.up.forward(tape, &normed)?;
         drop(normed);
         let activated = ops::glu(tape, &gate, &up, activation)?;
         drop((gate, up));
-        let down = self.down.forward(tape, &activated)?;
+        let down = post_norm(tape, self.down.forward(tape, &activated)?, self.after_mlp.as_ref(), norm)?;
         ops::add(tape, down, &stream)
+    }
+}
+
+/// The result of one part of a layer, normed where there is a norm.
+fn post_norm(tape: &Tape, x: Var, weight: Option<&Vector>, options: NormOptions) -> unsloth_core::Result<Var> {
+    match weight {
+        None => Ok(x),
+        Some(weight) => ops::rms_norm(tape, &x, weight, options),
     }
 }

@@ -15,7 +15,7 @@ use unsloth_train::{Linear, LoraConfig, Model};
 use crate::{
     Error, Result, atomic,
     decoder::{Decoder, Targets},
-    fields::{Fields, Neutral, read_object},
+    fields::{Fields, Neutral, NeutralField, read_object},
     weights::{Checkpoint, Wanted},
 };
 
@@ -26,7 +26,7 @@ const PREFIX: &str = "base_model.model.";
 
 /// Settings under which an adapter is more, or something else, than `scale * x A^T B^T` on linear layers. How it was
 /// initialised, trained (`lora_dropout`) and described does not matter.
-const NEUTRAL: &[(&str, Neutral, &str)] = &[
+const NEUTRAL: &[NeutralField] = &[
     ("bias", Neutral::Text("none"), "none: trained biases are not supported"),
     ("use_dora", Neutral::False, "false: DoRA is not supported"),
     ("use_qalora", Neutral::False, "false: QA-LoRA is not supported"),

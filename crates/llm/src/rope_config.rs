@@ -1,38 +1,86 @@
 //! Rotary embedding settings of a Hugging Face configuration, with the defaults of transformers' `modeling_rope_utils`.
 
-use serde_json::{Map, Value};
+use serde_json::Map;
 use unsloth_core::ops::rope_table::{RopeSpec, Scaling};
 
-use crate::{Error, Result, fields::Fields};
-
-/// Base of the frequencies where a file gives none.
-const DEFAULT_THETA: f64 = 10_000.0;
+use crate::{
+    Error, Result,
+    family::RopeBases,
+    fields::{Fields, Neutral},
+};
 
 /// Fields that every type of scaling may have. `finetuned` describes how the checkpoint was made.
 const COMMON: &[&str] = &["rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"];
 
+/// Frequencies of layers that see everything and of those that see a window.
+pub(crate) struct Ropes {
+    pub(crate) full: RopeSpec,
+    pub(crate) sliding: RopeSpec,
+}
+
+/// What the frequencies depend on besides their own settings.
+#[derive(Clone, Copy)]
+pub(crate) struct Extent {
+    pub(crate) head_dim: usize,
+    pub(crate) max_position_embeddings: usize,
+}
+
+/// A field beside the object that holds the base of the frequencies where the object does not, and the base where neither does.
+type Base = (&'static str, f64);
+
 /// Frequencies from `rope_scaling` or `rope_parameters`, and from the fields beside them.
-pub(crate) fn read(config: &Fields<'_>, head_dim: usize, max_position_embeddings: usize) -> Result<RopeSpec> {
+pub(crate) fn read(config: &Fields<'_>, bases: &RopeBases, extent: Extent) -> Result<Ropes> {
     let none = Map::new();
-    let mut rope = config.nested("", &none);
-    for (name, prefix) in [("rope_parameters", "rope_parameters."), ("rope_scaling", "rope_scaling.")] {
-        match config.get(name) {
-            None => {}
-            Some(Value::Object(map)) if map.is_empty() => {}
-            Some(Value::Object(map)) => rope = config.nested(prefix, map),
-            Some(_) => return Err(config.refuse(name, "an object")),
+    let absent = config.nested("", &none);
+    let (parameters, scaling) =
+        (config.object("rope_parameters", "rope_parameters.")?, config.object("rope_scaling", "rope_scaling.")?);
+    match *bases {
+        RopeBases::One(theta) => {
+            let rope = scaling.or(parameters).unwrap_or(absent);
+            let full = read_one(config, &rope, ("rope_theta", theta), extent)?;
+            Ok(Ropes { full, sliding: full })
+        }
+        RopeBases::ByWindow { full, sliding } => {
+            let (full_fields, sliding_fields) = match parameters {
+                None => (scaling, None),
+                Some(_) if scaling.is_some() => {
+                    return Err(config.refuse("rope_scaling", "absent where there are rope_parameters"));
+                }
+                Some(parameters) => by_window(&parameters)?,
+            };
+            let read = |fields: Option<Fields<'_>>, base| read_one(config, &fields.unwrap_or(absent), base, extent);
+            Ok(Ropes {
+                full: read(full_fields, ("rope_theta", full))?,
+                sliding: read(sliding_fields, ("rope_local_base_freq", sliding))?,
+            })
         }
     }
+}
+
+/// The two objects in `rope_parameters` of a model whose layers differ.
+fn by_window<'a>(parameters: &Fields<'a>) -> Result<(Option<Fields<'a>>, Option<Fields<'a>>)> {
+    const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
+    if let Some(name) = parameters.names().find(|name| !KINDS.contains(name)) {
+        return Err(parameters.refuse(name, "in full_attention or sliding_attention: this family has two rotary bases"));
+    }
+    Ok((
+        parameters.object(KINDS[0], "rope_parameters.full_attention.")?,
+        parameters.object(KINDS[1], "rope_parameters.sliding_attention.")?,
+    ))
+}
+
+fn read_one(config: &Fields<'_>, rope: &Fields<'_>, base: Base, extent: Extent) -> Result<RopeSpec> {
+    let (base_field, default) = base;
     let theta = match rope.number("rope_theta")? {
         Some(theta) => theta,
-        None => config.number("rope_theta")?.unwrap_or(DEFAULT_THETA),
+        None => config.number(base_field)?.unwrap_or(default),
     };
     rope.require_neutral(&[(
         "partial_rotary_factor",
-        crate::fields::Neutral::Number(1.0),
+        Neutral::Number(1.0),
         "1: partly rotated heads are not supported",
     )])?;
-    let original = || original_length(config, &rope, max_position_embeddings);
+    let original = || original_length(config, rope, extent.max_position_embeddings);
     let (type_field, rope_type) = match rope.text("rope_type")? {
         Some(rope_type) => ("rope_type", rope_type),
         None => ("type", rope.text("type")?.unwrap_or("default")),
@@ -40,27 +88,27 @@ pub(crate) fn read(config: &Fields<'_>, head_dim: usize, max_position_embeddings
     let (scaling, own_fields): (Scaling, &[&str]) = match rope_type {
         "default" => (Scaling::Default, &[]),
         "linear" => (Scaling::Linear { factor: rope.required_number("factor")? }, &["factor"]),
-        "llama3" => (llama3(&rope, original()?)?, LLAMA3),
-        "yarn" => (yarn(&rope, original()?, max_position_embeddings)?, YARN),
+        "llama3" => (llama3(rope, original()?)?, LLAMA3),
+        "yarn" => (yarn(rope, original()?, extent.max_position_embeddings)?, YARN),
         _ => return Err(rope.refuse(type_field, "default, linear, llama3 or yarn")),
     };
     if let Some(name) = rope.names().find(|name| !COMMON.contains(name) && !own_fields.contains(name)) {
         return Err(rope.refuse(name, "absent: it is not a setting of this rope type"));
     }
-    let spec = RopeSpec { head_dim, theta, scaling };
+    let spec = RopeSpec { head_dim: extent.head_dim, theta, scaling };
+    // The base may stand beside the object.
+    let refuse_theta = |rule| match rope.get("rope_theta") {
+        Some(_) => rope.refuse("rope_theta", rule),
+        None => config.refuse(base_field, rule),
+    };
     match spec.frequencies() {
         Ok((frequencies, factor)) if factor.is_finite() && frequencies.iter().all(|f| f.is_finite()) => Ok(spec),
-        Ok(_) => Err(rope.refuse("rope_theta", "such that all frequencies are finite")),
-        Err(unsloth_core::Error::InvalidSpec { field, rule, .. }) => {
-            let field = if field == "theta" { "rope_theta" } else { field };
-            // The base may stand beside the object.
-            let holder = if rope.get(field).is_some() { &rope } else { config };
-            Err(holder.refuse(field, rule))
-        }
+        Ok(_) => Err(refuse_theta("such that all frequencies are finite")),
+        Err(unsloth_core::Error::InvalidSpec { field: "theta", rule, .. }) => Err(refuse_theta(rule)),
+        Err(unsloth_core::Error::InvalidSpec { field, rule, .. }) => Err(rope.refuse(field, rule)),
         Err(error) => Err(Error::Core(error)),
     }
 }
-
 /// Length of pre-training: the field beside the object wins over the one in it, as in transformers.
 fn original_length(config: &Fields<'_>, rope: &Fields<'_>, max_position_embeddings: usize) -> Result<usize> {
     const FIELD: &str = "original_max_position_embeddings";

@@ -23,31 +23,38 @@ use unsloth_train::{
     AdamWConfig, Batch, Checkpointing, LoraConfig, Model, Schedule, ScheduleKind, StepMetrics, Trainer, TrainerConfig,
 };
 
-macro_rules! for_each_model {
-    ($($test:ident),* $(,)?) => {
-        mod tiny_llama { $(#[test] fn $test() { super::$test("tiny-llama"); })* }
-        mod tiny_llama3 { $(#[test] fn $test() { super::$test("tiny-llama3"); })* }
-        mod tiny_qwen2 { $(#[test] fn $test() { super::$test("tiny-qwen2"); })* }
-    };
+macro_rules! for_each {
+    ($tests:tt: $($module:ident $model:literal),* $(,)?) => { $(mod $module { for_each!(@ $tests $model); })* };
+    (@ [$($test:ident),* $(,)?] $model:literal) => { $(#[test] fn $test() { super::$test($model); })* };
 }
 
-for_each_model!(
-    base_model,
-    adapted_model,
-    training_curve,
-    greedy_tokens,
-    both_config_forms,
-    shards_equal_one_file,
-    checkpointing_is_bitwise_equal,
-    half_precision,
-    weights_stored_in_bf16,
-    saved_adapter_round_trips,
+for_each!(
+    [
+        base_model,
+        adapted_model,
+        training_curve,
+        greedy_tokens,
+        both_config_forms,
+        shards_equal_one_file,
+        checkpointing_is_bitwise_equal,
+        half_precision,
+        weights_stored_in_bf16,
+        saved_adapter_round_trips,
+    ]: tiny_llama "tiny-llama", tiny_llama3 "tiny-llama3", tiny_qwen2 "tiny-qwen2", tiny_qwen3 "tiny-qwen3",
+    tiny_mistral "tiny-mistral", tiny_gemma2 "tiny-gemma2", tiny_gemma3 "tiny-gemma3",
+);
+
+// Odd heads, odd groups and what else the larger fixtures leave out: see `fixtures/shapes/reference.py`.
+for_each!(
+    [base_model, adapted_model, greedy_tokens, both_config_forms, checkpointing_is_bitwise_equal]:
+    shapes_llama "shapes/llama", shapes_mistral "shapes/mistral", shapes_qwen2 "shapes/qwen2",
+    shapes_qwen3 "shapes/qwen3", shapes_gemma2 "shapes/gemma2", shapes_gemma3 "shapes/gemma3",
 );
 
 fn load_adapted(device: &Device, model: &str) -> Decoder {
     let mut decoder = load(device, model);
     let config = peft::load(&fixture(model).join("adapter"), &mut decoder).unwrap();
-    assert_eq!(config, LoraConfig { rank: 8, alpha: 16.0 });
+    assert_eq!(config, Golden::open(model).adapter());
     decoder
 }
 
@@ -64,7 +71,7 @@ fn golden_logits(golden: &Golden, name: &str) -> Vec<f32> {
 }
 
 fn logits(decoder: &Decoder, batch: &Batch) -> Vec<f32> {
-    decoder.logits(&Tape::inference(), batch).unwrap().tensor().to_f32_vec().unwrap()
+    decoder.logits(batch).unwrap()
 }
 
 fn loss(decoder: &Decoder, batch: &Batch) -> f32 {
@@ -107,7 +114,7 @@ fn adapted_model(model: &str) {
     let difference = (loss(&decoder, &batch) - golden.f32("loss")[0]).abs();
     assert!(difference <= 1e-5, "loss differs by {difference}");
     let gradients = gradients(&decoder, &batch);
-    assert_eq!(gradients.len(), 4 * 7 * 2, "A and B of seven linears in four layers");
+    assert_eq!(gradients.len(), decoder.config().layers.len() * 7 * 2, "A and B of seven linears in each layer");
     for (name, gradient) in gradients {
         let difference = relative_difference(&gradient, &golden.f32(&golden_name("grad", &name)));
         assert!(difference <= 1e-4, "{name}: max|difference| / max|gradient| = {difference}");
@@ -147,7 +154,7 @@ fn training_curve(model: &str) {
 fn greedy_tokens(model: &str) {
     let (device, golden) = (unsloth_cpu::device(), Golden::open(model));
     let prompt = golden.i32("gen_prompt");
-    let options = GenerateOptions { max_new_tokens: 32, ignore_eos: true };
+    let options = GenerateOptions { max_new_tokens: golden.i32("gen_base").len(), ignore_eos: true };
     for (decoder, name) in [(load(&device, model), "gen_base"), (load_adapted(&device, model), "gen_lora")] {
         let mut seen = Vec::new();
         let generation = greedy(&decoder, &prompt, options, |token| seen.push(token)).unwrap();
@@ -206,8 +213,9 @@ fn checkpointing_is_bitwise_equal(model: &str) {
     }
 }
 
-/// transformers + PEFT computing in the same type are off by up to 2.6% of the largest logit in bf16 and 0.42% in f16 on these
-/// models: every result is rounded to 8 or 11 bits. Rounding at other places may cost as much again, hence twice that.
+/// transformers + PEFT computing in the same type are off by 1.4% to 3.5% of the largest logit in bf16 and by 0.2% to 0.42% in f16
+/// on these models: every result is rounded to 8 or 11 bits. Rounding at other places may cost as much again, hence twice what is
+/// usual there.
 fn half_precision(model: &str) {
     let (device, golden) = (unsloth_cpu::device(), Golden::open(model));
     let batch = batch(&device, &golden.rows());
@@ -275,7 +283,7 @@ fn saved_adapter_round_trips(model: &str) {
     assert_eq!(names.len(), 2, "no temporary file stays: {names:?}");
 
     let mut again = load(&device, model);
-    assert_eq!(peft::load(&output, &mut again).unwrap(), LoraConfig { rank: 8, alpha: 16.0 });
+    assert_eq!(peft::load(&output, &mut again).unwrap(), Golden::open(model).adapter());
     let values = |decoder: &Decoder| -> Vec<(String, Vec<f32>)> {
         let value = |tensor: Tensor| tensor.to_vec().unwrap();
         decoder.parameters().iter().map(|parameter| (parameter.name().to_owned(), value(parameter.value()))).collect()
@@ -365,30 +373,47 @@ fn rank_stabilised_scale_and_pattern_targets() {
 /// The comparisons above can fail: small changes of the model are outside their tolerance.
 #[test]
 fn changed_models_are_told_apart() {
-    let (device, golden) = (unsloth_cpu::device(), Golden::open("tiny-llama3"));
-    let batch = batch(&device, &golden.rows());
-    let difference = |file: &str, field: &str, value: serde_json::Value| {
-        let (folder, adapter) = (Folder::copy("tiny-llama3", "model"), Folder::copy("tiny-llama3", "adapter"));
+    let device = unsloth_cpu::device();
+    let difference = |model: &str, file: &str, field: &str, value: serde_json::Value| {
+        let golden = Golden::open(model);
+        let (folder, adapter) = (Folder::copy(model, "model"), Folder::copy(model, "adapter"));
         let changed = if file == "config.json" { &folder } else { &adapter };
         changed.set(file, field, value);
         let mut decoder = Decoder::load(folder.path(), &device, F32).unwrap();
         peft::load(adapter.path(), &mut decoder).unwrap();
+        let batch = batch(&device, &golden.rows());
         max_difference(&logits(&decoder, &batch), &golden_logits(&golden, "logits"))
     };
-    let rope = |factor: f64| {
+    let llama3 = |factor: f64| {
         serde_json::json!({
             "rope_type": "llama3", "rope_theta": 500_000.0, "factor": factor, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 32
         })
     };
-    assert!(difference("config.json", "rope_parameters", rope(8.0)) <= 2e-4);
-    for (file, field, value) in [
-        ("config.json", "rms_norm_eps", 2e-5.into()),
-        ("config.json", "rope_parameters", rope(8.5)),
-        ("config.json", "hidden_act", "gelu".into()),
-        ("adapter_config.json", "lora_alpha", 16.1.into()),
+    let two_bases = |full: f64, sliding: f64| serde_json::json!({ "full_attention": { "rope_theta": full }, "sliding_attention": { "rope_theta": sliding } });
+    for (model, rope) in [("tiny-llama3", llama3(8.0)), ("tiny-gemma3", two_bases(1e6, 1e4))] {
+        assert!(difference(model, "config.json", "rope_parameters", rope) <= 2e-4);
+    }
+    let (full, sliding) = ("full_attention", "sliding_attention");
+    for (model, field, value) in [
+        ("tiny-llama3", "rms_norm_eps", 2e-5.into()),
+        ("tiny-llama3", "rope_parameters", llama3(8.5)),
+        ("tiny-llama3", "hidden_act", "gelu".into()),
+        ("tiny-llama3", "lora_alpha", 16.1.into()),
+        ("tiny-mistral", "sliding_window", 17.into()),
+        ("tiny-qwen3", "rms_norm_eps", 2e-6.into()),
+        ("tiny-gemma2", "sliding_window", 15.into()),
+        ("tiny-gemma2", "layer_types", vec![full, sliding, full, sliding].into()),
+        ("tiny-gemma2", "hidden_activation", "gelu".into()),
+        ("tiny-gemma2", "query_pre_attn_scalar", 33.into()),
+        ("tiny-gemma2", "attn_logit_softcapping", 2.05.into()),
+        ("tiny-gemma2", "final_logit_softcapping", 6.01.into()),
+        ("tiny-gemma3", "query_pre_attn_scalar", 33.into()),
+        ("tiny-gemma3", "rope_parameters", two_bases(1.1e6, 1e4)),
+        ("tiny-gemma3", "rope_parameters", two_bases(1e6, 1.1e4)),
     ] {
-        let difference = difference(file, field, value);
-        assert!(difference > 2e-4, "{field}: {difference}");
+        let file = if field == "lora_alpha" { "adapter_config.json" } else { "config.json" };
+        let difference = difference(model, file, field, value);
+        assert!(difference > 2e-4, "{model}, {field}: {difference}");
     }
 }

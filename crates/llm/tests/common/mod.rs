@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use tempfile::TempDir;
 use unsloth_core::{DType, Device, ops::cross_entropy::IGNORE_INDEX};
 use unsloth_llm::decoder::{Decoder, LoadOptions};
-use unsloth_train::{Batch, Document};
+use unsloth_train::{Batch, Document, LoraConfig};
 
 pub(crate) const F32: LoadOptions = LoadOptions { dtype: DType::F32 };
 
@@ -25,22 +25,33 @@ pub(crate) fn load(device: &Device, model: &str) -> Decoder {
 }
 
 /// Numbers of transformers and PEFT.
-pub(crate) struct Golden(Vec<u8>);
+pub(crate) struct Golden {
+    tensors: Vec<u8>,
+    meta: Value,
+}
 
 impl Golden {
     pub(crate) fn open(model: &str) -> Self {
-        Self(fs::read(fixture(model).join("golden.safetensors")).unwrap())
+        let read = |file: &str| fs::read(fixture(model).join(file)).unwrap();
+        let meta = serde_json::from_slice(&read("golden.json")).unwrap();
+        Self { tensors: read("golden.safetensors"), meta }
+    }
+
+    /// Rank and alpha of the adapter beside the numbers.
+    pub(crate) fn adapter(&self) -> LoraConfig {
+        let rank = self.meta["r"].as_u64().unwrap() as usize;
+        LoraConfig { rank, alpha: self.meta["alpha"].as_f64().unwrap() as f32 }
     }
 
     pub(crate) fn f32(&self, name: &str) -> Vec<f32> {
-        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let tensors = SafeTensors::deserialize(&self.tensors).unwrap();
         let view = tensors.tensor(name).unwrap();
         assert_eq!(view.dtype(), Dtype::F32, "{name}");
         view.data().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
     }
 
     pub(crate) fn i32(&self, name: &str) -> Vec<i32> {
-        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let tensors = SafeTensors::deserialize(&self.tensors).unwrap();
         let view = tensors.tensor(name).unwrap();
         assert_eq!(view.dtype(), Dtype::I64, "{name}");
         let number = |bytes: &[u8]| i32::try_from(i64::from_le_bytes(bytes.try_into().unwrap())).unwrap();

@@ -6,15 +6,18 @@ use serde_json::{Value, json};
 use unsloth_core::{
     DType,
     ops::{
-        glu::Activation,
+        attention::Window,
         rope_table::{RopeSpec, Scaling},
     },
 };
-use unsloth_llm::{Error, Result, config::DecoderConfig};
+use unsloth_llm::{
+    Error, Result,
+    config::{DecoderConfig, LayerConfig},
+};
 
 use crate::{common::Folder, refused};
 
-fn config(model: &str, fields: &[(&str, Value)]) -> Result<DecoderConfig> {
+pub(crate) fn config(model: &str, fields: &[(&str, Value)]) -> Result<DecoderConfig> {
     let folder = Folder::copy(model, "model");
     for (field, value) in fields {
         folder.set("config.json", field, value.clone());
@@ -42,8 +45,8 @@ fn config_fields_out_of_range_or_unsupported() {
         ("pretraining_tp", json!(2), "1: split matrices"),
         ("partial_rotary_factor", json!(0.5), "1: partly rotated"),
         ("attention_dropout", json!(0.1), "0: dropout"),
-        ("use_sliding_window", json!(true), "false: sliding-window"),
-        ("layer_types", json!(["full_attention", "sliding_attention"]), "a list of `full_attention`"),
+        ("is_causal", json!(false), "true: attention to later tokens"),
+        ("use_bidirectional_attention", json!(true), "false: attention to later tokens"),
         ("quantization_config", json!({"quant_method": "gptq", "bits": 4}), "absent: quantised checkpoints"),
         ("num_experts", json!(8), "absent: mixtures of experts"),
         ("architectures", json!("LlamaForCausalLM"), "a list of class names"),
@@ -62,11 +65,13 @@ fn eps_that_underflows() {
 
 #[test]
 fn unsupported_architectures() {
-    refused(config("tiny-llama", &[("model_type", json!("mamba"))]), &["config.json", "`mamba`", "llama, qwen2"]);
+    refused(
+        config("tiny-llama", &[("model_type", json!("mamba"))]),
+        &["config.json", "`mamba`", "llama, mistral, qwen2, qwen3, gemma2, gemma3_text"],
+    );
     let class = json!(["LlamaForSequenceClassification"]);
     refused(config("tiny-llama", &[("architectures", class)]), &["`LlamaForSequenceClassification`"]);
-    refused(config("tiny-llama", &[("model_type", Value::Null)]), &["`model_type` = missing", "llama or qwen2"]);
-    refused(config("tiny-qwen2", &[("use_sliding_window", json!(true))]), &["`use_sliding_window` = true"]);
+    refused(config("tiny-llama", &[("model_type", Value::Null)]), &["`model_type` = missing", "a model family"]);
     refused(config("tiny-qwen2", &[("num_key_value_heads", Value::Null)]), &["`num_key_value_heads` = missing"]);
 }
 
@@ -91,17 +96,8 @@ fn defaults_of_old_configs_and_harmless_fields() {
     fields.extend([("max_sequence_length", json!(99)), ("transformers.js_config", json!({"dtype": "q4"}))]);
     let config = config("tiny-llama", &fields).unwrap();
     assert_eq!((config.num_kv_heads, config.head_dim, config.max_position_embeddings), (4, 16, 2048));
-    assert_eq!(config.rope, RopeSpec { head_dim: 16, theta: 10_000.0, scaling: Scaling::Default });
-}
-
-#[test]
-fn families_differ_in_biases() {
-    let llama = config("tiny-llama", &[("attention_bias", json!(true)), ("hidden_act", json!("gelu"))]).unwrap();
-    assert_eq!((llama.qkv_bias, llama.o_bias, llama.mlp_bias), (true, true, false));
-    assert_eq!(llama.activation, Activation::GeluErf);
-    let qwen2 = config("tiny-qwen2", &[]).unwrap();
-    assert_eq!((qwen2.qkv_bias, qwen2.o_bias, qwen2.mlp_bias), (true, false, false));
-    assert!(qwen2.tie_word_embeddings);
+    let rope = RopeSpec { head_dim: 16, theta: 10_000.0, scaling: Scaling::Default };
+    assert_eq!(config.layers, [LayerConfig { window: Window::Full, rope }; 4]);
 }
 
 #[test]
@@ -119,8 +115,10 @@ fn end_of_sequence_ids_come_from_generation_config_first() {
 fn rope(scaling: Value) -> Result<Scaling> {
     let fields = [("rope_parameters", Value::Null), ("rope_theta", json!(5e5)), ("rope_scaling", scaling)];
     let config = config("tiny-llama", &fields)?;
-    assert_eq!((config.rope.theta, config.rope.head_dim), (5e5, 16));
-    Ok(config.rope.scaling)
+    let rope = config.layers[0].rope;
+    assert!(config.layers.iter().all(|layer| layer.rope == rope));
+    assert_eq!((rope.theta, rope.head_dim), (5e5, 16));
+    Ok(rope.scaling)
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod adapter;
 #[path = "../common/mod.rs"]
 mod common;
 mod config;
+mod families;
 mod generate;
 mod weights;
 
