@@ -37,6 +37,7 @@ for_each!(
         both_config_forms,
         shards_equal_one_file,
         checkpointing_is_bitwise_equal,
+        packed_equals_one_by_one,
         half_precision,
         weights_stored_in_bf16,
         saved_adapter_round_trips,
@@ -46,7 +47,14 @@ for_each!(
 
 // Odd heads, odd groups and what else the larger fixtures leave out: see `fixtures/shapes/reference.py`.
 for_each!(
-    [base_model, adapted_model, greedy_tokens, both_config_forms, checkpointing_is_bitwise_equal]:
+    [
+        base_model,
+        adapted_model,
+        greedy_tokens,
+        both_config_forms,
+        checkpointing_is_bitwise_equal,
+        packed_equals_one_by_one,
+    ]:
     shapes_llama "shapes/llama", shapes_mistral "shapes/mistral", shapes_qwen2 "shapes/qwen2",
     shapes_qwen3 "shapes/qwen3", shapes_gemma2 "shapes/gemma2", shapes_gemma3 "shapes/gemma3",
 );
@@ -80,13 +88,23 @@ fn loss(decoder: &Decoder, batch: &Batch) -> f32 {
 
 /// Gradients by parameter name, such as `model.layers.0.mlp.up_proj.lora_A.weight`.
 fn gradients(decoder: &Decoder, batch: &Batch) -> BTreeMap<String, Vec<f32>> {
+    loss_and_gradients(decoder, std::slice::from_ref(batch)).1
+}
+
+/// Of all batches together, each in a pass of its own.
+fn loss_and_gradients(decoder: &Decoder, batches: &[Batch]) -> (f32, BTreeMap<String, Vec<f32>>) {
     let parameters = decoder.parameters();
     let mut store = GradStore::new(&parameters).unwrap();
-    let tape = Tape::new();
-    let loss = decoder.loss(&tape, batch, LossSpec::mean(batch.num_targets)).unwrap();
-    tape.backward(&loss, &mut store).unwrap();
+    let num_targets = batches.iter().map(|batch| batch.num_targets).sum();
+    let mut total = 0.0;
+    for batch in batches {
+        let tape = Tape::new();
+        let loss = decoder.loss(&tape, batch, LossSpec::mean(num_targets)).unwrap();
+        tape.backward(&loss, &mut store).unwrap();
+        total += loss.tensor().to_f32_vec().unwrap()[0];
+    }
     let gradient = |parameter: &unsloth_autograd::Parameter| store.get(parameter).unwrap().to_vec().unwrap();
-    parameters.iter().map(|parameter| (parameter.name().to_owned(), gradient(parameter))).collect()
+    (total, parameters.iter().map(|parameter| (parameter.name().to_owned(), gradient(parameter))).collect())
 }
 
 /// `model.layers.0.mlp.up_proj.lora_A.weight` as the golden files spell it: `PREFIX.model.layers.0.mlp.up_proj.A`.
@@ -210,6 +228,21 @@ fn checkpointing_is_bitwise_equal(model: &str) {
             decoder.set_checkpointing(policy);
             assert_eq!(bits(&decoder), kept, "{dtype}, {policy}");
         }
+    }
+}
+
+/// No token sees another document, under windows neither.
+fn packed_equals_one_by_one(model: &str) {
+    let (device, golden) = (unsloth_cpu::device(), Golden::open(model));
+    let decoder = load_adapted(&device, model);
+    let rows = golden.rows();
+    let (loss, gradients) = loss_and_gradients(&decoder, &[batch(&device, &rows)]);
+    let apart: Vec<Batch> = rows.iter().map(|row| batch(&device, std::slice::from_ref(row))).collect();
+    let (expected_loss, expected) = loss_and_gradients(&decoder, &apart);
+    assert!((loss - expected_loss).abs() <= 1e-6 * expected_loss, "loss {loss}, one by one {expected_loss}");
+    for (name, gradient) in gradients {
+        let difference = relative_difference(&gradient, &expected[&name]);
+        assert!(difference <= 1e-5, "{name}: max|difference| / max|gradient| = {difference}");
     }
 }
 
