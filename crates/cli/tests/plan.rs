@@ -184,6 +184,16 @@ fn tiny() -> PathBuf {
     fixture("tiny-llama").join("model")
 }
 
+/// Norms of heads and of results, a scaled embedding, caps, two rotary tables: what families add is planned too.
+#[test]
+fn families_as_measured() {
+    for name in ["tiny-mistral", "tiny-qwen3", "tiny-gemma2", "tiny-gemma3"] {
+        for options in ["", "--checkpointing every:1 --dtype bf16"] {
+            Run { model: &fixture(name).join("model"), seq_len: 150, batch_size: 2, options }.check();
+        }
+    }
+}
+
 #[test]
 fn tiny_llama_as_measured() {
     check_lengths(&tiny(), [64, 128, 256]);

@@ -222,7 +222,7 @@ pub(crate) const FAMILIES: &[Family] = &[
 /// `model_type`s that stand for more than a language model, and what to do instead.
 pub(crate) const REFUSED: &[(&str, &str)] = &[(
     "gemma3",
-    "gemma3_text: images are not supported, save the language model alone (transformers' Gemma3ForCausalLM) and use that",
+    "gemma3_text: images are not supported; save the language model alone as docs/models.md says and use that",
 )];
 
 impl Family {
