@@ -30,7 +30,7 @@ pub struct Options {
 /// Whatever loading the folder or adding the adapters refuses.
 pub fn trainer(folder: &Path, device: &Device, options: Options) -> anyhow::Result<Trainer<Decoder>> {
     let Options { dtype, rank, checkpointing } = options;
-    let mut decoder = Decoder::load(folder, device, LoadOptions { dtype })?;
+    let mut decoder = Decoder::load(folder, device, LoadOptions::frozen(dtype))?;
     decoder.set_checkpointing(checkpointing);
     decoder.add_adapters(&LoraConfig { rank, alpha: 16.0 }, &Targets::AllLinear, 0)?;
     let schedule = Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-4, warmup_steps: 0, total_steps: 1 };

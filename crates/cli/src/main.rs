@@ -16,11 +16,11 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(name = "unsloth", version, about, max_term_width = 100)]
 enum Command {
-    /// Train a low-rank adapter for a Hugging Face model on chats, texts or tokens.
+    /// Train a low-rank adapter for a Hugging Face model, or all of its weights, on chats, texts or tokens.
     Train(train::Args),
     /// Mean loss and perplexity of a model, with or without an adapter, over data.
     Eval(eval::Args),
-    /// Memory that training an adapter would take, by category, without reading weights or computing.
+    /// Memory that training would take, by category, without reading weights or computing.
     Plan(plan::Args),
     /// Continue a prompt or answer a chat, greedily.
     Generate(generate::Args),

@@ -14,7 +14,7 @@ use unsloth_rs::{
     core::Usage,
     llm::decoder::Targets,
     plan::{PlanBackend, PlanOptions},
-    recipe::{PlanConfig, plan},
+    recipe::{Method, PlanConfig, plan},
     train::Checkpointing,
 };
 
@@ -38,12 +38,15 @@ pub(crate) struct Args {
     /// Sequences in a micro-batch
     #[arg(long, value_name = "N", default_value_t = 1)]
     batch: usize,
-    /// Inner dimension of the adapters
-    #[arg(long, value_name = "N", default_value_t = 16)]
-    rank: usize,
-    /// all-linear, or names of the layers to adapt, such as q_proj,v_proj
-    #[arg(long, value_name = "NAME,NAME,..", default_value = "all-linear")]
-    targets: Targets,
+    /// What is trained: lora (adapters), full (every weight) or scratch (every weight, from random ones)
+    #[arg(long, value_name = "METHOD", default_value = "lora")]
+    method: Method,
+    /// Inner dimension of the adapters [default: 16]
+    #[arg(long, value_name = "N")]
+    rank: Option<usize>,
+    /// all-linear, or names of the layers to adapt, such as q_proj,v_proj [default: all-linear]
+    #[arg(long, value_name = "NAME,NAME,..")]
+    targets: Option<Targets>,
     /// Layers whose activations are computed again instead of kept: none, every:N (segments of N layers) or sqrt
     #[arg(long, value_name = "POLICY", default_value = "none")]
     checkpointing: Checkpointing,
@@ -69,6 +72,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         dtype: args.dtype.into(),
         seq_len: args.seq,
         batch_size: args.batch,
+        method: args.method,
         rank: args.rank,
         targets: args.targets,
         checkpointing: args.checkpointing,

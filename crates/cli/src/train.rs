@@ -9,7 +9,7 @@ use unsloth_rs::{
         dataset::{Sample, TrainOn},
         decoder::Targets,
     },
-    recipe::{Event, RunLength, StepRecord, Summary, TrainConfig, Warmup, train},
+    recipe::{Event, Method, RunLength, StepRecord, Summary, TrainConfig, Warmup, train},
     train::{AdamWConfig, Checkpointing, ScheduleKind},
 };
 
@@ -26,15 +26,19 @@ pub(crate) struct Args {
     /// JSONL file of chats, instructions, prompts and completions, texts or tokens; may be given several times
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
-    /// Folder for the adapter, the tokenizer's files and metrics.jsonl
+    /// Folder for the adapter or the model, the tokenizer's files and metrics.jsonl
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
+    /// What is trained: lora (adapters), full (every weight) or scratch (every weight, from random ones; of the model's folder,
+    /// config.json and the tokenizer's files are read)
+    #[arg(long, value_name = "METHOD", default_value = "lora")]
+    method: Method,
     /// Folder of an adapter to go on from
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
     #[command(flatten)]
     device: DeviceArgs,
-    /// Seed of the order of the data and of new adapters
+    /// Seed of the order of the data, of new adapters and of random weights
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Inner dimension of the adapters [default: that of --adapter, else 16]
@@ -119,6 +123,7 @@ impl From<Args> for TrainConfig {
             model: args.model.model,
             data: args.data,
             output: args.output,
+            method: args.method,
             adapter: args.adapter,
             dtype: args.model.dtype.into(),
             seed: args.seed,
@@ -205,7 +210,7 @@ const MEBIBYTE: f64 = 1024.0 * 1024.0;
 fn describe_summary(summary: &Summary) -> String {
     let Summary { steps, first_loss, last_loss, tokens, elapsed, peak_bytes, output } = summary;
     format!(
-        "done: {steps} steps, loss {first_loss:.4} -> {last_loss:.4}, {tokens} tokens in {:.1} s, peak {:.0} MiB; adapter in {}",
+        "done: {steps} steps, loss {first_loss:.4} -> {last_loss:.4}, {tokens} tokens in {:.1} s, peak {:.0} MiB; saved in {}",
         elapsed.as_secs_f64(),
         *peak_bytes as f64 / MEBIBYTE,
         output.display()

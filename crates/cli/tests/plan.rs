@@ -204,8 +204,12 @@ fn small_as_measured() {
     let model = tempfile::tempdir().unwrap();
     SMALL.write(model.path());
     check_lengths(model.path(), [128, 512, 1024]);
-    let options = "--checkpointing sqrt --dtype bf16 --rank 4 --targets q_proj,down_proj";
-    Run { model: model.path(), seq_len: 300, batch_size: 2, options }.check();
+    for options in [
+        "--checkpointing sqrt --dtype bf16 --rank 4 --targets q_proj,down_proj",
+        "--method full --checkpointing every:2",
+    ] {
+        Run { model: model.path(), seq_len: 300, batch_size: 2, options }.check();
+    }
 }
 
 #[test]
@@ -217,7 +221,14 @@ fn medium_as_measured() {
 
 #[test]
 fn options_as_measured() {
-    for options in ["--dtype bf16", "--rank 2 --targets v_proj", "--threads 1", "--checkpointing every:3"] {
+    for options in [
+        "--dtype bf16",
+        "--rank 2 --targets v_proj",
+        "--threads 1",
+        "--checkpointing every:3",
+        "--method full --dtype bf16",
+        "--method scratch",
+    ] {
         Run { model: &tiny(), seq_len: 100, batch_size: 3, options }.check();
     }
 }
@@ -271,12 +282,13 @@ fn bad_input() {
     plan("--seq 1").failed_with(&["seq_len = 1, must be at least 2"]);
     plan("--seq 8 --batch 0").failed_with(&["batch_size = 0, must be at least 1"]);
     plan("--seq 70000 --batch 70000").failed_with(&["4900000000, must be below 2^31"]);
+    plan("--seq 8 --method full --rank 8").failed_with(&["method = full, must be lora where rank is given"]);
     plan("--seq 8 --rank 0").failed_with(&["rank = 0"]);
     plan("--seq 8 --rank 300").failed_with(&["k_proj: rank = 300, must be 1 to 256"]);
     plan("--seq 8 --threads 0").failed_with(&["num_threads = 0, must be at least 1"]);
     plan("--seq 8 --dtype f16").failed_with(&["dtype = f16, must be f32 or bf16"]);
     plan("--seq 8 --targets x_proj").failed_with(&["no linear layer is named `x_proj`"]);
-    for usage in ["", "--seq x", "--seq 8 --memory lots", "--seq 8 --checkpointing every:0", "--seq 8 --method full"] {
+    for usage in ["", "--seq x", "--seq 8 --memory lots", "--seq 8 --checkpointing every:0", "--seq 8 --method half"] {
         assert_eq!(plan(usage).status, 2, "{usage}");
     }
     set_config(folder.path(), "dtype", json!("float64"));

@@ -113,6 +113,16 @@ impl Tensor {
         Ok(data)
     }
 
+    /// Copies all elements to the host as the bytes they are stored in. Waits for the device.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] if pending work failed.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.bytes()];
+        self.device.backend().read(self.buffer(), &mut bytes)?;
+        Ok(bytes)
+    }
+
     /// Copies all elements of a float tensor to the host, widened to f32.
     ///
     /// # Errors

@@ -1,17 +1,25 @@
 //! Files that are either the old one or the whole new one.
 
-use std::{fs, fs::File, io::Write, path::Path};
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::Path,
+};
 
 use crate::{Error, Result};
 
 /// Writes to a temporary file in the same folder, flushes it to the disk and renames it to `path`.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    replace(path, |partial| File::create(partial)?.write_all(bytes))
+}
+
+/// Lets `make` write a temporary file in the same folder, flushes it to the disk and renames it to `path`.
+pub(crate) fn replace(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -> Result<()> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     let partial = Path::new(&partial);
-    let written = File::create(partial).and_then(|mut file| {
-        file.write_all(bytes)?;
-        file.sync_all()?;
+    let written = make(partial).and_then(|()| {
+        File::options().write(true).open(partial)?.sync_all()?;
         fs::rename(partial, path)
     });
     written.map_err(|source| {

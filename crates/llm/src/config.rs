@@ -2,7 +2,7 @@
 //!
 //! Both forms are read: that of transformers 5 (`rope_parameters`, `dtype`) and that of transformers 4 (`rope_theta`,
 //! `rope_scaling`, `torch_dtype`). A field that would make the model compute something else than this crate does is an error,
-//! never ignored. Fields that only describe (`transformers_version`, `use_cache`, `initializer_range`, ..) have no effect.
+//! never ignored. Fields that only describe (`transformers_version`, `use_cache`, ..) have no effect.
 
 use std::path::Path;
 
@@ -149,12 +149,9 @@ impl DecoderConfig {
         let map = read_object(&path)?;
         let fields = Fields::new(&path, &map, refused);
         let field = if fields.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
-        match fields.text(field)?.unwrap_or("float32") {
-            "float32" => Ok(DType::F32),
-            "float16" => Ok(DType::F16),
-            "bfloat16" => Ok(DType::BF16),
-            _ => Err(fields.refuse(field, "float32, float16 or bfloat16")),
-        }
+        let name = fields.text(field)?.unwrap_or("float32");
+        let dtype = DType::FLOATS.into_iter().find(|&dtype| dtype_name(dtype) == name);
+        dtype.ok_or_else(|| fields.refuse(field, "float32, float16 or bfloat16"))
     }
 
     fn parse(fields: &Fields<'_>, family: &Family) -> Result<Self> {
@@ -199,6 +196,16 @@ impl DecoderConfig {
             max_position_embeddings,
             eos_token_ids: fields.ids("eos_token_id")?,
         })
+    }
+}
+
+/// How `config.json` spells a type.
+pub(crate) fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F16 => "float16",
+        DType::BF16 => "bfloat16",
+        DType::I32 => "int32",
+        _ => "float32",
     }
 }
 

@@ -19,8 +19,9 @@ use unsloth_train::{Batch, Checkpointing, KvCache, KvCacheSpec, Linear, LoraConf
 use crate::{
     Error, Result,
     config::{DecoderConfig, LayerConfig},
+    initial::RandomWeights,
     layer::{Context, Dimensions, Layer, Place},
-    loader::Loader,
+    loader::{Loader, TrainedWeight},
     rope_tables::RopeTables,
     weights::{Checkpoint, WeightSource},
 };
@@ -28,8 +29,23 @@ use crate::{
 /// How a model is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Storage type of activations, and of weights where it is not f32; under f32 weights stay as stored.
+    /// Storage type of activations, and of frozen weights where it is not f32; under f32 they stay as stored.
     pub dtype: DType,
+    /// Whether every weight is a parameter to train, an f32 copy of its own. Otherwise all are frozen, and mapped where they
+    /// can be.
+    pub trainable: bool,
+}
+
+impl LoadOptions {
+    /// Frozen weights, to be used as they are or to be adapted.
+    pub const fn frozen(dtype: DType) -> Self {
+        Self { dtype, trainable: false }
+    }
+
+    /// Weights to train.
+    pub const fn trainable(dtype: DType) -> Self {
+        Self { dtype, trainable: true }
+    }
 }
 
 /// Which linear layers get adapters.
@@ -69,7 +85,8 @@ impl fmt::Display for Targets {
     }
 }
 
-/// A language model with frozen base weights and, where they were added, trained adapters.
+/// A language model with frozen base weights and, where they were added, trained adapters; or one whose every weight is
+/// trained.
 pub struct Decoder {
     folder: Option<PathBuf>,
     config: DecoderConfig,
@@ -83,6 +100,8 @@ pub struct Decoder {
     head: Matrix,
     ropes: RopeTables,
     checkpointing: Checkpointing,
+    /// The weights that are trained, in the order in which they were loaded.
+    trained: Vec<TrainedWeight>,
     unused_tensors: Vec<String>,
 }
 
@@ -102,6 +121,18 @@ impl Decoder {
         Ok(Self { folder: Some(folder.to_owned()), unused_tensors, ..decoder })
     }
 
+    /// A model of the `config.json` of a folder with random weights, all trainable, as [`RandomWeights`] makes them. Weights
+    /// that the folder may have are not looked at.
+    ///
+    /// # Errors
+    /// As [`DecoderConfig::load`], [`RandomWeights::load`] and [`Decoder::new`].
+    pub fn random(folder: &Path, device: &Device, dtype: DType, seed: u64) -> Result<Self> {
+        let config = DecoderConfig::load(folder)?;
+        let weights = RandomWeights::load(folder, &config, seed)?;
+        let decoder = Self::new(config, &weights, device, LoadOptions::trainable(dtype))?;
+        Ok(Self { folder: Some(folder.to_owned()), ..decoder })
+    }
+
     /// A model of this configuration with weights from `source`, under the names that Hugging Face gives them.
     ///
     /// # Errors
@@ -112,14 +143,14 @@ impl Decoder {
         device: &Device,
         options: LoadOptions,
     ) -> Result<Self> {
-        let LoadOptions { dtype } = options;
+        let LoadOptions { dtype, .. } = options;
         if !dtype.is_float() {
             return Err(Error::ActivationDType { dtype });
         }
         if !device.supports(dtype) {
             return Err(unsloth_core::Error::UnsupportedDType { op: "load", dtype, device: device.name() }.into());
         }
-        let loader = Loader { source, device, dtype };
+        let loader = Loader::new(source, device, options);
         let table = [config.vocab_size, config.hidden_size];
         let embedding = loader.matrix("model.embed_tokens.weight", table)?;
         let ropes = RopeTables::new(&config);
@@ -140,6 +171,7 @@ impl Decoder {
             head,
             ropes,
             checkpointing: Checkpointing::None,
+            trained: loader.into_trained(),
             unused_tensors: Vec::new(),
         })
     }
@@ -172,6 +204,11 @@ impl Decoder {
     /// The same layers, to be changed.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         Arc::make_mut(&mut self.layers).iter_mut().flat_map(Layer::linears_mut)
+    }
+
+    /// The weights that are trained, each once: a head that is the embedding table is not among them.
+    pub(crate) fn trained(&self) -> &[TrainedWeight] {
+        &self.trained
     }
 
     /// What of a training pass is recomputed rather than kept. Gradients have the same bits under every policy.
@@ -339,7 +376,9 @@ impl Model for Decoder {
     }
 
     fn parameters(&self) -> Vec<Parameter> {
-        self.linears().flat_map(Linear::parameters).collect()
+        let weights = self.trained.iter().map(|weight| weight.parameter.clone());
+        let adapters = self.linears().filter_map(|linear| linear.adapter.as_ref());
+        weights.chain(adapters.flat_map(|adapter| [adapter.lora_a.clone(), adapter.lora_b.clone()])).collect()
     }
 
     fn device(&self) -> &Device {

@@ -159,6 +159,12 @@ pub enum Error {
         /// The folder that was to be written.
         path: PathBuf,
     },
+    /// The model has no trained weights to write, or no folder whose configuration they belong to.
+    #[error("`{}`: the model has no trained weights of a folder to save", path.display())]
+    NothingTrained {
+        /// The folder that was to be written.
+        path: PathBuf,
+    },
     /// An adapter file holds a tensor that belongs to no adapted layer.
     #[error("`{}`: tensor `{name}` does not belong to any targeted layer", path.display())]
     UnexpectedTensor {

@@ -1,33 +1,58 @@
 //! From a source of weights to the matrices and vectors of a model.
 
-use unsloth_autograd::{Matrix, Vector};
-use unsloth_core::{Category, DType, Device};
+use std::cell::RefCell;
+
+use unsloth_autograd::{Matrix, Parameter, Vector};
+use unsloth_core::{Category, DType, Device, Shape};
 use unsloth_train::Linear;
 
 use crate::{
     Result,
+    decoder::LoadOptions,
     weights::{Wanted, WeightSource},
 };
 
-/// Takes the weights of a model from where they come from.
-pub(crate) struct Loader<'a> {
-    pub(crate) source: &'a dyn WeightSource,
-    pub(crate) device: &'a Device,
-    /// Storage type of activations.
-    pub(crate) dtype: DType,
+/// A weight that is a parameter.
+pub(crate) struct TrainedWeight {
+    /// Named as in the checkpoint; f32.
+    pub(crate) parameter: Parameter,
+    /// Type that its source has it in.
+    pub(crate) stored: DType,
 }
 
-impl Loader<'_> {
+/// Takes the weights of a model from where they come from, each once.
+pub(crate) struct Loader<'a> {
+    source: &'a dyn WeightSource,
+    device: &'a Device,
+    options: LoadOptions,
+    trained: RefCell<Vec<TrainedWeight>>,
+}
+
+impl<'a> Loader<'a> {
+    pub(crate) fn new(source: &'a dyn WeightSource, device: &'a Device, options: LoadOptions) -> Self {
+        Self { source, device, options, trained: RefCell::default() }
+    }
+
+    /// The weights taken so far that are to be trained, in the order in which they were taken.
+    pub(crate) fn into_trained(self) -> Vec<TrainedWeight> {
+        self.trained.into_inner()
+    }
+
     pub(crate) fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
-        let dtype = self.weight_dtype(name)?;
-        let wanted = Wanted { name, shape: shape.into(), dtype, category: Category::Weights };
+        if self.options.trainable {
+            return Ok(Matrix::Trainable(self.parameter(name, shape.into())?));
+        }
+        let wanted = Wanted { name, shape: shape.into(), dtype: self.frozen_dtype(name)?, category: Category::Weights };
         let tensor = self.source.tensor(self.device, &wanted)?;
         Ok(Matrix::Frozen(self.device.prepare_weight(tensor)?))
     }
 
     pub(crate) fn vector(&self, name: &str, length: usize) -> Result<Vector> {
-        let dtype = self.weight_dtype(name)?;
-        let wanted = Wanted { name, shape: [length].into(), dtype, category: Category::Weights };
+        if self.options.trainable {
+            return Ok(Vector::Trainable(self.parameter(name, [length].into())?));
+        }
+        let wanted =
+            Wanted { name, shape: [length].into(), dtype: self.frozen_dtype(name)?, category: Category::Weights };
         Ok(Vector::Frozen(self.source.tensor(self.device, &wanted)?))
     }
 
@@ -37,11 +62,20 @@ impl Loader<'_> {
         Ok(Linear::new(path, weight, bias))
     }
 
+    /// An f32 copy, whatever the activations are: small steps would be lost in the rounding of 16 bits.
+    fn parameter(&self, name: &str, shape: Shape) -> Result<Parameter> {
+        let stored = self.source.stored_dtype(name)?;
+        let wanted = Wanted { name, shape, dtype: DType::F32, category: Category::Weights };
+        let parameter = Parameter::new(name, self.source.tensor_copy(self.device, &wanted)?);
+        self.trained.borrow_mut().push(TrainedWeight { parameter: parameter.clone(), stored });
+        Ok(parameter)
+    }
+
     /// Under f32 activations weights stay as they are stored: sums are f32 either way, so widening them would change no
     /// product and cost a second copy. Otherwise they get the type of the activations.
-    fn weight_dtype(&self, name: &str) -> Result<DType> {
+    fn frozen_dtype(&self, name: &str) -> Result<DType> {
         let stored = self.source.stored_dtype(name)?;
-        let keep = self.dtype == DType::F32 && self.device.supports(stored);
-        Ok(if keep { stored } else { self.dtype })
+        let keep = self.options.dtype == DType::F32 && self.device.supports(stored);
+        Ok(if keep { stored } else { self.options.dtype })
     }
 }

@@ -1,7 +1,7 @@
 //! Adapters in the format of Python's PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -9,14 +9,15 @@ use std::{
 use serde::Serialize;
 use serde_json::Value;
 use unsloth_autograd::{Parameter, ops::LoraAdapter};
-use unsloth_core::{Category, DType, Device, Tensor};
+use unsloth_core::{Category, DType, Device};
 use unsloth_train::{Linear, LoraConfig, Model};
 
 use crate::{
     Error, Result, atomic,
     decoder::{Decoder, Targets},
     fields::{Fields, Neutral, NeutralField, read_object},
-    weights::{Checkpoint, Wanted},
+    tensor_file::{self, Entry},
+    weights::{Checkpoint, Wanted, WeightSource},
 };
 
 const CONFIG: &str = "adapter_config.json";
@@ -191,28 +192,20 @@ struct SavedConfig {
 /// [`unsloth_core::Error::Launch`] if the device failed.
 pub fn save(folder: &Path, model: &Decoder) -> Result<()> {
     let (rank, scale) = common_adapter(folder, model)?;
-    let mut tensors = Vec::new();
+    let mut entries = Vec::new();
     for linear in model.linears() {
         let Some(LoraAdapter { lora_a, lora_b, .. }) = &linear.adapter else { continue };
         for (part, parameter) in [("A", lora_a), ("B", lora_b)] {
-            tensors
-                .push((format!("{PREFIX}{}.lora_{part}.weight", linear.name), HostTensor::read(&parameter.value())?));
+            let name = format!("{PREFIX}{}.lora_{part}.weight", linear.name);
+            entries.push(Entry { name, tensor: parameter.value(), dtype: DType::F32 });
         }
     }
-    let path = folder.join(WEIGHTS);
-    // transformers refuses a file that does not say which framework's conventions it follows.
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(|source| Error::Io {
-        action: "write",
-        path: path.clone(),
-        source: std::io::Error::other(source),
-    })?;
     let config = saved_config(model, rank, f64::from(scale) * rank as f64);
     let config_path = folder.join(CONFIG);
     let mut json = serde_json::to_vec_pretty(&config).map_err(Error::json(&config_path))?;
     json.push(b'\n');
     fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-    atomic::write(&path, &bytes)?;
+    tensor_file::write(&folder.join(WEIGHTS), entries)?;
     atomic::write(&config_path, &json)
 }
 
@@ -270,35 +263,4 @@ fn target_modules(model: &Decoder) -> Vec<String> {
     let adapted = model.linears().filter(|linear| linear.adapter.is_some());
     let name = |linear: &Linear| Some(last(linear)).filter(|name| !plain.contains(name)).unwrap_or(linear.name.clone());
     adapted.map(name).collect::<BTreeSet<_>>().into_iter().collect()
-}
-
-/// An f32 tensor on its way into a file.
-struct HostTensor {
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
-}
-
-impl HostTensor {
-    fn read(tensor: &Tensor) -> unsloth_core::Result<Self> {
-        let bytes = tensor.to_f32_vec()?.into_iter().flat_map(f32::to_le_bytes).collect();
-        Ok(Self { shape: tensor.shape().to_vec(), bytes })
-    }
-}
-
-impl safetensors::View for HostTensor {
-    fn dtype(&self) -> safetensors::Dtype {
-        safetensors::Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        (&self.bytes).into()
-    }
-
-    fn data_len(&self) -> usize {
-        self.bytes.len()
-    }
 }

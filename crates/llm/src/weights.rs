@@ -32,6 +32,12 @@ pub trait WeightSource {
     /// # Errors
     /// As [`WeightSource::stored_dtype`]; [`unsloth_core::Error::OutOfMemory`], [`unsloth_core::Error::UnsupportedDType`].
     fn tensor(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor>;
+
+    /// Takes a tensor as a copy that can be written.
+    ///
+    /// # Errors
+    /// As [`WeightSource::tensor`].
+    fn tensor_copy(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor>;
 }
 
 /// Weights of arbitrary contents: memory without a checkpoint, which is all that a device which only plans looks at.
@@ -48,6 +54,10 @@ impl WeightSource for ShapesOnly {
 
     fn tensor(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
         Ok(device.empty(wanted.shape, wanted.dtype, wanted.category)?)
+    }
+
+    fn tensor_copy(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
+        self.tensor(device, wanted)
     }
 }
 
@@ -162,20 +172,6 @@ impl Checkpoint {
         Ok(&self.entry(name)?.shape)
     }
 
-    /// Takes a tensor as a copy that can be written.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::tensor`].
-    pub fn tensor_copy(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
-        let stored = self.stored(device, wanted)?;
-        // A cast to the same type would share the mapping.
-        if stored.dtype() == wanted.dtype {
-            Ok(elementwise::copy(&stored)?)
-        } else {
-            Ok(elementwise::cast(&stored, wanted.dtype)?)
-        }
-    }
-
     fn stored(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
         let dtype = self.stored_dtype(wanted.name)?;
         let entry = self.entry(wanted.name)?;
@@ -219,6 +215,18 @@ impl WeightSource for Checkpoint {
     /// [`unsloth_core::Error::UnsupportedDType`].
     fn tensor(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
         Ok(elementwise::cast(&self.stored(device, wanted)?, wanted.dtype)?)
+    }
+
+    /// # Errors
+    /// As [`WeightSource::tensor`] of a checkpoint.
+    fn tensor_copy(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
+        let stored = self.stored(device, wanted)?;
+        // A cast to the same type would share the mapping.
+        if stored.dtype() == wanted.dtype {
+            Ok(elementwise::copy(&stored)?)
+        } else {
+            Ok(elementwise::cast(&stored, wanted.dtype)?)
+        }
     }
 }
 

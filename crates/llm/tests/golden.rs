@@ -217,7 +217,7 @@ fn checkpointing_is_bitwise_equal(model: &str) {
     let (device, golden) = (unsloth_cpu::device(), Golden::open(model));
     let batch = batch(&device, &golden.rows());
     for dtype in [DType::F32, DType::BF16] {
-        let mut decoder = Decoder::load(&fixture(model).join("model"), &device, LoadOptions { dtype }).unwrap();
+        let mut decoder = Decoder::load(&fixture(model).join("model"), &device, LoadOptions::frozen(dtype)).unwrap();
         peft::load(&fixture(model).join("adapter"), &mut decoder).unwrap();
         let bits = |decoder: &Decoder| -> BTreeMap<String, Vec<u32>> {
             let bits = |(name, values): (String, Vec<f32>)| (name, values.into_iter().map(f32::to_bits).collect());
@@ -253,7 +253,7 @@ fn half_precision(model: &str) {
     let (device, golden) = (unsloth_cpu::device(), Golden::open(model));
     let batch = batch(&device, &golden.rows());
     for (dtype, limit) in [(DType::BF16, 2.0 * 0.026), (DType::F16, 2.0 * 0.0042)] {
-        let mut decoder = Decoder::load(&fixture(model).join("model"), &device, LoadOptions { dtype }).unwrap();
+        let mut decoder = Decoder::load(&fixture(model).join("model"), &device, LoadOptions::frozen(dtype)).unwrap();
         peft::load(&fixture(model).join("adapter"), &mut decoder).unwrap();
         let difference = relative_difference(&logits(&decoder, &batch), &golden_logits(&golden, "logits"));
         assert!(difference <= limit, "{dtype}: max|difference| / max|logit| = {difference}, limit {limit}");

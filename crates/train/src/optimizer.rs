@@ -20,7 +20,8 @@ pub struct AdamWConfig {
     pub beta2: f32,
     /// Added to the root of the second moment, positive; 1e-8.
     pub eps: f32,
-    /// Decoupled decay of every parameter, 0 or more; 0.01.
+    /// Decoupled decay of matrices, 0 or more; 0.01. Parameters of one dimension, which are norms and biases, do not decay,
+    /// as in transformers' `Trainer`.
     pub weight_decay: f32,
 }
 
@@ -51,6 +52,7 @@ impl AdamWConfig {
 
 struct Slot {
     parameter: Parameter,
+    decays: bool,
     m: Tensor,
     v: Tensor,
 }
@@ -76,7 +78,7 @@ impl AdamW {
         let slot = |parameter: Parameter| -> Result<Slot> {
             let shape = *parameter.value().shape();
             let moment = || device.zeros(shape, DType::F32, Category::Optimiser);
-            Ok(Slot { m: moment()?, v: moment()?, parameter })
+            Ok(Slot { m: moment()?, v: moment()?, decays: shape.len() > 1, parameter })
         };
         let slots = parameters.into_iter().map(slot).collect::<Result<Vec<_>>>()?;
         Ok(Self { config, slots, state: StepState::new(device, 0)? })
@@ -124,8 +126,9 @@ impl AdamW {
     /// holds on to a parameter's value.
     pub fn step(&mut self, gradients: &GradStore, learning_rate: f32) -> unsloth_core::Result<()> {
         let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
-        let spec = Spec { learning_rate, beta1, beta2, eps, weight_decay };
-        for Slot { parameter, m, v } in &mut self.slots {
+        for Slot { parameter, decays, m, v } in &mut self.slots {
+            let weight_decay = if *decays { weight_decay } else { 0.0 };
+            let spec = Spec { learning_rate, beta1, beta2, eps, weight_decay };
             let Some(grad) = gradients.get(parameter) else {
                 return Err(unsloth_core::Error::InvalidSpec {
                     op: "adamw",

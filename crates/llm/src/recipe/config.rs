@@ -5,12 +5,16 @@ use std::path::PathBuf;
 use unsloth_core::DType;
 use unsloth_train::{AdamWConfig, Checkpointing, LoraConfig, Schedule, ScheduleKind, TrainerConfig};
 
+use super::Method;
 use crate::{
     Error, Result,
     dataset::TrainOn,
     decoder::Targets,
     packing::{BatchOptions, Batches, at_least},
 };
+
+/// Inner dimension of a new adapter where none is asked for.
+pub(super) const DEFAULT_RANK: usize = 16;
 
 /// How long a run is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,20 +44,23 @@ impl Warmup {
     }
 }
 
-/// A run that trains low-rank adapters.
+/// A training run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainConfig {
-    /// Folder with the model as Hugging Face has it.
+    /// Folder with the model as Hugging Face has it; its weights are not read from it with [`Method::Scratch`].
     pub model: PathBuf,
     /// JSONL files, read one after another; at least one.
     pub data: Vec<PathBuf>,
-    /// Folder for the adapter and the metrics; made if it is not there.
+    /// Folder for the adapter or the model, and the metrics; made if it is not there. A model is not written
+    /// into its own folder.
     pub output: PathBuf,
+    /// What is trained.
+    pub method: Method,
     /// Folder of an adapter to go on from; a new one is made without.
     pub adapter: Option<PathBuf>,
-    /// Type of activations.
+    /// Type of activations. Trained weights and adapters are f32.
     pub dtype: DType,
-    /// Of the order of the data and of new adapters.
+    /// Of the order of the data, of new adapters and of random weights.
     pub seed: u64,
     /// Inner dimension of the adapters. `None`: that of `adapter`, or 16 for a new one.
     pub rank: Option<usize>,
@@ -96,6 +103,7 @@ impl TrainConfig {
             model,
             data,
             output,
+            method: Method::Lora,
             adapter: None,
             dtype: DType::F32,
             seed: 0,
@@ -125,6 +133,12 @@ impl TrainConfig {
     pub fn validate(&self) -> Result<()> {
         at_least("data", self.data.len(), 1)?;
         training_dtype(self.dtype)?;
+        self.method.check_adapter_settings(&[
+            ("adapter", self.adapter.is_some()),
+            ("rank", self.rank.is_some()),
+            ("alpha", self.alpha.is_some()),
+            ("targets", self.targets.is_some()),
+        ])?;
         self.new_adapter().validate()?;
         at_least("max_seq_len", self.max_seq_len.unwrap_or(1), 1)?;
         match self.length {
@@ -148,7 +162,7 @@ impl TrainConfig {
 
     /// The adapter to make where none is loaded.
     pub(super) fn new_adapter(&self) -> LoraConfig {
-        LoraConfig { rank: self.rank.unwrap_or(16), alpha: self.alpha.unwrap_or(16.0) }
+        LoraConfig { rank: self.rank.unwrap_or(DEFAULT_RANK), alpha: self.alpha.unwrap_or(16.0) }
     }
 
     pub(super) fn batch_options(&self, max_seq_len: usize) -> BatchOptions {

@@ -2,6 +2,7 @@
 
 mod config;
 mod evaluate;
+mod method;
 mod output;
 mod plan;
 mod train;
@@ -10,6 +11,7 @@ use std::path::Path;
 
 pub use config::{RunLength, TrainConfig, Warmup};
 pub use evaluate::{EvalConfig, Evaluation, evaluate};
+pub use method::Method;
 pub use plan::{PlanConfig, plan};
 pub use train::{Event, Prepared, StepRecord, Summary, train};
 use unsloth_core::{DType, Device};
@@ -28,7 +30,7 @@ const DEFAULT_MAX_SEQ_LEN: usize = 2048;
 /// # Errors
 /// As [`Decoder::load`] and [`peft::load`].
 pub fn load_model(device: &Device, model: &Path, adapter: Option<&Path>, dtype: DType) -> Result<Decoder> {
-    let mut decoder = Decoder::load(model, device, LoadOptions { dtype })?;
+    let mut decoder = Decoder::load(model, device, LoadOptions::frozen(dtype))?;
     if let Some(adapter) = adapter {
         peft::load(adapter, &mut decoder)?;
     }

@@ -8,6 +8,7 @@ use std::{
 
 use serde::Serialize;
 
+use super::config::invalid;
 use crate::{Error, Result, atomic};
 
 /// What a tokenizer may consist of, across the families and versions of transformers.
@@ -44,6 +45,18 @@ impl OutputFolder {
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// # Errors
+    /// [`Error::InvalidOption`] if this is the folder of the model, whose files would be replaced.
+    pub(super) fn check_apart(&self, model: &Path) -> Result<()> {
+        match (self.path.canonicalize(), model.canonicalize()) {
+            (Ok(path), Ok(model)) if path == model => {
+                invalid("output", format!("`{}`", self.path.display()), "another folder than that of the model")
+            }
+            // A folder that cannot be found is refused by whoever reads it.
+            _ => Ok(()),
+        }
     }
 
     /// Copies the files that make up a tokenizer, those that exist.

@@ -7,7 +7,10 @@ use unsloth_train::{
     AdamWConfig, Batch, Checkpointing, Document, LoraConfig, Schedule, ScheduleKind, Trainer, TrainerConfig,
 };
 
-use super::config::{invalid, training_dtype};
+use super::{
+    Method,
+    config::{DEFAULT_RANK, invalid, training_dtype},
+};
 use crate::{
     Error, Result,
     config::DecoderConfig,
@@ -19,7 +22,7 @@ use crate::{
 /// From the second step on, every step makes the same buffers and holds the first one's scalars besides.
 const NUM_STEPS: usize = 2;
 
-/// What of a run that trains low-rank adapters its memory depends on.
+/// What of a training run its memory depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlanConfig {
     /// Folder with `config.json`. Of weights, if there are any, only the headers are read.
@@ -30,10 +33,12 @@ pub struct PlanConfig {
     pub seq_len: usize,
     /// Sequences of a micro-batch, at least 1.
     pub batch_size: usize,
-    /// Inner dimension of the adapters.
-    pub rank: usize,
-    /// Layers that have adapters.
-    pub targets: Targets,
+    /// What is trained.
+    pub method: Method,
+    /// Inner dimension of the adapters. `None`: 16.
+    pub rank: Option<usize>,
+    /// Layers that have adapters. `None`: every linear layer.
+    pub targets: Option<Targets>,
     /// Which layers are computed again in the backward pass instead of kept.
     pub checkpointing: Checkpointing,
 }
@@ -46,8 +51,9 @@ impl PlanConfig {
             dtype: DType::F32,
             seq_len,
             batch_size: 1,
-            rank: 16,
-            targets: Targets::AllLinear,
+            method: Method::Lora,
+            rank: None,
+            targets: None,
             checkpointing: Checkpointing::None,
         }
     }
@@ -62,26 +68,39 @@ impl PlanConfig {
         if i32::try_from(num_tokens).is_err() {
             return invalid("batch_size * seq_len", num_tokens, "below 2^31");
         }
+        self.method.check_adapter_settings(&[("rank", self.rank.is_some()), ("targets", self.targets.is_some())])?;
         Ok(self.adapter().validate()?)
     }
 
     /// The factor of the update takes no memory.
     fn adapter(&self) -> LoraConfig {
-        LoraConfig { rank: self.rank, alpha: 1.0 }
+        LoraConfig { rank: self.rank.unwrap_or(DEFAULT_RANK), alpha: 1.0 }
     }
 
     fn model(&self, device: &Device) -> Result<Decoder> {
-        let options = LoadOptions { dtype: self.dtype };
-        let mut model = match Decoder::load(&self.model, device, options) {
-            Err(Error::NoWeights { .. }) => {
-                let source = ShapesOnly { dtype: DecoderConfig::stored_dtype(&self.model)? };
-                Decoder::new(DecoderConfig::load(&self.model)?, &source, device, options)?
-            }
-            loaded => loaded?,
+        let mut model = match self.method {
+            Method::Lora => self.load(device, LoadOptions::frozen(self.dtype))?,
+            Method::Full => self.load(device, LoadOptions::trainable(self.dtype))?,
+            // Random numbers take no memory of the device.
+            Method::Scratch => self.shapes_only(device, LoadOptions::trainable(self.dtype))?,
         };
         model.set_checkpointing(self.checkpointing);
-        model.add_adapters(&self.adapter(), &self.targets, 0)?;
+        if self.method == Method::Lora {
+            model.add_adapters(&self.adapter(), self.targets.as_ref().unwrap_or(&Targets::AllLinear), 0)?;
+        }
         Ok(model)
+    }
+
+    fn load(&self, device: &Device, options: LoadOptions) -> Result<Decoder> {
+        match Decoder::load(&self.model, device, options) {
+            Err(Error::NoWeights { .. }) => self.shapes_only(device, options),
+            loaded => loaded,
+        }
+    }
+
+    fn shapes_only(&self, device: &Device, options: LoadOptions) -> Result<Decoder> {
+        let source = ShapesOnly { dtype: DecoderConfig::stored_dtype(&self.model)? };
+        Decoder::new(DecoderConfig::load(&self.model)?, &source, device, options)
     }
 
     fn batch(&self, device: &Device) -> Result<Batch> {
@@ -93,7 +112,7 @@ impl PlanConfig {
     }
 }
 
-/// Loads the model, gives it adapters, trains it for two steps and tells what was held: model, tape, trainer and optimiser are
+/// Loads the model, gives it adapters if they are what is trained, trains it for two steps and tells what was held: model, tape, trainer and optimiser are
 /// those of [`super::train`]. `device` should have nothing on it. On one that only plans, no weight is read and nothing is
 /// computed; on another one this measures.
 ///

@@ -1,7 +1,7 @@
-//! `unsloth train`: from a model folder and data files to an adapter folder.
+//! `unsloth train`: from a model folder and data files to the folder of an adapter or a model.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -10,6 +10,7 @@ use unsloth_core::Device;
 use unsloth_train::{Batch, Document, StepMetrics, Trainer};
 
 use super::{
+    Method,
     config::{TrainConfig, invalid},
     max_seq_len,
     output::{JsonLines, OutputFolder},
@@ -18,6 +19,7 @@ use crate::{
     Error, Result,
     dataset::{Dataset, ReadOptions, Report, Sample},
     decoder::{Decoder, LoadOptions, Targets},
+    export,
     packing::{Batches, Step},
     peft,
     tokenizer::Tokenizer,
@@ -83,19 +85,23 @@ pub struct Summary {
     pub elapsed: Duration,
     /// Most bytes held at once, by the ledger of the device.
     pub peak_bytes: u64,
-    /// Folder of the adapter.
+    /// Folder of the adapter or the model.
     pub output: PathBuf,
 }
 
-/// Trains adapters and writes `adapter_model.safetensors`, `adapter_config.json`, the tokenizer's files and `metrics.jsonl`.
+/// Trains adapters or a whole model and writes what [`peft::save`] or [`export::save`] writes, the tokenizer's files and
+/// `metrics.jsonl`.
 ///
 /// # Errors
-/// As [`TrainConfig::validate`]; [`Error::Io`] if the output folder is not writable, found out before the model is loaded;
-/// whatever loading model, adapter and data refuses; [`Error::Stopped`] for a step that is not finite, after the adapter of
-/// the step before it has been saved.
+/// As [`TrainConfig::validate`]; [`Error::InvalidOption`] if a model would be written into its own folder; [`Error::Io`] if the output folder is not writable, found out before the model is loaded;
+/// whatever loading model, adapter and data refuses; [`Error::Stopped`] for a step that is not finite, after what the step
+/// before it left has been saved.
 pub fn train(device: &Device, config: &TrainConfig, on_event: &mut dyn FnMut(Event)) -> Result<Summary> {
     config.validate()?;
     let output = OutputFolder::open(&config.output)?;
+    if config.method != Method::Lora {
+        output.check_apart(&config.model)?;
+    }
     let model = prepare_model(device, config)?;
     let max_seq_len = max_seq_len(config.max_seq_len, &model);
     let options = ReadOptions {
@@ -122,7 +128,7 @@ pub fn train(device: &Device, config: &TrainConfig, on_event: &mut dyn FnMut(Eve
         _ => None,
     };
     if outcome.is_ok() || stopped_at.is_some() {
-        peft::save(output.path(), run.trainer.model())?;
+        save(config.method, output.path(), run.trainer.model())?;
         output.copy_tokenizer(&config.model)?;
     }
     match (outcome, stopped_at) {
@@ -134,9 +140,26 @@ pub fn train(device: &Device, config: &TrainConfig, on_event: &mut dyn FnMut(Eve
     }
 }
 
+/// Writes what a run has trained.
+fn save(method: Method, folder: &Path, model: &Decoder) -> Result<()> {
+    match method {
+        Method::Lora => peft::save(folder, model),
+        Method::Full | Method::Scratch => export::save(folder, model),
+    }
+}
+
 fn prepare_model(device: &Device, config: &TrainConfig) -> Result<Decoder> {
-    let mut model = Decoder::load(&config.model, device, LoadOptions { dtype: config.dtype })?;
+    let mut model = match config.method {
+        Method::Lora => adapted_model(device, config)?,
+        Method::Full => Decoder::load(&config.model, device, LoadOptions::trainable(config.dtype))?,
+        Method::Scratch => Decoder::random(&config.model, device, config.dtype, config.seed)?,
+    };
     model.set_checkpointing(config.checkpointing);
+    Ok(model)
+}
+
+fn adapted_model(device: &Device, config: &TrainConfig) -> Result<Decoder> {
+    let mut model = Decoder::load(&config.model, device, LoadOptions::frozen(config.dtype))?;
     let Some(folder) = &config.adapter else {
         let targets = config.targets.as_ref().unwrap_or(&Targets::AllLinear);
         model.add_adapters(&config.new_adapter(), targets, config.seed)?;

@@ -14,7 +14,7 @@ use unsloth_core::{DType, Device, ops::cross_entropy::IGNORE_INDEX};
 use unsloth_llm::decoder::{Decoder, LoadOptions};
 use unsloth_train::{Batch, Document, LoraConfig};
 
-pub(crate) const F32: LoadOptions = LoadOptions { dtype: DType::F32 };
+pub(crate) const F32: LoadOptions = LoadOptions::frozen(DType::F32);
 
 pub(crate) fn fixture(model: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(model)
@@ -56,6 +56,15 @@ impl Golden {
         assert_eq!(view.dtype(), Dtype::I64, "{name}");
         let number = |bytes: &[u8]| i32::try_from(i64::from_le_bytes(bytes.try_into().unwrap())).unwrap();
         view.data().chunks_exact(8).map(number).collect()
+    }
+
+    /// Names of the tensors that begin so, without that beginning, sorted.
+    pub(crate) fn names(&self, prefix: &str) -> Vec<String> {
+        let tensors = SafeTensors::deserialize(&self.tensors).unwrap();
+        let mut names: Vec<String> =
+            tensors.names().into_iter().filter_map(|name| name.strip_prefix(prefix)).map(str::to_owned).collect();
+        names.sort_unstable();
+        names
     }
 
     /// Rows of ids and of labels, `seq_len` each, without what is padded.

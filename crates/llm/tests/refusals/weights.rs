@@ -121,6 +121,6 @@ fn weights_wanted_as_they_are_stored_are_not_copied() {
 #[test]
 fn activations_must_be_floats() {
     let folder = fixture("tiny-llama").join("model");
-    let result = Decoder::load(&folder, &unsloth_cpu::device(), LoadOptions { dtype: DType::I32 });
+    let result = Decoder::load(&folder, &unsloth_cpu::device(), LoadOptions::frozen(DType::I32));
     refused(result, &["i32", "f32, f16 or bf16"]);
 }

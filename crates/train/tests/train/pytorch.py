@@ -33,7 +33,12 @@ def train():
     lora_a = values((RANK, HIDDEN), 6.0).requires_grad_()
     lora_b = values((INNER, RANK), 7.0, 0.1).requires_grad_()
     parameters = {"table": table, "lora_a": lora_a, "lora_b": lora_b, "norm": norm, "head": head}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=2e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    # As transformers' Trainer: norms do not decay.
+    groups = [
+        {"params": [table, lora_a, lora_b, head], "weight_decay": 0.1},
+        {"params": [norm], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=2e-2, betas=(0.8, 0.95), eps=1e-6)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 3, 20)
     losses, norms = [], []
     for step in range(20):

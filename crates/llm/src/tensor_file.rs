@@ -1,0 +1,78 @@
+//! Tensors into a safetensors file.
+
+use std::{borrow::Cow, cell::RefCell, collections::HashMap, io, path::Path};
+
+use safetensors::SafeTensorError;
+use unsloth_core::{DType, Tensor, ops::elementwise};
+
+use crate::{Error, Result, atomic};
+
+/// A float tensor on its way into a file.
+pub(crate) struct Entry {
+    pub(crate) name: String,
+    pub(crate) tensor: Tensor,
+    /// Type to store it in, rounded to nearest even.
+    pub(crate) dtype: DType,
+}
+
+/// Writes a file that is replaced whole or not at all. Each tensor is copied to the host when its turn comes.
+///
+/// # Errors
+/// [`Error::Io`]; [`unsloth_core::Error::Launch`] if the device failed.
+pub(crate) fn write(path: &Path, entries: Vec<Entry>) -> Result<()> {
+    let failure = RefCell::new(None);
+    let views =
+        entries.into_iter().map(|Entry { name, tensor, dtype }| (name, View { tensor, dtype, failure: &failure }));
+    // transformers refuses a file that does not say which framework's conventions it follows.
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let written = atomic::replace(path, |partial| {
+        safetensors::serialize_to_file(views, Some(metadata), partial).map_err(|error| match error {
+            SafeTensorError::IoError(error) => error,
+            other => io::Error::other(other),
+        })?;
+        // A file with a gap must not take the old one's place.
+        if failure.borrow().is_some() { Err(io::Error::other("a tensor could not be read")) } else { Ok(()) }
+    });
+    match failure.into_inner() {
+        Some(error) => Err(Error::Core(error)),
+        None => written,
+    }
+}
+
+/// A tensor that is read when it is written.
+struct View<'a> {
+    tensor: Tensor,
+    dtype: DType,
+    /// The first failure to read one; the interface has no place for it.
+    failure: &'a RefCell<Option<unsloth_core::Error>>,
+}
+
+impl safetensors::View for View<'_> {
+    fn dtype(&self) -> safetensors::Dtype {
+        match self.dtype {
+            DType::F16 => safetensors::Dtype::F16,
+            DType::BF16 => safetensors::Dtype::BF16,
+            DType::I32 => safetensors::Dtype::I32,
+            _ => safetensors::Dtype::F32,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.tensor.shape()
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let bytes = elementwise::cast(&self.tensor, self.dtype).and_then(|tensor| tensor.to_bytes());
+        bytes.map_or_else(
+            |error| {
+                self.failure.borrow_mut().get_or_insert(error);
+                vec![0; self.data_len()].into()
+            },
+            Cow::from,
+        )
+    }
+
+    fn data_len(&self) -> usize {
+        self.tensor.num_elements() * self.dtype.size_bytes()
+    }
+}
