@@ -12,7 +12,8 @@ use unsloth_rs::{
     llm::{
         Error,
         chat_template::ChatTemplate,
-        generate::{GenerateOptions, StopReason, greedy},
+        generate::{GenerateOptions, StopReason, generate},
+        sampler::Sampling,
         text_stream::TextStream,
         tokenizer::Tokenizer,
     },
@@ -42,6 +43,8 @@ pub(crate) struct Args {
     /// Go on behind an end-of-sequence token
     #[arg(long)]
     ignore_eos: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// Print {"prompt_tokens", "tokens", "text", "stop_reason", "tokens_per_second"} at the end instead of text as it comes
     #[arg(long)]
     json: bool,
@@ -62,6 +65,33 @@ struct Prompt {
     chat: Option<String>,
 }
 
+/// How each token is chosen. The filters work in the order in which they stand here.
+#[derive(clap::Args)]
+struct SamplingArgs {
+    /// Divides the logits; 0 takes the most likely token each time
+    #[arg(long, value_name = "F", default_value_t = 0.0)]
+    temperature: f64,
+    /// Draw from the N most likely tokens alone [default: all]
+    #[arg(long, value_name = "N")]
+    top_k: Option<usize>,
+    /// Draw from the most likely tokens that together have this probability [default: all]
+    #[arg(long, value_name = "F")]
+    top_p: Option<f64>,
+    /// Draw from tokens at least this many times as likely as the most likely one [default: all]
+    #[arg(long, value_name = "F")]
+    min_p: Option<f64>,
+    /// Seed of the draws
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+}
+
+impl From<SamplingArgs> for Sampling {
+    fn from(args: SamplingArgs) -> Self {
+        let SamplingArgs { temperature, top_k, top_p, min_p, seed } = args;
+        Self { temperature, top_k, top_p, min_p, seed }
+    }
+}
+
 /// What `--json` prints.
 #[derive(Serialize)]
 struct Found {
@@ -74,6 +104,8 @@ struct Found {
 }
 
 pub(crate) fn run(args: Args) -> Result<()> {
+    let sampling = Sampling::from(args.sampling);
+    sampling.validate()?;
     let device = args.device.open()?;
     let folder = &args.model.model;
     // Ids can be continued without a tokenizer, text cannot.
@@ -91,12 +123,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
         _ => args.prompt.tokens.unwrap_or_default(),
     };
 
-    let options = GenerateOptions { max_new_tokens: args.max_new_tokens, ignore_eos: args.ignore_eos };
+    let options = GenerateOptions { max_new_tokens: args.max_new_tokens, ignore_eos: args.ignore_eos, sampling };
     let mut output = (!args.json).then(|| Output::new(tokenizer.as_ref()));
     // The first failure to show a token; the generation itself cannot be interrupted from here.
     let mut shown = Ok(());
     let start = Instant::now();
-    let generation = greedy(&model, &prompt_tokens, options, |token| {
+    let generation = generate(&model, &prompt_tokens, options, |token| {
         if let (Some(output), Ok(())) = (&mut output, &shown) {
             shown = output.show(token);
         }

@@ -22,7 +22,7 @@ enum Command {
     Eval(eval::Args),
     /// Memory that training would take, by category, without reading weights or computing.
     Plan(plan::Args),
-    /// Continue a prompt or answer a chat, greedily.
+    /// Continue a prompt or answer a chat, with the most likely tokens or drawn ones.
     Generate(generate::Args),
 }
 

@@ -377,6 +377,11 @@ fn eval_and_generate_refuse_as_clearly() {
     let generate = |options: &str| unsloth(line(&format!("generate --model {{}} {options}"), &[&run.model]));
     generate("--tokens 1,1024").failed_with(&["prompt", "1024", "1023"]);
     generate("--tokens=-1").failed_with(&["prompt", "-1"]);
+    generate("--tokens 1 --temperature=-1").failed_with(&["temperature = -1", "0 (greedy) or more"]);
+    generate("--tokens 1 --temperature inf").failed_with(&["temperature = inf", "finite"]);
+    generate("--tokens 1 --top-k 0").failed_with(&["top_k = 0", "at least 1"]);
+    generate("--tokens 1 --top-p 1.5").failed_with(&["top_p = 1.5", "in [0, 1]"]);
+    generate("--tokens 1 --min-p=-0.5").failed_with(&["min_p = -0.5", "in [0, 1]"]);
     run.change_tensor("model.norm.weight", |_, data| data[..4].copy_from_slice(&f32::NAN.to_le_bytes()));
     generate("--tokens 1,2").failed_with(&["logits"]);
     fs::write(&run.data, "{\"input_ids\": [1, 2]}\n").unwrap();

@@ -176,6 +176,23 @@ fn generate_streams_text_or_ids() {
 }
 
 #[test]
+fn sampling_follows_its_seed_and_filters() {
+    let model = fixture("tiny-llama").join("model");
+    let tokens = |options: &str| {
+        let command = "generate --json --model {} --tokens 5,6,7 --ignore-eos --max-new-tokens 12";
+        let found = unsloth(line(&format!("{command} {options}"), &[&model])).succeeded().json();
+        found["tokens"].clone()
+    };
+    let greedy = tokens("");
+    assert_eq!(tokens("--temperature 1 --top-k 1 --seed 3"), greedy);
+    assert_eq!(tokens("--temperature 0 --top-p 0.9 --min-p 0.1 --seed 3"), greedy);
+    let drawn = tokens("--temperature 1 --seed 3");
+    assert_eq!(tokens("--temperature 1 --seed 3"), drawn);
+    let others = [&greedy, &tokens("--temperature 1 --seed 4"), &tokens("--temperature 1 --seed 3 --top-k 5")];
+    assert!(others.iter().all(|other| **other != drawn), "{drawn} {others:?}");
+}
+
+#[test]
 fn chats_are_rendered_trained_and_reported() {
     let folder = tempfile::tempdir().unwrap();
     let (model, data, output) =

@@ -1,16 +1,18 @@
-//! Greedy generation with cached keys and values: the prompt in one pass, then one token a pass.
+//! Generation with cached keys and values: the prompt in one pass, then one token a pass.
 
 use std::fmt;
 
-use crate::{Error, Result, decoder::Decoder};
+use crate::{Error, Result, decoder::Decoder, sampler::Sampling};
 
-/// When a generation ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a prompt is continued.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// Most tokens to add; may be 0.
     pub max_new_tokens: usize,
     /// Whether to go on behind an end-of-sequence token.
     pub ignore_eos: bool,
+    /// How each token is chosen.
+    pub sampling: Sampling,
 }
 
 /// Why a generation ended.
@@ -44,17 +46,18 @@ pub struct Generation {
     pub stop_reason: StopReason,
 }
 
-/// Continues a prompt with the most likely token each time (the lowest id among equals), calling `on_token` for each.
+/// Continues a prompt, calling `on_token` for each new token.
 ///
 /// # Errors
-/// [`Error::InvalidOption`] for a prompt that is empty, too long for the model or has an id outside the vocabulary;
-/// [`Error::NonFiniteLogits`]; [`unsloth_core::Error::OutOfMemory`].
-pub fn greedy(
+/// [`Error::InvalidOption`] for a prompt that is empty, too long for the model or has an id outside the vocabulary, and as
+/// [`Sampling::validate`]; [`Error::NonFiniteLogits`]; [`unsloth_core::Error::OutOfMemory`].
+pub fn generate(
     model: &Decoder,
     prompt: &[i32],
     options: GenerateOptions,
     mut on_token: impl FnMut(i32),
 ) -> Result<Generation> {
+    options.sampling.validate()?;
     check_prompt(model, prompt)?;
     let limit = model.config().max_position_embeddings;
     let capacity = limit.min(prompt.len().saturating_add(options.max_new_tokens));
@@ -70,7 +73,9 @@ pub fn greedy(
         let new = if past == 0 { prompt } else { &tokens[tokens.len() - 1..] };
         let logits = model.next_logits(new, past, &mut cache)?;
         past += new.len();
-        let token = most_likely(&logits).ok_or(Error::NonFiniteLogits { position: past })?;
+        let index = options.sampling.choose(&logits, past).ok_or(Error::NonFiniteLogits { position: past })?;
+        // Below the vocabulary's size, which fits i32: checked when the configuration is read.
+        let token = index as i32;
         tokens.push(token);
         on_token(token);
         if !options.ignore_eos && model.config().eos_token_ids.contains(&token) {
@@ -93,19 +98,4 @@ fn check_prompt(model: &Decoder, prompt: &[i32]) -> Result<()> {
         Some(id) => invalid(format!("id {id}"), format!("ids from 0 to {}", vocab_size - 1)),
         None => Ok(()),
     }
-}
-
-/// Position of the largest logit; `None` if there is a NaN, which compares with nothing.
-fn most_likely(logits: &[f32]) -> Option<i32> {
-    let mut best = 0;
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit.is_nan() {
-            return None;
-        }
-        if logit > logits[best] {
-            best = id;
-        }
-    }
-    // Below the vocabulary's size, which fits i32: checked when the configuration is read.
-    Some(best as i32)
 }

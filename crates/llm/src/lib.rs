@@ -23,6 +23,7 @@ pub mod peft;
 pub mod recipe;
 mod rope_config;
 mod rope_tables;
+pub mod sampler;
 mod special_tokens;
 mod tensor_file;
 pub mod text_stream;

@@ -16,8 +16,9 @@ use unsloth_core::{DType, Device, Tensor, ops::cross_entropy::LossSpec};
 use unsloth_llm::{
     config::DecoderConfig,
     decoder::{Decoder, LoadOptions, Targets},
-    generate::{GenerateOptions, StopReason, greedy},
+    generate::{GenerateOptions, StopReason, generate},
     peft,
+    sampler::Sampling,
 };
 use unsloth_train::{
     AdamWConfig, Batch, Checkpointing, LoraConfig, Model, Schedule, ScheduleKind, StepMetrics, Trainer, TrainerConfig,
@@ -172,10 +173,11 @@ fn training_curve(model: &str) {
 fn greedy_tokens(model: &str) {
     let (device, golden) = (unsloth_cpu::device(), Golden::open(model));
     let prompt = golden.i32("gen_prompt");
-    let options = GenerateOptions { max_new_tokens: golden.i32("gen_base").len(), ignore_eos: true };
+    let max_new_tokens = golden.i32("gen_base").len();
+    let options = GenerateOptions { max_new_tokens, ignore_eos: true, sampling: Sampling::GREEDY };
     for (decoder, name) in [(load(&device, model), "gen_base"), (load_adapted(&device, model), "gen_lora")] {
         let mut seen = Vec::new();
-        let generation = greedy(&decoder, &prompt, options, |token| seen.push(token)).unwrap();
+        let generation = generate(&decoder, &prompt, options, |token| seen.push(token)).unwrap();
         assert_eq!(generation.tokens, golden.i32(name), "{name}");
         assert_eq!(generation.stop_reason, StopReason::Length);
         assert_eq!(seen, generation.tokens);

@@ -4,7 +4,8 @@ use std::fs;
 
 use serde_json::json;
 use unsloth_llm::{
-    generate::{GenerateOptions, StopReason, greedy},
+    generate::{GenerateOptions, StopReason, generate},
+    sampler::Sampling,
     tokenizer::Tokenizer,
 };
 
@@ -14,12 +15,12 @@ use crate::{
     decoder, refused,
 };
 
-const SHORT: GenerateOptions = GenerateOptions { max_new_tokens: 4, ignore_eos: false };
+const SHORT: GenerateOptions = GenerateOptions { max_new_tokens: 4, ignore_eos: false, sampling: Sampling::GREEDY };
 
 #[test]
 fn bad_prompts() {
     let decoder = load(&unsloth_cpu::device(), "tiny-llama");
-    let generate = |prompt: &[i32]| greedy(&decoder, prompt, SHORT, |_| ());
+    let generate = |prompt: &[i32]| generate(&decoder, prompt, SHORT, |_| ());
     refused(generate(&[]), &["prompt = 0 tokens", "at least 1"]);
     refused(generate(&[1, 1024]), &["prompt = id 1024", "0 to 1023"]);
     refused(generate(&[1, -1]), &["prompt = id -1", "0 to 1023"]);
@@ -32,8 +33,8 @@ fn generation_stops() {
     let (prompt, expected) = (golden.i32("gen_prompt"), golden.i32("gen_base"));
     let folder = Folder::copy("tiny-llama", "model");
     let generate = |max_new_tokens, ignore_eos| {
-        let options = GenerateOptions { max_new_tokens, ignore_eos };
-        let generation = greedy(&decoder(&folder).unwrap(), &prompt, options, |_| ()).unwrap();
+        let options = GenerateOptions { max_new_tokens, ignore_eos, sampling: Sampling::GREEDY };
+        let generation = generate(&decoder(&folder).unwrap(), &prompt, options, |_| ()).unwrap();
         (generation.tokens, generation.stop_reason)
     };
     assert_eq!(generate(0, true), (vec![], StopReason::Length));
@@ -59,7 +60,7 @@ fn overflowed_logits_are_an_error() {
         let norm = &mut tensors.get_mut("model.norm.weight").unwrap().bytes;
         norm[..4].copy_from_slice(&f32::NAN.to_le_bytes());
     });
-    let result = greedy(&decoder(&folder).unwrap(), &[1, 2, 3], SHORT, |_| ());
+    let result = generate(&decoder(&folder).unwrap(), &[1, 2, 3], SHORT, |_| ());
     refused(result, &["behind token 3", "not numbers"]);
 }
 
