@@ -264,6 +264,21 @@ pub enum Error {
         /// The message, from 1.
         message: usize,
     },
+    /// A Parquet file is damaged, or written in a way that the reader does not know.
+    #[error("`{}`: not a readable Parquet file", path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// What the reader reported.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A Parquet file, and a build that reads JSONL alone.
+    #[error("`{}` is a Parquet file: build with feature `parquet` to read it, or convert it to JSONL", path.display())]
+    ParquetNotBuilt {
+        /// The file.
+        path: PathBuf,
+    },
     /// A data file is empty.
     #[error("`{}`: no examples in it", path.display())]
     NoExamples {

@@ -1,4 +1,4 @@
-//! Examples in JSONL, one a line, in the forms that people have, as token ids and targets.
+//! Examples in JSONL, one a line, or in Parquet, one a row, in the forms that people have, as token ids and targets.
 //!
 //! The fields of a file's first line tell its form, and every line has to have it:
 //! - `{"messages": [{"role", "content"}, ..]}`, and `{"conversations": [{"from", "value"}, ..]}`: chats, rendered by the model's own
@@ -14,14 +14,15 @@
 
 mod answers;
 mod example;
+mod lines;
+#[cfg(feature = "parquet")]
+mod parquet;
 mod reader;
 mod sample;
 mod tokens;
 
 use std::{
     fmt,
-    fs::File,
-    io::{BufRead, BufReader},
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -123,16 +124,18 @@ struct Labelled {
 }
 
 impl Dataset {
-    /// Reads JSONL files one after another, line by line; blank lines and unknown fields are skipped.
+    /// Reads files one after another: JSONL line by line, or, with feature `parquet`, Parquet row by row. Blank lines and unknown
+    /// fields are skipped.
     ///
     /// # Errors
-    /// Each names file and line: [`Error::Io`]; [`Error::DataSyntax`] for a line that is not such an object;
+    /// [`Error::Parquet`], and [`Error::ParquetNotBuilt`] without the feature. Each of the others names file and line (or row):
+    /// [`Error::Io`]; [`Error::DataSyntax`] for a line that is not such an object;
     /// [`Error::UnknownShape`] for fields of no known form; [`Error::Data`] for a field of another form than the first line has
     /// or of a wrong type, number or range; [`Error::Rendering`] for a conversation that the chat template refuses;
     /// [`Error::AnswerSpan`]. [`Error::NoChatTemplate`], [`Error::ChatTemplate`] and whatever loading the tokenizer refuses;
     /// [`Error::NoExamples`] for a file without examples and [`Error::NoTargets`] for one whose examples all lack a target;
     /// [`Error::InvalidOption`] for a `max_seq_len` of 0 or a `train_on` that the data cannot follow.
-    pub fn read_jsonl(paths: &[PathBuf], options: ReadOptions<'_>) -> Result<Self> {
+    pub fn read(paths: &[PathBuf], options: ReadOptions<'_>) -> Result<Self> {
         if options.max_seq_len == 0 {
             let rule = "at least 1".into();
             return Err(Error::InvalidOption { field: "max_seq_len", value: "0".into(), rule });
@@ -146,30 +149,18 @@ impl Dataset {
     }
 
     fn read_file(&mut self, path: &Path, reader: &mut Reader<'_>) -> Result<()> {
-        let mut file = BufReader::new(File::open(path).map_err(Error::io("read", path))?);
         let max_seq_len = reader.options().max_seq_len;
         let before = self.report;
         let mut shape: Option<Shape> = None;
-        let mut bytes = Vec::new();
-        let mut line = 0;
-        loop {
-            bytes.clear();
-            if file.read_until(b'\n', &mut bytes).map_err(Error::io("read", path))? == 0 {
-                break;
-            }
-            line += 1;
-            // Editors of some systems begin a file with a byte order mark, which JSON does not have.
-            let text = if line == 1 { bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes) } else { &bytes };
-            let text = text.trim_ascii_end();
-            if !text.is_empty() {
-                let place = Place { path, line };
-                let shape = match shape {
-                    Some(shape) => shape,
-                    None => *shape.insert(reader.shape(&place, text)?),
-                };
-                self.push(&reader.read(shape, &place, text)?, max_seq_len);
-            }
-        }
+        lines::read(path, &mut |line, text| {
+            let place = Place { path, line };
+            let shape = match shape {
+                Some(shape) => shape,
+                None => *shape.insert(reader.shape(&place, text)?),
+            };
+            self.push(&reader.read(shape, &place, text)?, max_seq_len);
+            Ok(())
+        })?;
         let num_dropped = self.report.num_dropped - before.num_dropped;
         if self.report.num_examples == before.num_examples {
             let path = path.to_owned();

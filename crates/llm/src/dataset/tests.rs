@@ -11,7 +11,7 @@ fn read(texts: &[&str], options: ReadOptions<'_>) -> Result<Dataset> {
     for (path, text) in paths.iter().zip(texts) {
         std::fs::write(path, text).unwrap();
     }
-    Dataset::read_jsonl(&paths, options)
+    Dataset::read(&paths, options)
 }
 
 fn message(text: &str) -> String {
@@ -95,7 +95,7 @@ mod forms {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("data.jsonl");
         std::fs::write(&path, lines).unwrap();
-        Dataset::read_jsonl(&[path], ReadOptions { model, vocab_size: 1000, max_seq_len: 1000, train_on })
+        Dataset::read(&[path], ReadOptions { model, vocab_size: 1000, max_seq_len: 1000, train_on })
     }
 
     fn lines(examples: &[Value]) -> String {
@@ -210,7 +210,7 @@ mod forms {
         let path = folder.path().join("data.jsonl");
         std::fs::write(&path, text).unwrap();
         let options = ReadOptions { model: folder.path(), vocab_size: 1000, max_seq_len: 40, train_on: None };
-        let report = Dataset::read_jsonl(&[path], options).unwrap().report();
+        let report = Dataset::read(&[path], options).unwrap().report();
         assert_eq!((report.num_examples, report.num_truncated, report.num_dropped), (2, 2, 1));
         assert!(report.num_targets > 20 && report.num_targets < report.num_tokens, "{report:?}");
     }
@@ -281,10 +281,10 @@ mod forms {
         let path = folder.path().join("bytes.jsonl");
         std::fs::write(&path, bytes).unwrap();
         let options = ReadOptions { model: folder.path(), vocab_size: 1000, max_seq_len: 10, train_on: None };
-        let text = Dataset::read_jsonl(std::slice::from_ref(&path), options).unwrap_err().to_string();
+        let text = Dataset::read(std::slice::from_ref(&path), options).unwrap_err().to_string();
         assert!(text.contains("bytes.jsonl`, line 1, column 12: invalid unicode code point"), "{text}");
         std::fs::write(&path, r#"{"text": "abc"}"#).unwrap();
-        let text = Dataset::read_jsonl(&[path], ReadOptions { vocab_size: 300, ..options }).unwrap_err().to_string();
+        let text = Dataset::read(&[path], ReadOptions { vocab_size: 300, ..options }).unwrap_err().to_string();
         assert!(
             text.contains("line 1: `text` becomes token") && text.contains("vocabulary size of the model is 300"),
             "{text}"

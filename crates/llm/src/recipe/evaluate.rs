@@ -70,7 +70,7 @@ pub fn evaluate(device: &Device, config: &EvalConfig) -> Result<Evaluation> {
         max_seq_len,
         train_on: config.train_on,
     };
-    let dataset = Dataset::read_jsonl(&config.data, options)?;
+    let dataset = Dataset::read(&config.data, options)?;
     // Summed in f64 on the host: millions of targets would lose the small differences in f32.
     let mut sum = 0.0f64;
     let mut tokens = 0usize;

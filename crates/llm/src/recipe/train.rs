@@ -110,7 +110,7 @@ pub fn train(device: &Device, config: &TrainConfig, on_event: &mut dyn FnMut(Eve
         max_seq_len,
         train_on: config.train_on,
     };
-    let dataset = Dataset::read_jsonl(&config.data, options)?;
+    let dataset = Dataset::read(&config.data, options)?;
     let tokenizer = Tokenizer::exists(&config.model).then(|| Tokenizer::load(&config.model)).transpose()?;
     let sample = tokenizer.map(|tokenizer| dataset.sample(&tokenizer)).transpose()?;
     let mut batches = Batches::new(&dataset, config.batch_options(max_seq_len))?;
