@@ -37,6 +37,12 @@ pub enum Error {
         /// The step that failed, from 1.
         step: usize,
     },
+    /// The state of a run was asked for while the outcome of a step is not known.
+    #[error("the outcome of step {step} has not been read; finish first")]
+    Unread {
+        /// The step, from 1.
+        step: usize,
+    },
     /// No token of a whole step has a target, so its loss is undefined.
     #[error("step {step}: no token has a target")]
     NoTargets {

@@ -27,4 +27,4 @@ pub use lora::LoraConfig;
 pub use model::Model;
 pub use optimizer::{AdamW, AdamWConfig};
 pub use schedule::{Schedule, ScheduleKind};
-pub use trainer::{StepMetrics, Trainer, TrainerConfig};
+pub use trainer::{ParameterState, StepMetrics, Trainer, TrainerConfig};

@@ -9,7 +9,7 @@ use unsloth_core::{
     },
 };
 
-use crate::{Result, error::invalid};
+use crate::{ParameterState, Result, error::invalid};
 
 /// Hyper-parameters of AdamW; defaults are those of PyTorch.        Loshchilov & Hutter 2017, arXiv:1711.05101
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -100,6 +100,28 @@ impl AdamW {
         &self.state
     }
 
+    /// Every parameter with its two moments.
+    pub(crate) fn slots(&self) -> impl Iterator<Item = (&Parameter, &Tensor, &Tensor)> {
+        self.slots.iter().map(|slot| (&slot.parameter, &slot.m, &slot.v))
+    }
+
+    /// Sets value and moments of a parameter that is among [`AdamW::parameters`].
+    pub(crate) fn restore(&mut self, parameter: &Parameter, state: ParameterState) -> Result<()> {
+        if let Ok(index) = self.slots.binary_search_by_key(&parameter.id(), |slot| slot.parameter.id()) {
+            let slot = &mut self.slots[index];
+            parameter.update(|value| replace("value", value, state.value))?;
+            replace("m", &mut slot.m, state.m)?;
+            replace("v", &mut slot.v, state.v)?;
+        }
+        Ok(())
+    }
+
+    /// Counts from this many completed steps on.
+    pub(crate) fn set_num_steps(&mut self, device: &Device, num_steps: u32) -> Result<()> {
+        self.state = StepState::new(device, num_steps)?;
+        Ok(())
+    }
+
     /// Decides on the device about the next [`AdamW::step`]: the factor that clips gradients to `max_grad_norm`, and whether
     /// to skip because `loss` or a gradient is not finite. Once a step is skipped, all later ones are.
     ///
@@ -142,4 +164,22 @@ impl AdamW {
         }
         Ok(())
     }
+}
+
+/// Puts `new` in the place of `current`, and into its memory category.
+fn replace(arg: &'static str, current: &mut Tensor, new: Tensor) -> unsloth_core::Result<()> {
+    use unsloth_core::Error;
+    let op = "restore";
+    if new.shape() != current.shape() {
+        return Err(Error::Shape { op, arg, expected: current.shape().to_string(), actual: *new.shape() });
+    }
+    if new.dtype() != current.dtype() {
+        return Err(Error::DType { op, arg, expected: current.dtype().to_string(), actual: new.dtype() });
+    }
+    if new.device() != current.device() {
+        return Err(Error::Device { op, arg, expected: current.device().name(), actual: new.device().name() });
+    }
+    new.retag(current.buffer().category());
+    *current = new;
+    Ok(())
 }

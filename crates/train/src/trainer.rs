@@ -3,12 +3,15 @@
 //! Nothing in a step waits for the device. Whether a step may change parameters is decided there; the host reads a step's
 //! scalars while the next one is under way.
 
+mod state;
+
 use unsloth_autograd::{GradStore, Tape};
 use unsloth_core::{
     Category, DType, Tensor,
     ops::{adamw::StepState, cross_entropy::LossSpec, elementwise},
 };
 
+pub use self::state::ParameterState;
 use crate::{AdamW, AdamWConfig, Batch, Error, Model, Result, Schedule, error::invalid};
 
 /// How parameters are changed.

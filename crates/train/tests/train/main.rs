@@ -8,6 +8,7 @@ mod kv_cache;
 mod model;
 mod optimizer;
 mod pytorch;
+mod resume;
 mod schedule;
 mod steady_state;
 mod stopping;
