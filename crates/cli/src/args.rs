@@ -14,17 +14,17 @@ use unsloth_rs::{
 /// Where to compute.
 #[derive(Args)]
 pub(crate) struct DeviceArgs {
-    /// Processor to compute on; this build has cpu
-    #[arg(long, value_name = "NAME", default_value = "cpu")]
-    device: String,
+    /// Processor to compute on; this build has cpu [default: cpu]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) device: Option<String>,
     /// Threads of the CPU [default: one per core]
     #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    pub(crate) threads: Option<usize>,
 }
 
 impl DeviceArgs {
     pub(crate) fn open(&self) -> Result<Device> {
-        match (self.device.as_str(), self.threads) {
+        match (self.device.as_deref().unwrap_or("cpu"), self.threads) {
             ("cpu", Some(_)) => {
                 let options = CpuOptions { num_threads: self.threads, ..CpuOptions::default() };
                 Ok(Device::new(CpuBackend::new(options)?))
@@ -111,10 +111,10 @@ impl fmt::Display for ByteSize {
     }
 }
 
-/// One line about what was read.
-pub(crate) fn describe(data: &Report) -> String {
+/// One line about what was read; `name` says what for.
+pub(crate) fn describe(name: &str, data: &Report) -> String {
     let mut line = format!(
-        "data: {} examples, {} tokens, {:.1}% of them targets",
+        "{name}: {} examples, {} tokens, {:.1}% of them targets",
         data.num_examples,
         data.num_tokens,
         100.0 * data.target_share()

@@ -49,7 +49,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let line = if json {
         serde_json::to_string(&found)?
     } else {
-        note(&describe(&found.data));
+        note(&describe("data", &found.data));
         format!("loss {:.6}, perplexity {:.4} over {} target tokens", found.loss, found.perplexity, found.tokens)
     };
     writeln!(std::io::stdout(), "{line}").context("cannot write to standard output")

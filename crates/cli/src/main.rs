@@ -1,6 +1,7 @@
 //! The command line of unsloth-rs: arguments to configurations, events to lines.
 //!
-//! Exit status: 0 done, 1 failed with one line on standard error, 2 wrong usage.
+//! Exit status: 0 done, 1 failed with one line on standard error, 2 wrong usage, 130 stopped by a signal
+//! after saving.
 
 mod args;
 mod eval;
@@ -17,7 +18,7 @@ use clap::Parser;
 #[command(name = "unsloth", version, about, max_term_width = 100)]
 enum Command {
     /// Train a low-rank adapter for a Hugging Face model, or all of its weights, on chats, texts or tokens.
-    Train(train::Args),
+    Train(Box<train::Args>),
     /// Mean loss and perplexity of a model, with or without an adapter, over data.
     Eval(eval::Args),
     /// Memory that training would take, by category, without reading weights or computing.
@@ -27,14 +28,15 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let done = |()| ExitCode::SUCCESS;
     let result = match Command::parse() {
-        Command::Train(args) => train::run(args),
-        Command::Eval(args) => eval::run(args),
-        Command::Plan(args) => plan::run(args),
-        Command::Generate(args) => generate::run(args),
+        Command::Train(args) => train::run(*args),
+        Command::Eval(args) => eval::run(args).map(done),
+        Command::Plan(args) => plan::run(args).map(done),
+        Command::Generate(args) => generate::run(args).map(done),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(error) => {
             // `{:#}` joins the causes; a library's message may still have lines of its own.
             note(&format!("error: {error:#}").replace('\n', " "));

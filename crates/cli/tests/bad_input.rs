@@ -297,7 +297,8 @@ fn wrong_usage() {
     let run = Run::new();
     for options in [
         "--offload disk",
-        "--resume",
+        "--resume --overwrite",
+        "--eval-data x --eval-split 0.1",
         "--steps 2 --epochs 1",
         "--warmup-steps 2 --warmup-ratio 0.1",
         "--packing maybe",

@@ -9,10 +9,12 @@ use serde_json::Value;
 use support::*;
 
 /// What the folder of a whole model holds.
-const MODEL_FILES: [&str; 7] = [
+const MODEL_FILES: [&str; 9] = [
     "chat_template.jinja",
     "config.json",
+    "config.toml",
     "generation_config.json",
+    "loss.svg",
     "metrics.jsonl",
     "model.safetensors",
     "tokenizer.json",

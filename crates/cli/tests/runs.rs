@@ -120,6 +120,8 @@ fn written_adapter_is_what_peft_reads() {
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
+        "config.toml",
+        "loss.svg",
         "metrics.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -18,10 +18,13 @@ pub enum Error {
     /// Training failed or was configured wrongly.
     #[error(transparent)]
     Train(#[from] unsloth_train::Error),
+    /// Options, output folder or checkpoints of a run are not usable.
+    #[error(transparent)]
+    Run(#[from] crate::recipe::RunError),
     /// A file could not be read or written.
     #[error("cannot {action} `{}`", path.display())]
     Io {
-        /// What was tried: `read`, `write`, `map`, `create`.
+        /// What was tried: `read`, `write`, `map`, `create`, `rename`, `remove`, `draw`.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,

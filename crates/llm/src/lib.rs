@@ -9,6 +9,7 @@ pub mod chat_template;
 pub mod config;
 pub mod dataset;
 pub mod decoder;
+mod digest;
 mod error;
 pub mod export;
 mod family;

@@ -37,12 +37,21 @@ pub struct BatchOptions {
 /// The documents of one step: a list for each micro-batch.
 pub type Step = Vec<Vec<usize>>;
 
+/// Where in the data a step begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Position {
+    /// Epoch, from 0.
+    pub epoch: u32,
+    /// Micro-batches of the epoch before it.
+    pub micro_batch: usize,
+}
+
 /// An endless, deterministic sequence of steps.
 #[derive(Clone, Debug)]
 pub struct Batches {
     lengths: Vec<usize>,
     options: BatchOptions,
-    epoch: u32,
+    next: Position,
     /// What is left of the epoch, in order.
     micro_batches: VecDeque<Vec<usize>>,
 }
@@ -61,7 +70,8 @@ impl Batches {
         at_least("batch_size", options.batch_size, 1)?;
         at_least("grad_accum", options.grad_accum, 1)?;
         at_least("max_seq_len", options.max_seq_len, lengths.iter().copied().max().unwrap_or(1))?;
-        let mut batches = Self { lengths, options, epoch: 0, micro_batches: VecDeque::new() };
+        let next = Position { epoch: 0, micro_batch: 0 };
+        let mut batches = Self { lengths, options, next, micro_batches: VecDeque::new() };
         batches.micro_batches = batches.micro_batches_of(0).into();
         Ok(batches)
     }
@@ -89,11 +99,22 @@ impl Batches {
     /// The next step; after the last one of an epoch the next epoch begins.
     pub fn next_step(&mut self) -> Step {
         if self.micro_batches.is_empty() {
-            self.epoch = self.epoch.wrapping_add(1);
-            self.micro_batches = self.micro_batches_of(self.epoch).into();
+            self.next = Position { epoch: self.next.epoch.wrapping_add(1), micro_batch: 0 };
+            self.micro_batches = self.micro_batches_of(self.next.epoch).into();
         }
         let count = self.options.grad_accum.min(self.micro_batches.len());
+        self.next.micro_batch += count;
         self.micro_batches.drain(..count).collect()
+    }
+
+    /// Passes over this many steps.
+    pub fn skip(&mut self, num_steps: usize) {
+        (0..num_steps).for_each(|_| drop(self.next_step()));
+    }
+
+    /// Where the steps handed out so far end.
+    pub fn position(&self) -> Position {
+        self.next
     }
 
     fn steps_in(&self, epoch: u32) -> usize {
@@ -244,6 +265,23 @@ mod tests {
         };
         assert_eq!(steps(OPTIONS), steps(OPTIONS));
         assert_ne!(steps(OPTIONS), steps(BatchOptions { seed: 1, ..OPTIONS }));
+    }
+
+    #[test]
+    fn positions_count_micro_batches_of_the_epoch() {
+        let plain = BatchOptions { packing: false, ..OPTIONS };
+        let mut batches = Batches::from_lengths(vec![4; 13], plain).unwrap();
+        // 13 documents: 5 micro-batches of 3, 3 steps of 2 an epoch, the last of them short.
+        let positions: Vec<(u32, usize)> = (0..5)
+            .map(|_| {
+                batches.next_step();
+                (batches.position().epoch, batches.position().micro_batch)
+            })
+            .collect();
+        assert_eq!(positions, [(0, 2), (0, 4), (0, 5), (1, 2), (1, 4)]);
+        let mut skipped = Batches::from_lengths(vec![4; 13], plain).unwrap();
+        skipped.skip(5);
+        assert_eq!((skipped.position(), skipped.next_step()), (batches.position(), batches.next_step()));
     }
 
     #[test]

@@ -275,12 +275,13 @@ fn a_model_from_random_weights_learns() {
     let decoder = Decoder::random(&fixture("tiny-qwen2").join("model"), &device, DType::F32, 1).unwrap();
     let mut trainer = Trainer::new(decoder, config).unwrap();
     let batch = batch(&device, &golden.rows());
-    let loss = |trainer: &Trainer<Decoder>| unsloth_train::evaluate(trainer.model(), &[batch.clone()]).unwrap();
+    let loss =
+        |trainer: &Trainer<Decoder>| unsloth_train::evaluate(trainer.model(), std::slice::from_ref(&batch)).unwrap();
     // A model that knows nothing gives each of the 1024 tokens about the same share.
     let before = loss(&trainer);
     assert!((before - 1024f32.ln()).abs() <= 0.2, "{before}");
     for _ in 0..20 {
-        trainer.step(&[batch.clone()]).unwrap();
+        trainer.step(std::slice::from_ref(&batch)).unwrap();
     }
     trainer.finish().unwrap();
     let after = loss(&trainer);

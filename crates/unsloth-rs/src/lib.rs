@@ -26,18 +26,23 @@
 //! An adapter for a model, as `unsloth train` makes it:
 //!
 //! ```no_run
+//! use std::sync::atomic::AtomicBool;
+//!
 //! use unsloth_rs::{device, recipe::{Event, TrainConfig, train}};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // Another thread, or a signal, may set it: the run then saves a checkpoint and ends.
+//! let stop = AtomicBool::new(false);
 //! let config = TrainConfig {
 //!     batch_size: 4,
 //!     ..TrainConfig::new("Llama-3.2-1B".into(), vec!["tokens.jsonl".into()], "out".into())
 //! };
-//! let summary = train(&device("cpu")?, &config, &mut |event| {
+//! let mut on_event = |event| {
 //!     if let Event::Step(record) = event {
 //!         println!("{}: {}", record.step, record.loss);
 //!     }
-//! })?;
+//! };
+//! let summary = train(&device("cpu")?, &config, &mut on_event, &stop)?;
 //! println!("{} tokens in {:?}", summary.tokens, summary.elapsed);
 //! # Ok(())
 //! # }

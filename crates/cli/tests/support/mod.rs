@@ -1,6 +1,8 @@
 //! Running the binary and reading what it wrote.
 #![allow(dead_code, reason = "each test file is a crate of its own and uses some of this")]
 
+pub(crate) mod running;
+
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
@@ -10,7 +12,7 @@ use std::{
 };
 
 use safetensors::{Dtype, SafeTensors};
-use serde_json::Value;
+pub(crate) use serde_json::Value;
 
 /// The checkpoints that come with the tree.
 pub(crate) fn fixture(name: &str) -> PathBuf {

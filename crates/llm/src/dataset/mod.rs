@@ -19,6 +19,7 @@ mod lines;
 mod parquet;
 mod reader;
 mod sample;
+mod split;
 mod tokens;
 
 use std::{
@@ -112,6 +113,8 @@ pub struct Dataset {
     targets: Vec<i32>,
     /// Document `i` is `offsets[i] .. offsets[i + 1]`.
     offsets: Vec<usize>,
+    /// Whether document `i` was longer.
+    is_truncated: Vec<bool>,
     report: Report,
 }
 
@@ -140,7 +143,7 @@ impl Dataset {
             let rule = "at least 1".into();
             return Err(Error::InvalidOption { field: "max_seq_len", value: "0".into(), rule });
         }
-        let mut dataset = Self { ids: vec![], targets: vec![], offsets: vec![0], report: Report::default() };
+        let mut dataset = Self::empty();
         let mut reader = Reader::new(options);
         for path in paths {
             dataset.read_file(path, &mut reader)?;
@@ -187,6 +190,7 @@ impl Dataset {
         self.targets.extend(&labels[1..]);
         self.targets.push(IGNORE_INDEX);
         self.offsets.push(self.ids.len());
+        self.is_truncated.push(length < example.ids.len());
         self.report.num_examples += 1;
         self.report.num_tokens += length;
         self.report.num_targets += num_targets;

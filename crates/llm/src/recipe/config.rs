@@ -44,6 +44,27 @@ impl Warmup {
     }
 }
 
+/// What a run does with an output folder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Start {
+    /// Begins, in a folder that holds no run.
+    #[default]
+    New,
+    /// Begins, and removes the run that the folder holds when the new one takes its first step.
+    Overwrite,
+    /// Goes on from the newest whole checkpoint in the folder.
+    Resume,
+}
+
+/// What the loss is computed over besides the training data.
+#[derive(Clone, Debug, PartialEq)]
+pub enum EvalSource {
+    /// JSONL files, read one after another; at least one.
+    Files(Vec<PathBuf>),
+    /// Share of the training examples, in (0, 1), picked by the seed and not trained on; at least one is, and one is not.
+    Split(f64),
+}
+
 /// A training run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainConfig {
@@ -94,6 +115,16 @@ pub struct TrainConfig {
     pub max_grad_norm: Option<f32>,
     /// Which layers are computed again in the backward pass instead of kept.
     pub checkpointing: Checkpointing,
+    /// What happens to a run that the output folder holds.
+    pub start: Start,
+    /// Steps between checkpoints of the run, at least 1. `None`: only when it is stopped.
+    pub save_every: Option<usize>,
+    /// Checkpoints to keep, the newest, at least 1.
+    pub keep_last: usize,
+    /// Data to evaluate on.
+    pub eval: Option<EvalSource>,
+    /// Steps between evaluations, at least 1. `None`: only behind the last step.
+    pub eval_every: Option<usize>,
 }
 
 impl TrainConfig {
@@ -123,6 +154,11 @@ impl TrainConfig {
             adamw: AdamWConfig::default(),
             max_grad_norm: Some(1.0),
             checkpointing: Checkpointing::None,
+            start: Start::New,
+            save_every: None,
+            keep_last: 2,
+            eval: None,
+            eval_every: None,
         }
     }
 
@@ -156,8 +192,23 @@ impl TrainConfig {
             }
             _ => {}
         }
+        at_least("save_every", self.save_every.unwrap_or(1), 1)?;
+        at_least("keep_last", self.keep_last, 1)?;
+        self.validate_evaluation()?;
         self.trainer(1).validate()?;
         Ok(())
+    }
+
+    fn validate_evaluation(&self) -> Result<()> {
+        at_least("eval_every", self.eval_every.unwrap_or(1), 1)?;
+        match (&self.eval, self.eval_every) {
+            (Some(EvalSource::Files(files)), _) => at_least("eval_data", files.len(), 1),
+            (Some(EvalSource::Split(share)), _) if !(*share > 0.0 && *share < 1.0) => {
+                invalid("eval_split", share, "above 0 and below 1")
+            }
+            (None, Some(steps)) => invalid("eval_every", steps, "used with eval_data or eval_split"),
+            _ => Ok(()),
+        }
     }
 
     /// The adapter to make where none is loaded.
@@ -214,7 +265,7 @@ mod tests {
     #[test]
     fn every_field_is_checked() {
         type Spoil = fn(&mut TrainConfig);
-        let cases: [(&str, Spoil); 15] = [
+        let cases: [(&str, Spoil); 20] = [
             ("data", |c| c.data.clear()),
             ("dtype", |c| c.dtype = DType::F16),
             ("rank", |c| c.rank = Some(0)),
@@ -230,6 +281,11 @@ mod tests {
             ("beta2", |c| c.adamw.beta2 = 1.0),
             ("eps", |c| c.adamw.eps = 0.0),
             ("max_grad_norm", |c| c.max_grad_norm = Some(0.0)),
+            ("save_every", |c| c.save_every = Some(0)),
+            ("keep_last", |c| c.keep_last = 0),
+            ("eval_data", |c| c.eval = Some(EvalSource::Files(vec![]))),
+            ("eval_split", |c| c.eval = Some(EvalSource::Split(1.0))),
+            ("eval_every", |c| c.eval_every = Some(5)),
         ];
         for (field, spoil) in cases {
             let mut config = config();

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 use unsloth_core::{DType, Device};
-use unsloth_train::{Batch, Document};
+use unsloth_train::{Batch, Document, Model};
 
 use super::{load_model, max_seq_len};
 use crate::{
     Error, Result,
     dataset::{Dataset, ReadOptions, Report, TrainOn},
+    decoder::Decoder,
     packing::at_least,
 };
 
@@ -71,20 +72,48 @@ pub fn evaluate(device: &Device, config: &EvalConfig) -> Result<Evaluation> {
         train_on: config.train_on,
     };
     let dataset = Dataset::read(&config.data, options)?;
-    // Summed in f64 on the host: millions of targets would lose the small differences in f32.
-    let mut sum = 0.0f64;
-    let mut tokens = 0usize;
+    let mut loss = MeanLoss::default();
     for first in (0..dataset.num_documents()).step_by(config.batch_size) {
         let last = dataset.num_documents().min(first.saturating_add(config.batch_size));
-        let documents: Vec<Document<'_>> = (first..last).map(|index| dataset.document(index)).collect();
-        let batch = Batch::new(device, &documents)?;
-        let num_targets = batch.num_targets;
-        sum += f64::from(unsloth_train::evaluate(&model, &[batch])?) * num_targets as f64;
-        tokens += num_targets;
-        if !sum.is_finite() {
-            return Err(Error::NonFiniteLoss { num_targets: tokens, loss: sum / tokens as f64 });
-        }
+        loss.add(&model, &dataset, first..last)?;
     }
-    let loss = sum / tokens as f64;
+    let MeanLoss { num_targets: tokens, .. } = loss;
+    let loss = loss.mean();
     Ok(Evaluation { loss, perplexity: loss.exp(), tokens, data: dataset.report() })
+}
+
+/// Mean loss over all targets so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct MeanLoss {
+    /// In f64: millions of targets would lose the small differences in f32.
+    sum: f64,
+    num_targets: usize,
+}
+
+impl MeanLoss {
+    /// Adds documents, which are computed at once.
+    ///
+    /// # Errors
+    /// [`Error::NonFiniteLoss`]; whatever the model's operators refuse.
+    pub(super) fn add(
+        &mut self,
+        model: &Decoder,
+        dataset: &Dataset,
+        documents: impl IntoIterator<Item = usize>,
+    ) -> Result<()> {
+        let documents: Vec<Document<'_>> = documents.into_iter().map(|index| dataset.document(index)).collect();
+        let batch = Batch::new(model.device(), &documents)?;
+        let num_targets = batch.num_targets;
+        self.sum += f64::from(unsloth_train::evaluate(model, &[batch])?) * num_targets as f64;
+        self.num_targets += num_targets;
+        if !self.sum.is_finite() {
+            return Err(Error::NonFiniteLoss { num_targets: self.num_targets, loss: self.mean() });
+        }
+        Ok(())
+    }
+
+    /// NaN before the first documents.
+    pub(super) fn mean(&self) -> f64 {
+        self.sum / self.num_targets as f64
+    }
 }

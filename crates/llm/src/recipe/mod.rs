@@ -1,19 +1,27 @@
 //! Training, evaluation and memory plans from files to files.
 
+mod checkpoint;
 mod config;
+mod curve;
+mod error;
 mod evaluate;
 mod method;
+mod metrics;
+mod options;
 mod output;
 mod plan;
 mod train;
 
 use std::path::Path;
 
-pub use config::{RunLength, TrainConfig, Warmup};
+pub use config::{EvalSource, RunLength, Start, TrainConfig, Warmup};
+pub use error::{Damage, RunError};
 pub use evaluate::{EvalConfig, Evaluation, evaluate};
 pub use method::Method;
+pub use metrics::{EvalRecord, StepRecord};
+pub use options::{OneOrMany, TrainOptions};
 pub use plan::{PlanConfig, plan};
-pub use train::{Event, Prepared, StepRecord, Summary, train};
+pub use train::{End, EvalReport, Event, Prepared, Resumed, Summary, train};
 use unsloth_core::{DType, Device};
 
 use crate::{

@@ -1,142 +1,188 @@
 //! `unsloth train`: from a model folder and data files to the folder of an adapter or a model.
 
-use std::{
-    path::{Path, PathBuf},
-    time::{Duration, Instant},
-};
+mod data;
+mod event;
+mod run;
 
-use serde::Serialize;
+use std::{path::Path, sync::atomic::AtomicBool, time::Duration};
+
 use unsloth_core::Device;
-use unsloth_train::{Batch, Document, StepMetrics, Trainer};
+use unsloth_train::{Model, Trainer};
 
+pub use self::event::{End, EvalReport, Event, Prepared, Resumed, Summary};
+use self::{data::Data, run::Run};
 use super::{
-    Method,
+    EvalRecord, Method, RunError, Start, TrainOptions,
+    checkpoint::{Checkpoints, Progress, Saved, State, VERSION},
     config::{TrainConfig, invalid},
-    max_seq_len,
-    output::{JsonLines, OutputFolder},
+    metrics::Metrics,
+    options::Difference,
+    output::OutputFolder,
 };
 use crate::{
     Error, Result,
-    dataset::{Dataset, ReadOptions, Report, Sample},
     decoder::{Decoder, LoadOptions, Targets},
     export,
-    packing::{Batches, Step},
+    packing::{Batches, Position},
     peft,
-    tokenizer::Tokenizer,
 };
 
-/// What a run tells while it works.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// Model and data are loaded; training begins.
-    Prepared(Prepared),
-    /// A step is done.
-    Step(StepRecord),
-}
+/// Options that a resumed run may have otherwise: they change nothing of what it computes. Data files are compared by what is
+/// in them.
+const MAY_CHANGE: [&str; 6] = ["output", "data", "save_every", "keep_last", "eval_every", "eval_data"];
 
-/// A run before its first step.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Prepared {
-    /// What was read.
-    pub data: Report,
-    /// The beginning of the first example; `None` for a model without a tokenizer.
-    pub sample: Option<Sample>,
-    /// Limit that examples were cut to, in tokens.
-    pub max_seq_len: usize,
-    /// Steps of the run.
-    pub total_steps: usize,
-    /// Elements of all trained tensors.
-    pub num_trained: usize,
-    /// Tensors of the checkpoint that the model has no place for.
-    pub unused_tensors: Vec<String>,
-}
-
-/// One line of `metrics.jsonl`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct StepRecord {
-    /// The step, from 1.
-    pub step: usize,
-    /// Mean loss over all targets of the step.
-    pub loss: f32,
-    /// Learning rate.
-    pub lr: f32,
-    /// Norm of all gradients before clipping.
-    pub grad_norm: f32,
-    /// Tokens trained on so far, this step included.
-    pub tokens: usize,
-    /// Tokens of this step over its time.
-    pub tokens_per_second: f64,
-    /// Most bytes held at once so far, by the ledger of the device.
-    pub peak_bytes: u64,
-}
-
-/// A run that is done.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Summary {
-    /// Steps taken.
-    pub steps: usize,
-    /// Loss of the first step.
-    pub first_loss: f32,
-    /// Loss of the last step.
-    pub last_loss: f32,
-    /// Tokens trained on.
-    pub tokens: usize,
-    /// Time of all steps.
-    pub elapsed: Duration,
-    /// Most bytes held at once, by the ledger of the device.
-    pub peak_bytes: u64,
-    /// Folder of the adapter or the model.
-    pub output: PathBuf,
-}
-
-/// Trains adapters or a whole model and writes what [`peft::save`] or [`export::save`] writes, the tokenizer's files and
-/// `metrics.jsonl`.
+/// Trains adapters or a whole model and writes, into the output folder, what [`peft::save`] or [`export::save`] writes, the
+/// tokenizer's files, `config.toml` (the options), `metrics.jsonl`, `loss.svg` and, where they are asked for, checkpoints.
+///
+/// When `stop` becomes true the run ends after the step in flight: a checkpoint and what has been learnt so far are saved, and a
+/// run with [`Start::Resume`] goes on as if it had not been interrupted, with the same bits.
 ///
 /// # Errors
-/// As [`TrainConfig::validate`]; [`Error::InvalidOption`] if a model would be written into its own folder; [`Error::Io`] if the output folder is not writable, found out before the model is loaded;
-/// whatever loading model, adapter and data refuses; [`Error::Stopped`] for a step that is not finite, after what the step
-/// before it left has been saved.
-pub fn train(device: &Device, config: &TrainConfig, on_event: &mut dyn FnMut(Event)) -> Result<Summary> {
+/// As [`TrainConfig::validate`]; [`Error::Io`] if the output folder is not writable and [`RunError::HoldsRun`] if it holds
+/// another run, found out before the model is loaded; whatever loading model, adapter and data refuses; [`Error::Stopped`] for a
+/// step that is not finite, after what the step before it left has been saved; [`RunError::NotSaved`]. With
+/// [`Start::Resume`], [`RunError::NoCheckpoint`], [`RunError::AllDamaged`], [`RunError::Checkpoint`] and [`RunError::Changed`].
+pub fn train(
+    device: &Device,
+    config: &TrainConfig,
+    on_event: &mut dyn FnMut(Event),
+    stop: &AtomicBool,
+) -> Result<Summary> {
     config.validate()?;
-    let output = OutputFolder::open(&config.output)?;
-    if config.method != Method::Lora {
-        output.check_apart(&config.model)?;
-    }
-    let model = prepare_model(device, config)?;
-    let max_seq_len = max_seq_len(config.max_seq_len, &model);
-    let options = ReadOptions {
-        model: &config.model,
-        vocab_size: model.config().vocab_size,
-        max_seq_len,
-        train_on: config.train_on,
+    let output = OutputFolder::open(config)?;
+    let options = TrainOptions::of(config, &device.name());
+    let saved = match config.start {
+        Start::Resume => Some(find_checkpoint(config, &options)?),
+        Start::New | Start::Overwrite => None,
     };
-    let dataset = Dataset::read(&config.data, options)?;
-    let tokenizer = Tokenizer::exists(&config.model).then(|| Tokenizer::load(&config.model)).transpose()?;
-    let sample = tokenizer.map(|tokenizer| dataset.sample(&tokenizer)).transpose()?;
-    let mut batches = Batches::new(&dataset, config.batch_options(max_seq_len))?;
+    let model = prepare_model(device, config)?;
+    let data = Data::read(config, &model)?;
+    let mut batches = Batches::new(&data.train, data.batching)?;
     let total_steps = config.num_steps(&batches)?;
-    let trainer = Trainer::new(model, config.trainer(total_steps))?;
-    let num_trained = trainer.optimizer().parameters().map(|parameter| parameter.value().num_elements()).sum();
-    let (data, unused_tensors) = (dataset.report(), trainer.model().unused_tensors().to_vec());
-    on_event(Event::Prepared(Prepared { data, sample, max_seq_len, total_steps, num_trained, unused_tensors }));
+    let mut trainer = Trainer::new(model, config.trainer(total_steps))?;
+    if let Some(saved) = &saved {
+        saved.restore(&mut trainer)?;
+        batches.skip(saved.state.step);
+        require_same_data(saved, &data, (batches.position(), total_steps))?;
+    }
+    on_event(Event::Prepared(prepared(&data, &trainer, total_steps)));
+    let metrics = begin(&output, saved.as_ref(), on_event)?;
+    output.write_config(&options)?;
+    let run = Run {
+        config,
+        options: &options,
+        output: &output,
+        data: &data,
+        batches,
+        total_steps,
+        trainer,
+        metrics,
+        progress: saved.as_ref().map_or_else(Progress::default, |saved| saved.state.progress),
+        resumed_from: saved.as_ref().map(|saved| &*saved.path),
+        on_event,
+        stop,
+    };
+    finish(run)
+}
 
-    let metrics = JsonLines::create(output.path().join("metrics.jsonl"))?;
-    let mut run = Run { device, trainer, metrics, on_event, records: Records::default() };
-    let outcome = run.steps(&dataset, &mut batches, total_steps);
+/// The newest whole checkpoint, if it is of a run with these options.
+fn find_checkpoint(config: &TrainConfig, options: &TrainOptions) -> Result<Saved> {
+    let saved = Checkpoints::new(&config.output, config.keep_last).newest()?;
+    match options.difference(&saved.options, &MAY_CHANGE)? {
+        None => Ok(saved),
+        Some(Difference { option, own: now, other }) => {
+            Err(RunError::Changed { option, now, saved: other, checkpoint: saved.path }.into())
+        }
+    }
+}
+
+/// Whether the run goes on with the documents that it began with, where it was in them.
+fn require_same_data(saved: &Saved, data: &Data, place: (Position, usize)) -> Result<()> {
+    let State { data_sha256, position, total_steps, .. } = &saved.state;
+    let changed = |option: &str, now: String, before: String| {
+        let (option, checkpoint) = (option.to_owned(), saved.path.clone());
+        Err(RunError::Changed { option, now, saved: before, checkpoint }.into())
+    };
+    let shown = |sum: &str| format!("examples with SHA-256 {}..", sum.get(..16).unwrap_or(sum));
+    if *data_sha256 != data.sha256 {
+        return changed("data", shown(&data.sha256), shown(data_sha256));
+    }
+    if (*position, *total_steps) != place {
+        let shown = |(position, steps): (Position, usize)| {
+            format!("micro-batch {} of epoch {}, {steps} steps in all", position.micro_batch, position.epoch)
+        };
+        return changed("place in the data", shown(place), shown((*position, *total_steps)));
+    }
+    Ok(())
+}
+
+fn prepared(data: &Data, trainer: &Trainer<Decoder>, total_steps: usize) -> Prepared {
+    Prepared {
+        data: data.train.report(),
+        eval: data.eval.as_ref().map(|eval| eval.report),
+        sample: data.sample.clone(),
+        max_seq_len: data.batching.max_seq_len,
+        total_steps,
+        num_trained: trainer.optimizer().parameters().map(|parameter| parameter.value().num_elements()).sum(),
+        unused_tensors: trainer.model().unused_tensors().to_vec(),
+    }
+}
+
+/// Makes the folder ready for the next step: empty, or as it was behind the step of the checkpoint.
+fn begin(output: &OutputFolder, saved: Option<&Saved>, on_event: &mut dyn FnMut(Event)) -> Result<Metrics> {
+    let Some(saved) = saved else {
+        output.clear()?;
+        return Metrics::create(output.metrics());
+    };
+    let metrics = Metrics::resume(output.metrics(), saved.state.step)?;
+    on_event(Event::Resumed(Resumed {
+        step: saved.state.step,
+        checkpoint: saved.path.clone(),
+        damaged: saved.damaged.clone(),
+        num_missing_records: saved.state.step - metrics.losses.len(),
+        other_version: Some(saved.state.version.clone()).filter(|version| version != VERSION),
+    }));
+    Ok(metrics)
+}
+
+/// Trains, and writes what there is at the end.
+fn finish(mut run: Run<'_>) -> Result<Summary> {
+    let outcome = run.steps();
+    if matches!(outcome, Ok(End::Stopped(None))) {
+        // Nothing has been learnt, so nothing is left behind.
+        run.output.clear()?;
+        return outcome.map(|end| summary(&run, end));
+    }
     let stopped_at = match &outcome {
         Err(Error::Train(unsloth_train::Error::NonFinite { step, .. })) => Some(*step),
         _ => None,
     };
     if outcome.is_ok() || stopped_at.is_some() {
-        save(config.method, output.path(), run.trainer.model())?;
-        output.copy_tokenizer(&config.model)?;
+        save(run.config.method, run.output.path(), run.trainer.model())?;
+        run.output.copy_tokenizer(&run.config.model)?;
+        run.output.draw_curve(&run.metrics)?;
     }
     match (outcome, stopped_at) {
         (Err(Error::Train(source)), Some(step)) => {
-            Err(Error::Stopped { last_good_step: step - 1, output: config.output.clone(), source: Box::new(source) })
+            let output = run.config.output.clone();
+            Err(Error::Stopped { last_good_step: step - 1, output, source: Box::new(source) })
         }
-        (Err(error), _) => Err(error),
-        (Ok(()), _) => Ok(run.records.summary(config.output.clone())),
+        (outcome, _) => outcome.map(|end| summary(&run, end)),
+    }
+}
+
+fn summary(run: &Run<'_>, end: End) -> Summary {
+    let progress = run.progress;
+    Summary {
+        steps: run.trainer.num_steps(),
+        first_loss: progress.first_loss,
+        last_loss: progress.last_loss,
+        evaluation: run.metrics.eval_losses.last().map(|&(step, loss)| EvalRecord::new(step, loss)),
+        tokens: progress.tokens,
+        elapsed: Duration::from_secs_f64(progress.seconds),
+        peak_bytes: run.trainer.model().device().usage().total_peak_bytes(),
+        output: run.config.output.clone(),
+        end,
     }
 }
 
@@ -182,79 +228,4 @@ fn adapted_model(device: &Device, config: &TrainConfig) -> Result<Decoder> {
         }
     }
     Ok(model)
-}
-
-/// What the steps so far add up to.
-#[derive(Clone, Copy, Debug, Default)]
-struct Records {
-    first: Option<StepRecord>,
-    last: Option<StepRecord>,
-    elapsed: Duration,
-}
-
-impl Records {
-    fn summary(self, output: PathBuf) -> Summary {
-        let loss = |record: Option<StepRecord>| record.map_or(f32::NAN, |record| record.loss);
-        Summary {
-            steps: self.last.map_or(0, |record| record.step),
-            first_loss: loss(self.first),
-            last_loss: loss(self.last),
-            tokens: self.last.map_or(0, |record| record.tokens),
-            elapsed: self.elapsed,
-            peak_bytes: self.last.map_or(0, |record| record.peak_bytes),
-            output,
-        }
-    }
-}
-
-struct Run<'a> {
-    device: &'a Device,
-    trainer: Trainer<Decoder>,
-    metrics: JsonLines,
-    on_event: &'a mut dyn FnMut(Event),
-    records: Records,
-}
-
-impl Run<'_> {
-    fn steps(&mut self, dataset: &Dataset, batches: &mut Batches, total_steps: usize) -> Result<()> {
-        // The trainer hands out the metrics of a step while it works on the next one.
-        let mut time_of_last = Duration::ZERO;
-        for _ in 0..total_steps {
-            let start = Instant::now();
-            let micro_batches = self.micro_batches(dataset, batches.next_step())?;
-            let metrics = self.trainer.step(&micro_batches)?;
-            self.record(metrics, time_of_last)?;
-            time_of_last = start.elapsed();
-        }
-        let metrics = self.trainer.finish()?;
-        self.record(metrics, time_of_last)
-    }
-
-    fn micro_batches(&self, dataset: &Dataset, step: Step) -> Result<Vec<Batch>> {
-        let batch = |documents: Vec<usize>| {
-            let documents: Vec<Document<'_>> = documents.into_iter().map(|index| dataset.document(index)).collect();
-            Ok(Batch::new(self.device, &documents)?)
-        };
-        step.into_iter().map(batch).collect()
-    }
-
-    fn record(&mut self, metrics: Option<StepMetrics>, time: Duration) -> Result<()> {
-        let Some(metrics) = metrics else { return Ok(()) };
-        let record = StepRecord {
-            step: metrics.step,
-            loss: metrics.loss,
-            lr: metrics.learning_rate,
-            grad_norm: metrics.grad_norm,
-            tokens: self.records.last.map_or(0, |last| last.tokens) + metrics.num_tokens,
-            // A clock may stand still between two readings; JSON has no infinity.
-            tokens_per_second: metrics.num_tokens as f64 / time.as_secs_f64().max(1e-9),
-            peak_bytes: self.device.usage().total_peak_bytes(),
-        };
-        self.records.first.get_or_insert(record);
-        self.records.last = Some(record);
-        self.records.elapsed += time;
-        self.metrics.push(&record)?;
-        (self.on_event)(Event::Step(record));
-        Ok(())
-    }
 }
