@@ -1,11 +1,12 @@
 //! What every kernel crate of unsloth-rs needs before and inside a launch: checks against the device's properties, launch
-//! geometry, and sums over a cube that are right for any plane size.
+//! geometry, sums over a cube that are right for any plane size, and exponentials that are good on any device.
 //!
 //! A kernel that breaks a limit of its device reports nothing: the launch returns, and the output keeps its old contents. So
 //! every launch goes through [`Launch`], which turns such a call into a [`LaunchError`] first.
 
 mod error;
 mod launch;
+pub mod math;
 mod reduce;
 
 pub use error::LaunchError;
