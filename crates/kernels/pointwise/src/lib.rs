@@ -1,7 +1,6 @@
-//! Elementwise operators, reductions to a scalar and AdamW in CubeCL, generic over the runtime.
-//!
-//! All of them are bound by memory: each reads every operand once and writes every result once.
+#![doc = include_str!("../README.md")]
 
 pub mod adamw;
 pub mod elementwise;
+pub mod embedding;
 pub mod reduce;
