@@ -30,6 +30,8 @@ pub(crate) struct Operands<R: Runtime> {
     pub(crate) bias: Option<Matrix<R>>,
     /// `[rows, cols]`, written.
     pub(crate) out: Matrix<R>,
+    /// Factor of the sums.
+    pub(crate) scale: f32,
 }
 
 /// Launches a product whose `A` is not transposed.
@@ -61,6 +63,7 @@ pub(crate) fn few_rows<R: Runtime>(
         args.out.array,
         cols as u32,
         depth as u32,
+        args.scale,
         units,
         form,
         elements,
@@ -77,6 +80,7 @@ fn few_rows_kernel<A: Numeric, B: Numeric, D: Numeric, Y: Numeric>(
     out: &mut Array<Y>,
     cols: u32,
     depth: u32,
+    scale: f32,
     #[comptime] units: Units,
     #[comptime] form: Form,
     #[define(A, B, D, Y)] _elements: [StorageType; 4],
@@ -110,6 +114,6 @@ fn few_rows_kernel<A: Numeric, B: Numeric, D: Numeric, Y: Numeric>(
         for other in 1..comptime!(units.shares).runtime() {
             sum += parts[other * units.columns + column];
         }
-        store::<D, Y>(bias, out, row * cols + col, col, sum, form.accumulate);
+        store::<D, Y>(bias, out, row * cols + col, col, sum * scale, form.accumulate);
     }
 }

@@ -1,5 +1,6 @@
-//! Dense matrix products in CubeCL, generic over the runtime and the element types. All arrays are contiguous, row-major.
+#![doc = include_str!("../README.md")]
 
 mod few_rows;
 pub mod linear;
+pub mod lora_linear;
 pub mod product;

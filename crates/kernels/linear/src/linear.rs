@@ -51,6 +51,7 @@ pub fn forward<R: Runtime, X: Float, W: Float, B: Float>(
         b: Matrix::new::<W>(&launch, "weight", args.weight, out_features * in_features)?,
         bias: args.bias.map(|bias| Matrix::new::<B>(&launch, "bias", bias, out_features)).transpose()?,
         out: Matrix::new::<X>(&launch, "y", args.y, rows * out_features)?,
+        scale: 1.0,
     };
     let form = Form { a_transposed: false, b_transposed: true, accumulate: false };
     product(&launch, Size { rows, cols: out_features, depth: in_features }, form, matrices)
@@ -83,6 +84,7 @@ pub fn input_gradient<R: Runtime, X: Float, W: Float>(
         b: Matrix::new::<W>(&launch, "weight", args.weight, out_features * in_features)?,
         bias: None,
         out: Matrix::new::<X>(&launch, "dx", args.dx, rows * in_features)?,
+        scale: 1.0,
     };
     let form = Form { a_transposed: false, b_transposed: false, accumulate: false };
     product(&launch, Size { rows, cols: in_features, depth: out_features }, form, matrices)
@@ -115,6 +117,7 @@ pub fn weight_gradient<R: Runtime, X: Float>(
         b: Matrix::new::<X>(&launch, "x", args.x, rows * in_features)?,
         bias: None,
         out: Matrix::new::<f32>(&launch, "dweight", args.dweight, out_features * in_features)?,
+        scale: 1.0,
     };
     let form = Form { a_transposed: true, b_transposed: false, accumulate: true };
     product(&launch, Size { rows: out_features, cols: in_features, depth: rows }, form, matrices)
@@ -148,6 +151,7 @@ pub fn bias_gradient<R: Runtime, X: Float>(
         b: Matrix::new::<X>(&launch, "dy", args.dy, rows * out_features)?,
         bias: None,
         out: Matrix::new::<f32>(&launch, "dbias", args.dbias, out_features)?,
+        scale: 1.0,
     };
     let form = Form { a_transposed: false, b_transposed: false, accumulate: true };
     few_rows(&launch, Size { rows: 1, cols: out_features, depth: rows }, form, matrices)

@@ -1,4 +1,4 @@
-//! `out = A B + bias`, or `out += A B`, for any sizes, storage types and either orientation of `A` and `B`.
+//! `out = scale * A B + bias`, or `out += scale * A B`, for any sizes, storage types and either orientation of `A` and `B`.
 //!
 //! Work: a cube makes a tile of `out` from tiles of `A` and `B` in shared memory; a unit keeps a block of the tile in
 //! registers. A product of few rows has nothing to reuse and is a dot product per element instead.
@@ -76,6 +76,8 @@ pub struct Args<R: Runtime> {
     pub bias: Option<Matrix<R>>,
     /// `[rows, cols]`, written.
     pub out: Matrix<R>,
+    /// Factor of the sums.
+    pub scale: f32,
 }
 
 /// Elements in a vector of shared memory or registers.
@@ -151,7 +153,8 @@ pub fn product<R: Runtime>(launch: &Launch<'_, R>, size: Size, form: Form, args:
         return Ok(());
     }
     if rows <= FEW_ROWS && !form.a_transposed {
-        return few_rows(launch, size, form, Operands { a: Some(args.a), b: args.b, bias: args.bias, out: args.out });
+        let Args { a, b, bias, out, scale } = args;
+        return few_rows(launch, size, form, Operands { a: Some(a), b, bias, out, scale });
     }
     let bias_element = args.bias.as_ref().map_or(args.out.element, |bias| bias.element);
     let elements = [args.a.element, args.b.element, bias_element, args.out.element];
@@ -169,6 +172,7 @@ pub fn product<R: Runtime>(launch: &Launch<'_, R>, size: Size, form: Form, args:
         rows as u32,
         cols as u32,
         depth as u32,
+        args.scale,
         tile,
         form,
         elements,
@@ -242,6 +246,7 @@ fn tiled_kernel<A: Numeric, B: Numeric, D: Numeric, Y: Numeric>(
     rows: u32,
     cols: u32,
     depth: u32,
+    scale: f32,
     #[comptime] tile: Tile,
     #[comptime] form: Form,
     #[define(A, B, D, Y)] _elements: [StorageType; 4],
@@ -309,7 +314,7 @@ fn tiled_kernel<A: Numeric, B: Numeric, D: Numeric, Y: Numeric>(
             let row = row0 + (item / tile.cols + group) * LANES + comptime!(i % LANES);
             let col = col0 + item % tile.cols;
             if row < rows && col < cols {
-                store::<D, Y>(bias, out, row * cols + col, col, staged[item], form.accumulate);
+                store::<D, Y>(bias, out, row * cols + col, col, staged[item] * scale, form.accumulate);
             }
             item += comptime!(tile.units());
         }
