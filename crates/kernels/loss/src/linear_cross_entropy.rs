@@ -1,0 +1,130 @@
+//! Output projection and cross entropy over chunks of tokens; `[tokens, vocab_size]` never exists.
+//!
+//! Of each chunk: `logits = x W^T` in f32, loss, `dlogits` over the logits, `dx = dlogits W`, `dweight += dlogits^T x`. Gradients are
+//! made at once, because recomputing the logits would cost half as much again. Liger-Kernel (arXiv:2410.10989) and Cut Cross Entropy
+//! (arXiv:2411.09009) use the same idea.
+//!
+//! Rows without a target are multiplied like the others, with a gradient of zeros: the host that sizes the launches does not see
+//! the targets. Chunks follow one another in order, so `dweight` has the same bits on every run.
+
+use cubecl::{prelude::*, server::Handle};
+use unsloth_common::{Launch, LaunchError};
+use unsloth_linear::product::{self, Form, Matrix, Size, product};
+
+use crate::cross_entropy::{self, Loss};
+
+/// f32 elements of the logits of a chunk, where [`ROWS`] rows are not more: 64 MiB.
+const CHUNK: usize = 16 << 20;
+/// Rows of a chunk are a multiple of this, so that each chunk of every buffer starts at an address that devices bind.
+const ROWS: usize = 128;
+
+/// Sizes of one loss over hidden states.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Shape {
+    /// Rows of `x`.
+    pub tokens: usize,
+    /// Columns of `x`.
+    pub hidden_size: usize,
+    /// Rows of the matrix, at least 1.
+    pub vocab_size: usize,
+    /// The loss.
+    pub loss: Loss,
+}
+
+impl Shape {
+    /// Rows whose logits exist at a time.
+    pub fn chunk_rows(&self) -> usize {
+        let rows = CHUNK / self.vocab_size.max(1) / ROWS * ROWS;
+        rows.max(ROWS).min(self.tokens)
+    }
+}
+
+/// Buffers of a call.
+#[derive(Clone, Copy, Debug)]
+pub struct Args<'a> {
+    /// `[tokens, hidden_size]` of `X`
+    pub x: &'a Handle,
+    /// `[vocab_size, hidden_size]` of `W`
+    pub weight: &'a Handle,
+    /// i32 `[tokens]`; outside of `0 .. vocab_size` means that the row has no target.
+    pub targets: &'a Handle,
+    /// f32 `[chunk_rows, vocab_size]`, overwritten.
+    pub logits: &'a Handle,
+    /// f32 `[tokens]`, overwritten: loss of each row.
+    pub nll: &'a Handle,
+    /// f32 `[tokens]`, overwritten.
+    pub lse: &'a Handle,
+    /// f32 `[1]`, overwritten.
+    pub loss: &'a Handle,
+    /// `[tokens, hidden_size]` of `X`, overwritten, if wanted.
+    pub dx: Option<&'a Handle>,
+    /// f32 `[vocab_size, hidden_size]`, added to, if wanted.
+    pub dweight: Option<&'a Handle>,
+}
+
+/// Launches loss and wanted gradients. Gradients, not the loss, are multiplied by the loss scale.
+///
+/// # Errors
+/// [`LaunchError`] for an element type that the device lacks, a buffer that is too small, or a limit exceeded.
+pub fn forward<R: Runtime, X: Float, W: Float>(
+    client: &ComputeClient<R>,
+    shape: Shape,
+    args: Args<'_>,
+) -> Result<(), LaunchError> {
+    let launch = Launch::new(client, "linear_cross_entropy");
+    for first in (0..shape.tokens).step_by(shape.chunk_rows().max(1)) {
+        let rows = shape.chunk_rows().min(shape.tokens - first);
+        chunk::<R, X, W>(&launch, shape, first..first + rows, args)?;
+    }
+    let rows = cross_entropy::Shape { tokens: shape.tokens, vocab_size: shape.vocab_size, loss: shape.loss };
+    cross_entropy::mean(client, rows, cross_entropy::Mean { nll: args.nll, loss: args.loss })
+}
+
+/// A buffer from its row `first` on.
+fn from_row<E: CubePrimitive>(handle: &Handle, first: usize, columns: usize) -> Handle {
+    let bytes = first as u64 * columns as u64 * E::as_type_native_unchecked().size() as u64;
+    handle.clone().offset_start(bytes)
+}
+
+/// Launches the work of the tokens `at`.
+fn chunk<R: Runtime, X: Float, W: Float>(
+    launch: &Launch<'_, R>,
+    shape: Shape,
+    at: std::ops::Range<usize>,
+    args: Args<'_>,
+) -> Result<(), LaunchError> {
+    let Shape { hidden_size, vocab_size, loss, .. } = shape;
+    let (first, rows) = (at.start, at.len());
+    let of_x =
+        |arg, handle| Matrix::new::<X>(launch, arg, &from_row::<X>(handle, first, hidden_size), rows * hidden_size);
+    let of_logits = || Matrix::new::<f32>(launch, "logits", args.logits, rows * vocab_size);
+    let weight = || Matrix::new::<W>(launch, "weight", args.weight, vocab_size * hidden_size);
+
+    let matrices = product::Args { a: of_x("x", args.x)?, b: weight()?, bias: None, out: of_logits()?, scale: 1.0 };
+    let form = Form { a_transposed: false, b_transposed: true, accumulate: false };
+    product(launch, Size { rows, cols: vocab_size, depth: hidden_size }, form, matrices)?;
+
+    let of_rows = |handle| from_row::<f32>(handle, first, 1);
+    let (targets, nll, lse) = (of_rows(args.targets), of_rows(args.nll), of_rows(args.lse));
+    let losses = cross_entropy::Shape { tokens: rows, vocab_size, loss };
+    let forward = cross_entropy::Forward { logits: args.logits, targets: &targets, nll: &nll, lse: &lse };
+    cross_entropy::forward::<R, f32>(launch.client(), losses, forward)?;
+    if args.dx.is_none() && args.dweight.is_none() {
+        return Ok(());
+    }
+    let backward = cross_entropy::Backward { logits: args.logits, targets: &targets, lse: &lse };
+    cross_entropy::backward::<R, f32>(launch.client(), losses, backward)?;
+
+    if let Some(dweight) = args.dweight {
+        let out = Matrix::new::<f32>(launch, "dweight", dweight, vocab_size * hidden_size)?;
+        let matrices = product::Args { a: of_logits()?, b: of_x("x", args.x)?, bias: None, out, scale: 1.0 };
+        let form = Form { a_transposed: true, b_transposed: false, accumulate: true };
+        product(launch, Size { rows: vocab_size, cols: hidden_size, depth: rows }, form, matrices)?;
+    }
+    if let Some(dx) = args.dx {
+        let matrices = product::Args { a: of_logits()?, b: weight()?, bias: None, out: of_x("dx", dx)?, scale: 1.0 };
+        let form = Form { a_transposed: false, b_transposed: false, accumulate: false };
+        product(launch, Size { rows, cols: hidden_size, depth: vocab_size }, form, matrices)?;
+    }
+    Ok(())
+}
