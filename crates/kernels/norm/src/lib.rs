@@ -1,3 +1,3 @@
-//! Normalisation kernels in CubeCL, generic over the runtime and the element type. All arrays are contiguous, row-major.
+#![doc = include_str!("../README.md")]
 
 pub mod rms_norm;
