@@ -107,11 +107,6 @@ impl<R: Runtime> CubeBackend<R> {
         Ok(())
     }
 
-    /// A typed refusal of an operator that has no kernel here.
-    pub(crate) fn unsupported<T>(&self, op: &'static str) -> Result<T> {
-        Err(Error::Unsupported { op, what: "this operator", device: self.name.clone() })
-    }
-
     /// Space for `bytes`, checked against the budget and the largest buffer of the device.
     fn reserve(&self, bytes: usize, category: Category) -> Result<Charge> {
         let largest = self.client.properties().memory.max_page_size;

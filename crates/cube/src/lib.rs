@@ -8,15 +8,19 @@ mod access;
 mod adamw;
 mod attention;
 mod backend;
+mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod elementwise;
+mod embedding;
+mod glu;
 mod linear;
+mod linear_cross_entropy;
+mod lora_linear;
 mod poison;
 mod reduce;
 mod rms_norm;
 mod rope;
-mod unsupported;
 #[cfg(feature = "wgpu")]
 mod vulkan;
 

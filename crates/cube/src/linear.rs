@@ -12,7 +12,7 @@ use crate::{
     backend::{CubeBackend, output},
 };
 
-fn shape(spec: &Spec) -> kernels::Shape {
+pub(crate) fn shape(spec: &Spec) -> kernels::Shape {
     let &Spec { rows, in_features, out_features, .. } = spec;
     kernels::Shape { rows, in_features, out_features }
 }

@@ -24,13 +24,38 @@ fn attention() {
 }
 
 #[test]
+fn cross_entropy() {
+    suite::cross_entropy::run(&device());
+}
+
+#[test]
 fn elementwise() {
     suite::elementwise::run(&device());
 }
 
 #[test]
+fn embedding() {
+    suite::embedding::run(&device());
+}
+
+#[test]
+fn glu() {
+    suite::glu::run(&device());
+}
+
+#[test]
 fn linear() {
     suite::linear::run(&device());
+}
+
+#[test]
+fn linear_cross_entropy() {
+    suite::linear_cross_entropy::run(&device());
+}
+
+#[test]
+fn lora_linear() {
+    suite::lora_linear::run(&device());
 }
 
 #[test]

@@ -16,19 +16,28 @@ use crate::{
 };
 
 mod attention;
+mod embedding;
+mod glu;
 mod linear;
+mod lora_linear;
+mod loss;
 mod pointwise;
 mod rms_norm;
 mod rope;
 
 type Calls = fn(&mut Caller) -> unsloth_core::Result<()>;
 
-/// Operators that have kernels.
-const OPERATORS: [(&str, Calls); 7] = [
+/// Every operator.
+const OPERATORS: [(&str, Calls); 12] = [
     ("adamw", pointwise::adamw),
     ("attention", attention::calls),
+    ("cross_entropy", loss::cross_entropy),
     ("elementwise", pointwise::elementwise),
+    ("embedding", embedding::calls),
+    ("glu", glu::calls),
     ("linear", linear::calls),
+    ("linear_cross_entropy", loss::linear_cross_entropy),
+    ("lora_linear", lora_linear::calls),
     ("reduce", pointwise::reduce),
     ("rms_norm", rms_norm::calls),
     ("rope", rope::calls),

@@ -1,0 +1,109 @@
+//! LoRA linear on the kernels of `unsloth-linear`.
+
+use cubecl::prelude::Runtime;
+use unsloth_core::{
+    Category, DType, Result, Tensor, Weight,
+    ops::lora_linear::{Adapter, Backward, Forward, LoraLinear, ParameterGradients, Spec},
+};
+use unsloth_linear::{linear, lora_linear as kernels};
+
+use crate::{
+    access::{dispatch_float, handle, handle_mut},
+    backend::{CubeBackend, output},
+    linear::shape as base_shape,
+};
+
+const BACKWARD: &str = "lora_linear_backward";
+
+fn shape(spec: &Spec) -> kernels::Shape {
+    kernels::Shape { base: base_shape(&spec.base), rank: spec.rank, scale: spec.scale }
+}
+
+impl<R: Runtime> CubeBackend<R> {
+    /// `scale * dy B`, f32 `[rows, rank]`.
+    fn rank_gradient(&self, spec: &Spec, dy: &Tensor, lora_b: &Tensor) -> Result<Tensor> {
+        let mut dh = dy.device().empty([spec.base.rows, spec.rank], DType::F32, Category::Workspace)?;
+        let to_dh = handle_mut(BACKWARD, "dh", &mut dh)?;
+        let args = kernels::RankGradient { dy: handle(dy), lora_b: handle(lora_b), dh: to_dh };
+        self.launch(BACKWARD, |client| {
+            dispatch_float!(spec.base.dtype, X => dispatch_float!(spec.adapter_dtype, L =>
+                kernels::rank_gradient::<R, X, L>(client, shape(spec), args)))
+        })?;
+        Ok(dh)
+    }
+
+    fn adapted_input_gradient(&self, spec: &Spec, inputs: Backward<'_>, dh: &Tensor) -> Result<Tensor> {
+        let mut dx = output(inputs.dy, spec.base.dtype, [spec.base.rows, spec.base.in_features])?;
+        let weight = inputs.weight.to_dense()?;
+        let to_dx = handle_mut(BACKWARD, "dx", &mut dx)?;
+        let base = linear::InputGradient { dy: handle(inputs.dy), weight: handle(&weight), dx: to_dx };
+        let args = kernels::InputGradient { base, dh: handle(dh), lora_a: handle(inputs.adapter.lora_a) };
+        self.launch(BACKWARD, |client| {
+            dispatch_float!(spec.base.dtype, X => dispatch_float!(spec.base.weight_dtype, W =>
+                dispatch_float!(spec.adapter_dtype, L =>
+                    kernels::input_gradient::<R, X, W, L>(client, shape(spec), args))))
+        })?;
+        Ok(dx)
+    }
+}
+
+impl<R: Runtime> LoraLinear for CubeBackend<R> {
+    fn lora_linear_forward(
+        &self,
+        spec: &Spec,
+        x: &Tensor,
+        weight: &Weight,
+        bias: Option<&Tensor>,
+        adapter: Adapter<'_>,
+    ) -> Result<Forward> {
+        const OP: &str = "lora_linear_forward";
+        let mut h = output(x, DType::F32, [spec.base.rows, spec.rank])?;
+        let mut y = output(x, spec.base.dtype, [spec.base.rows, spec.base.out_features])?;
+        let weight = weight.to_dense()?;
+        let bias_dtype = bias.map_or(spec.base.dtype, Tensor::dtype);
+        let to_y = handle_mut(OP, "y", &mut y)?;
+        let base = linear::Forward { x: handle(x), weight: handle(&weight), bias: bias.map(handle), y: to_y };
+        let (lora_a, lora_b) = (handle(adapter.lora_a), handle(adapter.lora_b));
+        let args = kernels::Forward { base, lora_a, lora_b, h: handle_mut(OP, "h", &mut h)? };
+        self.launch(OP, |client| {
+            dispatch_float!(spec.base.dtype, X => dispatch_float!(spec.base.weight_dtype, W =>
+                dispatch_float!(bias_dtype, B => dispatch_float!(spec.adapter_dtype, L =>
+                    kernels::forward::<R, X, W, B, L>(client, shape(spec), args)))))
+        })?;
+        Ok(Forward { y, h })
+    }
+
+    fn lora_linear_backward(
+        &self,
+        spec: &Spec,
+        inputs: Backward<'_>,
+        gradients: ParameterGradients<'_>,
+    ) -> Result<Option<Tensor>> {
+        let Backward { dy, x, h, adapter, needs_dx, .. } = inputs;
+        let dtype = spec.base.dtype;
+        if let Some(dlora_b) = gradients.dlora_b {
+            let dlora_b = handle_mut(BACKWARD, "dlora_b", dlora_b)?;
+            let args = kernels::GradientOfB { dy: handle(dy), h: handle(h), dlora_b };
+            self.launch(
+                BACKWARD,
+                |client| dispatch_float!(dtype, X => kernels::gradient_of_b::<R, X>(client, shape(spec), args)),
+            )?;
+        }
+        if gradients.dlora_a.is_none() && !needs_dx {
+            return Ok(None);
+        }
+        let dh = self.rank_gradient(spec, dy, adapter.lora_b)?;
+        if let Some(dlora_a) = gradients.dlora_a {
+            let dlora_a = handle_mut(BACKWARD, "dlora_a", dlora_a)?;
+            let args = kernels::GradientOfA { dh: handle(&dh), x: handle(x), dlora_a };
+            self.launch(
+                BACKWARD,
+                |client| dispatch_float!(dtype, X => kernels::gradient_of_a::<R, X>(client, shape(spec), args)),
+            )?;
+        }
+        if !needs_dx {
+            return Ok(None);
+        }
+        self.adapted_input_gradient(spec, inputs, &dh).map(Some)
+    }
+}
