@@ -2,7 +2,7 @@
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use unsloth_rs::{
     DType, Device,
@@ -14,7 +14,7 @@ use unsloth_rs::{
 /// Where to compute.
 #[derive(Args)]
 pub(crate) struct DeviceArgs {
-    /// Processor to compute on; this build has cpu [default: cpu]
+    /// Device to compute on: cpu, vulkan:N, wgpu or cuda:N; `unsloth devices` lists those of this build and machine [default: cpu]
     #[arg(long, value_name = "NAME")]
     pub(crate) device: Option<String>,
     /// Threads of the CPU [default: one per core]
@@ -29,7 +29,8 @@ impl DeviceArgs {
                 let options = CpuOptions { num_threads: self.threads, ..CpuOptions::default() };
                 Ok(Device::new(CpuBackend::new(options)?))
             }
-            (name, _) => Ok(device(name)?),
+            (name, Some(_)) => bail!("--threads is for --device cpu, not {name}"),
+            (name, None) => Ok(device(name)?),
         }
     }
 }

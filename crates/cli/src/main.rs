@@ -4,6 +4,7 @@
 //! after saving.
 
 mod args;
+mod devices;
 mod eval;
 mod generate;
 mod plan;
@@ -17,6 +18,8 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(name = "unsloth", version, about, max_term_width = 100)]
 enum Command {
+    /// List the devices of this machine that --device can name.
+    Devices(devices::Args),
     /// Train a low-rank adapter for a Hugging Face model, or all of its weights, on chats, texts or tokens.
     Train(Box<train::Args>),
     /// Mean loss and perplexity of a model, with or without an adapter, over data.
@@ -30,6 +33,7 @@ enum Command {
 fn main() -> ExitCode {
     let done = |()| ExitCode::SUCCESS;
     let result = match Command::parse() {
+        Command::Devices(args) => devices::run(args).map(done),
         Command::Train(args) => train::run(*args),
         Command::Eval(args) => eval::run(args).map(done),
         Command::Plan(args) => plan::run(args).map(done),

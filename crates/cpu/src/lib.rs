@@ -21,6 +21,7 @@ mod elementwise;
 mod embedding;
 mod gemm;
 mod glu;
+mod info;
 mod linear;
 mod linear_cross_entropy;
 mod lora_linear;
@@ -30,6 +31,7 @@ mod rope;
 mod simd;
 
 pub use backend::{CpuBackend, CpuOptions};
+pub use info::info;
 
 /// A CPU device with default options: all cores, no budget.
 pub fn device() -> unsloth_core::Device {

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use cubecl::{device::Device as _, prelude::*, server::Handle, stream_id::StreamId};
+use cubecl::{device::Device as _, ir::DeviceProperties, prelude::*, server::Handle, stream_id::StreamId};
 use unsloth_common::LaunchError;
 use unsloth_core::{AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Result, Tensor, Usage};
 use unsloth_memory::{Charge, Ledger};
@@ -105,6 +105,10 @@ impl<R: Runtime> CubeBackend<R> {
         self.check(op)?;
         self.launched.lock().unwrap_or_else(PoisonError::into_inner).clear();
         Ok(())
+    }
+
+    pub(crate) fn properties(&self) -> &DeviceProperties {
+        self.client.properties()
     }
 
     /// Space for `bytes`, checked against the budget and the largest buffer of the device.

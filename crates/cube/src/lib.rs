@@ -14,6 +14,7 @@ mod cuda;
 mod elementwise;
 mod embedding;
 mod glu;
+mod info;
 mod linear;
 mod linear_cross_entropy;
 mod lora_linear;
@@ -27,5 +28,6 @@ mod vulkan;
 pub use backend::{CubeBackend, CubeOptions};
 #[cfg(feature = "cuda")]
 pub use cuda::cuda;
+pub use info::devices;
 #[cfg(feature = "wgpu")]
-pub use vulkan::{Adapter, adapters, vulkan};
+pub use vulkan::{Adapter, adapters, vulkan, wgpu};

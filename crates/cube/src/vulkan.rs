@@ -1,9 +1,9 @@
-//! Vulkan devices through wgpu.
+//! Vulkan devices, and the device that wgpu prefers.
 
-use cubecl_wgpu::{WgpuDevice, WgpuRuntime};
-use unsloth_core::{Device, Error, Result};
+use cubecl_wgpu::{AutoGraphicsApi, GraphicsApi, WgpuDevice, WgpuRuntime};
+use unsloth_core::{Device, DeviceInfo, DeviceName, Error, Result};
 
-use crate::{CubeBackend, CubeOptions};
+use crate::{CubeBackend, CubeOptions, info::Described};
 
 /// A Vulkan device of this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,6 +14,8 @@ pub struct Adapter {
     pub name: String,
     /// Driver and its version.
     pub driver: String,
+    /// Bytes of the device's own memory; `None` where the driver does not say.
+    pub memory_bytes: Option<u64>,
     /// Whether the device is the processor itself (a software driver such as lavapipe).
     pub is_cpu: bool,
     device: WgpuDevice,
@@ -21,12 +23,6 @@ pub struct Adapter {
 
 /// The Vulkan devices of this machine, in the driver's order.
 pub fn adapters() -> Vec<Adapter> {
-    let descriptor = wgpu::InstanceDescriptor {
-        backends: wgpu::Backends::VULKAN,
-        ..wgpu::InstanceDescriptor::new_without_display_handle()
-    };
-    let instance = wgpu::Instance::new(descriptor);
-    let found = cubecl::future::block_on(instance.enumerate_adapters(wgpu::Backends::VULKAN));
     // CubeCL counts devices of each kind on their own.
     let mut counts = [0usize; 3];
     let mut next = |kind: usize| {
@@ -42,11 +38,39 @@ pub fn adapters() -> Vec<Adapter> {
             wgpu::DeviceType::Cpu => WgpuDevice::Cpu,
             wgpu::DeviceType::Other => WgpuDevice::DefaultDevice,
         };
-        let driver = format!("{} {}", info.driver, info.driver_info).trim().to_owned();
         let is_cpu = info.device_type == wgpu::DeviceType::Cpu;
-        Adapter { index, name: info.name, driver, is_cpu, device }
+        let (memory_bytes, driver) = (memory_bytes(&adapter), driver(&info));
+        Adapter { index, name: info.name, driver, memory_bytes, is_cpu, device }
     };
-    found.into_iter().enumerate().map(adapter).collect()
+    enumerate(wgpu::Backend::Vulkan).into_iter().enumerate().map(adapter).collect()
+}
+
+fn enumerate(backend: wgpu::Backend) -> Vec<wgpu::Adapter> {
+    let backends = wgpu::Backends::from(backend);
+    let descriptor = wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() };
+    cubecl::future::block_on(wgpu::Instance::new(descriptor).enumerate_adapters(backends))
+}
+
+fn driver(info: &wgpu::AdapterInfo) -> String {
+    format!("{} {}", info.driver, info.driver_info).trim().to_owned()
+}
+
+/// Memory that Vulkan calls local to the device.
+#[allow(unsafe_code, reason = "wgpu does not pass on how much memory a device has")]
+fn memory_bytes(adapter: &wgpu::Adapter) -> Option<u64> {
+    // SAFETY: the handle is used for a query below and not kept, and `adapter` outlives it.
+    let vulkan = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
+    let instance = vulkan.shared_instance().raw_instance();
+    // SAFETY: the physical device is one of this instance: both come from one adapter.
+    let properties = unsafe { instance.get_physical_device_memory_properties(vulkan.raw_physical_device()) };
+    /// `VK_MEMORY_HEAP_DEVICE_LOCAL_BIT`
+    const DEVICE_LOCAL: u32 = 1;
+    let heaps = properties.memory_heaps_as_slice().iter();
+    Some(heaps.filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0).map(|heap| heap.size).sum())
+}
+
+fn open(device: &WgpuDevice, name: DeviceName, options: CubeOptions) -> Result<CubeBackend<WgpuRuntime>> {
+    CubeBackend::new(device, name.to_string(), options)
 }
 
 /// The device `vulkan:index`.
@@ -54,10 +78,49 @@ pub fn adapters() -> Vec<Adapter> {
 /// # Errors
 /// [`Error::InvalidSpec`] if this machine has no such device; [`Error::Launch`] if it cannot be opened.
 pub fn vulkan(index: usize, options: CubeOptions) -> Result<Device> {
-    let Some(adapter) = adapters().into_iter().nth(index) else {
-        let (value, rule) =
-            (index.to_string(), "the index of a Vulkan device of this machine (is a driver installed?)");
-        return Err(Error::InvalidSpec { op: "device", field: "vulkan", value, rule });
+    let name = DeviceName::Vulkan(index);
+    let adapters = adapters();
+    let Some(adapter) = adapters.get(index) else {
+        let rule = if adapters.is_empty() {
+            "a device with a Vulkan driver, and none is installed (Debian and Ubuntu: apt-get install mesa-vulkan-drivers)"
+        } else {
+            "a Vulkan device of this machine: `unsloth devices` lists them"
+        };
+        return Err(Error::InvalidSpec { op: "device", field: "name", value: name.to_string(), rule });
     };
-    Ok(Device::new(CubeBackend::<WgpuRuntime>::new(&adapter.device, format!("vulkan:{index}"), options)?))
+    Ok(Device::new(open(&adapter.device, name, options)?))
+}
+
+/// The device that wgpu prefers on this system: through Metal on a Mac, through Vulkan on Linux.
+///
+/// # Errors
+/// [`Error::InvalidSpec`] if there is none; [`Error::Launch`] if it cannot be opened.
+pub fn wgpu(options: CubeOptions) -> Result<Device> {
+    if enumerate(AutoGraphicsApi::backend()).is_empty() {
+        let (value, rule) = (
+            "wgpu".to_owned(),
+            "asked for where there is a graphics driver (Debian and Ubuntu: apt-get install mesa-vulkan-drivers)",
+        );
+        return Err(Error::InvalidSpec { op: "device", field: "name", value, rule });
+    }
+    Ok(Device::new(open(&WgpuDevice::DefaultDevice, DeviceName::Wgpu, options)?))
+}
+
+/// The Vulkan devices, and the one called `wgpu` where that is none of them.
+pub(crate) fn devices() -> Vec<DeviceInfo> {
+    let options = CubeOptions::default;
+    let vulkan = adapters().into_iter().map(|adapter| {
+        let Adapter { index, name: model, driver, memory_bytes, device, .. } = adapter;
+        let name = DeviceName::Vulkan(index);
+        Described { name, model, memory_bytes, driver }.with(open(&device, name, options()))
+    });
+    let preferred = AutoGraphicsApi::backend();
+    let other = if preferred == wgpu::Backend::Vulkan { None } else { enumerate(preferred).into_iter().next() };
+    let other = other.map(|adapter| {
+        let info = adapter.get_info();
+        let described =
+            Described { name: DeviceName::Wgpu, driver: driver(&info), model: info.name, memory_bytes: None };
+        described.with(open(&WgpuDevice::DefaultDevice, DeviceName::Wgpu, options()))
+    });
+    vulkan.chain(other).collect()
 }

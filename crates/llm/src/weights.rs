@@ -1,7 +1,8 @@
 //! Where weights come from: a safetensors checkpoint (one file, or shards with an index), or nowhere.
 //!
 //! Files are memory-mapped. A tensor that is wanted in the type it is stored in is adopted from the mapping without a copy
-//! where the device can; any other is converted on its own, so that at most one tensor exists twice.
+//! where the device can; any other is converted on its own, so that at most one tensor exists twice. A device that lacks the
+//! stored type gets its tensors in f32.
 
 use std::{
     cell::RefCell,
@@ -12,6 +13,7 @@ use std::{
     sync::Arc,
 };
 
+use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -172,6 +174,7 @@ impl Checkpoint {
         Ok(&self.entry(name)?.shape)
     }
 
+    /// A tensor in the type that it is stored in, or in f32 on a device that lacks that type.
     fn stored(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
         let dtype = self.stored_dtype(wanted.name)?;
         let entry = self.entry(wanted.name)?;
@@ -181,7 +184,12 @@ impl Checkpoint {
             return Err(Error::TensorShape { path, name, expected: wanted.shape, actual: entry.shape.clone() });
         }
         let bytes = entry.bytes.clone();
-        let tensor = device.adopt(file.bytes.clone(), bytes, wanted.shape, dtype, wanted.category)?;
+        let tensor = if device.supports(dtype) {
+            device.adopt(file.bytes.clone(), bytes, wanted.shape, dtype, wanted.category)?
+        } else {
+            let values = widened(dtype, &(*file.bytes).as_ref()[bytes]);
+            device.from_slice(&values, wanted.shape, wanted.category)?
+        };
         self.used.borrow_mut().insert(wanted.name.to_owned());
         Ok(tensor)
     }
@@ -227,6 +235,16 @@ impl WeightSource for Checkpoint {
         } else {
             Ok(elementwise::cast(&stored, wanted.dtype)?)
         }
+    }
+}
+
+/// The elements of a half type; every one is an f32.
+fn widened(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    let halves = bytes.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]));
+    match dtype {
+        DType::F16 => halves.map(|bits| f16::from_bits(bits).to_f32()).collect(),
+        DType::BF16 => halves.map(|bits| bf16::from_bits(bits).to_f32()).collect(),
+        other => unreachable!("every device has {other}"),
     }
 }
 

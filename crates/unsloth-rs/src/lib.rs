@@ -63,26 +63,43 @@
 
 pub use unsloth_autograd as autograd;
 pub use unsloth_core as core;
-pub use unsloth_core::{Category, DType, Device, Error, Result, Shape, Tensor};
+pub use unsloth_core::{Category, DType, Device, DeviceInfo, DeviceName, Error, Result, Shape, Tensor};
 pub use unsloth_cpu as cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub use unsloth_cube as cube;
 pub use unsloth_llm as llm;
 pub use unsloth_llm::recipe;
 pub use unsloth_memory as memory;
 pub use unsloth_plan as plan;
 pub use unsloth_train as train;
 
-/// The device of this name, with default options. This build has `cpu`.
+/// The device of this name, with default options: `cpu`; with cargo feature `wgpu` also `vulkan:N` and `wgpu`, with `cuda` also
+/// `cuda:N`.
 ///
 /// # Errors
-/// [`Error::InvalidSpec`] for any other name.
+/// [`Error::InvalidSpec`] for any other name, a device that this build or this machine lacks; [`Error::Launch`] for one that does
+/// not open.
 pub fn device(name: &str) -> Result<Device> {
-    match name {
-        "cpu" => Ok(cpu::device()),
-        _ => Err(Error::InvalidSpec {
+    match name.parse()? {
+        DeviceName::Cpu => Ok(cpu::device()),
+        #[cfg(feature = "wgpu")]
+        DeviceName::Vulkan(index) => cube::vulkan(index, cube::CubeOptions::default()),
+        #[cfg(feature = "wgpu")]
+        DeviceName::Wgpu => cube::wgpu(cube::CubeOptions::default()),
+        #[cfg(feature = "cuda")]
+        DeviceName::Cuda(index) => cube::cuda(index, cube::CubeOptions::default()),
+        #[cfg(not(all(feature = "wgpu", feature = "cuda")))]
+        missing => Err(Error::InvalidSpec {
             op: "device",
             field: "name",
-            value: name.to_owned(),
-            rule: "cpu, the one device of this build",
+            value: missing.to_string(),
+            rule: if cfg!(feature = "wgpu") {
+                "cpu, vulkan:N or wgpu in this build; cargo build --features cuda adds cuda:N"
+            } else if cfg!(feature = "cuda") {
+                "cpu or cuda:N in this build; cargo build --features wgpu adds vulkan:N and wgpu"
+            } else {
+                "cpu in this build; cargo build --features wgpu,cuda adds vulkan:N, wgpu and cuda:N"
+            },
         }),
     }
 }

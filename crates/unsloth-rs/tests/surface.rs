@@ -23,9 +23,20 @@ fn re_exports_and_nothing_else() {
 fn devices_by_name() {
     let cpu = device("cpu").unwrap();
     assert_eq!((cpu.name().as_str(), cpu.supports(DType::BF16)), ("cpu", true));
-    for name in ["", "CPU", "cuda:0", "npu"] {
+    for name in ["", "CPU", "npu", "cuda:x"] {
         let error = device(name).unwrap_err();
         assert!(matches!(&error, Error::InvalidSpec { value, .. } if value == name), "{error}");
-        assert!(error.to_string().contains("cpu, the one device of this build"));
+        assert!(error.to_string().contains("cpu, vulkan:N, wgpu or cuda:N"), "{error}");
+    }
+}
+
+#[test]
+fn devices_that_are_not_built_say_what_builds_them() {
+    let missing =
+        [("vulkan:0", cfg!(feature = "wgpu")), ("wgpu", cfg!(feature = "wgpu")), ("cuda:0", cfg!(feature = "cuda"))];
+    for (name, _) in missing.into_iter().filter(|(_, built)| !built) {
+        let error = device(name).unwrap_err();
+        assert!(matches!(&error, Error::InvalidSpec { value, .. } if value == name), "{error}");
+        assert!(error.to_string().contains("cargo build --features"), "{error}");
     }
 }

@@ -50,6 +50,7 @@ const ARROWS: [(&str, &[&str]); 23] = [
             "unsloth-core",
             "unsloth-memory",
             "unsloth-cpu",
+            "unsloth-cube",
             "unsloth-plan",
             "unsloth-autograd",
             "unsloth-train",

@@ -139,6 +139,23 @@ pub(crate) fn set_config(model: &Path, field: &str, value: Value) {
     fs::write(&path, config.to_string()).unwrap();
 }
 
+/// Rewrites a file of f32 tensors as bf16, without the lower half of each element.
+pub(crate) fn store_as_bf16(path: &Path) {
+    let bytes = fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let halves: Vec<(String, Vec<usize>, Vec<u8>)> = file
+        .iter()
+        .map(|(name, view)| {
+            let upper = view.data().chunks_exact(4).flat_map(|b| [b[2], b[3]]).collect();
+            (name.to_owned(), view.shape().to_vec(), upper)
+        })
+        .collect();
+    let views = halves.iter().map(|(name, shape, data)| {
+        (name, safetensors::tensor::TensorView::new(Dtype::BF16, shape.clone(), data).unwrap())
+    });
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
 /// Names of the files of a folder, sorted.
 pub(crate) fn names(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> =

@@ -1,0 +1,36 @@
+//! What this processor is, for a list of devices.
+
+use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
+use unsloth_core::{DType, DeviceInfo, DeviceName};
+
+/// This processor: its memory is that of the machine.
+pub fn info() -> DeviceInfo {
+    let wanted =
+        RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram()).with_cpu(CpuRefreshKind::nothing());
+    let system = System::new_with_specifics(wanted).ok();
+    let first = system.as_ref().and_then(|system| system.cpus().first());
+    let model = first.map(|cpu| cpu.brand().trim()).filter(|model| !model.is_empty()).unwrap_or("unknown model");
+    let memory_bytes = system.as_ref().map(System::total_memory).filter(|&bytes| bytes > 0);
+    let mut features = vec![format!("{} threads", rayon::current_num_threads())];
+    features.extend(instruction_sets().into_iter().map(str::to_owned));
+    let (name, model, dtypes) = (DeviceName::Cpu, model.to_owned(), DType::FLOATS.to_vec());
+    DeviceInfo { name, model, memory_bytes, driver: None, dtypes, features }
+}
+
+/// Those that the operators make use of.
+#[cfg(target_arch = "x86_64")]
+fn instruction_sets() -> Vec<&'static str> {
+    let sets = [
+        ("avx2", is_x86_feature_detected!("avx2")),
+        ("fma", is_x86_feature_detected!("fma")),
+        ("f16c", is_x86_feature_detected!("f16c")),
+        ("avx512f", is_x86_feature_detected!("avx512f")),
+    ];
+    sets.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
+}
+
+/// Those that the operators make use of.
+#[cfg(not(target_arch = "x86_64"))]
+fn instruction_sets() -> Vec<&'static str> {
+    if cfg!(target_arch = "aarch64") { vec!["neon"] } else { Vec::new() }
+}
