@@ -25,7 +25,7 @@ fn power_of_two(n: i32) -> f32 {
 pub fn scaled_exp(x: f32, factor: f32) -> f32 {
     let above = select(x < f32::new(LEAST), f32::new(LEAST), x);
     let bounded = select(above > f32::new(MOST), f32::new(MOST), above);
-    let n = f32::floor(bounded * 1.442_695_f32 + 0.5);
+    let n = f32::floor(bounded * f32::new(std::f32::consts::LOG2_E) + 0.5);
     // ln 2 in two parts; the product with the first is exact.
     let r = bounded - n * 0.693_359_4_f32;
     let r = r + n * 2.121_944_4e-4_f32;

@@ -155,7 +155,7 @@ fn sort_kernel(
     #[comptime] units: usize,
 ) {
     let unit = UNIT_POS as usize;
-    let share = (tokens as usize + units - 1) / units;
+    let share = (tokens as usize).div_ceil(units);
     let start = min(unit * share, tokens as usize);
     let end = min(start + share, tokens as usize);
     // By digit, then by unit: where the next token of this digit and unit goes.
