@@ -84,7 +84,7 @@ fn describe_summary(summary: &Summary) -> String {
 
 fn describe_stop(summary: &Summary, checkpoint: Option<&Path>) -> String {
     let Some(checkpoint) = checkpoint else {
-        return "stopped before the first step; nothing was saved".to_owned();
+        return "stopped before a step was taken; the output folder is as it was".to_owned();
     };
     let (step, output) = (summary.steps, &summary.output);
     let config = quoted(&output.join("config.toml"));

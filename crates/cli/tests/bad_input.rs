@@ -295,6 +295,25 @@ fn unwritable_output() {
     unsloth(args).failed_with(&["cannot create", below.to_str().unwrap()]);
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn read_only_output() {
+    let run = Run::new();
+    // A file system that even root cannot write to.
+    let args = line("train --model {} --data {} --output /proc/unsloth", &[&run.model, &run.data]);
+    unsloth(args).failed_with(&["cannot create `/proc/unsloth`"]);
+    let args = line("train --model {} --data {} --output /proc", &[&run.model, &run.data]);
+    unsloth(args).failed_with(&["cannot write to `/proc`"]);
+}
+
+#[test]
+fn examples_longer_than_the_limit_are_cut() {
+    let run = Run::with_data(&format!("{{\"input_ids\": {:?}}}\n", vec![7; 5000]));
+    let outcome = run.train("--max-seq-len 33").succeeded();
+    assert!(outcome.stderr.contains("data: 1 examples, 33 tokens"), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("1 examples cut to the limit (limit 33 tokens)"), "{}", outcome.stderr);
+}
+
 #[test]
 fn wrong_usage() {
     let run = Run::new();

@@ -82,13 +82,8 @@ fn evaluation_examples_that_are_trained_on_are_counted() {
 
 /// A run in some folder, as a person would type it.
 fn run_in(folder: &Path, text: &str) -> Outcome {
-    let output =
-        Command::new(env!("CARGO_BIN_EXE_unsloth")).args(line(text, &[])).current_dir(folder).output().unwrap();
-    Outcome {
-        status: output.status.code().unwrap(),
-        stdout: String::from_utf8(output.stdout).unwrap(),
-        stderr: String::from_utf8(output.stderr).unwrap(),
-    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_unsloth"));
+    Outcome::of(command.args(line(text, &[])).current_dir(folder).output().unwrap())
 }
 
 #[test]

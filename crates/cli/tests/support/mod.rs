@@ -26,15 +26,21 @@ pub(crate) struct Outcome {
 }
 
 pub(crate) fn unsloth<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Outcome {
-    let output = Command::new(env!("CARGO_BIN_EXE_unsloth")).args(args).output().unwrap();
-    Outcome {
-        status: output.status.code().expect("the binary ended by itself"),
-        stdout: String::from_utf8(output.stdout).unwrap(),
-        stderr: String::from_utf8(output.stderr).unwrap(),
-    }
+    let outcome = Outcome::of(Command::new(env!("CARGO_BIN_EXE_unsloth")).args(args).output().unwrap());
+    assert!(outcome.status >= 0, "a signal has ended the binary: {}", outcome.stderr);
+    outcome
 }
 
 impl Outcome {
+    /// What a process that has ended leaves; the status is -1 if a signal ended it.
+    pub(crate) fn of(output: std::process::Output) -> Self {
+        Self {
+            status: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
     #[track_caller]
     pub(crate) fn succeeded(self) -> Self {
         assert_eq!(self.status, 0, "{}", self.stderr);

@@ -38,12 +38,7 @@ impl Running {
 
     /// Waits for the end. A run that a signal has ended at once has the status -1.
     pub(crate) fn end(self) -> Outcome {
-        let output = self.0.wait_with_output().unwrap();
-        Outcome {
-            status: output.status.code().unwrap_or(-1),
-            stdout: String::from_utf8(output.stdout).unwrap(),
-            stderr: String::from_utf8(output.stderr).unwrap(),
-        }
+        Outcome::of(self.0.wait_with_output().unwrap())
     }
 }
 

@@ -4,7 +4,11 @@ mod data;
 mod event;
 mod run;
 
-use std::{path::Path, sync::atomic::AtomicBool, time::Duration};
+use std::{
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use unsloth_core::Device;
 use unsloth_train::{Model, Trainer};
@@ -66,6 +70,10 @@ pub fn train(
         require_same_data(saved, &data, (batches.position(), total_steps))?;
     }
     on_event(Event::Prepared(prepared(&data, &trainer, total_steps)));
+    let progress = saved.as_ref().map_or_else(Progress::default, |saved| saved.state.progress);
+    if stop.load(Ordering::Relaxed) {
+        return Ok(summary(config, &trainer, progress, (None, End::Stopped(None))));
+    }
     let metrics = begin(&output, saved.as_ref(), on_event)?;
     output.write_config(&options)?;
     let run = Run {
@@ -77,8 +85,7 @@ pub fn train(
         total_steps,
         trainer,
         metrics,
-        progress: saved.as_ref().map_or_else(Progress::default, |saved| saved.state.progress),
-        resumed_from: saved.as_ref().map(|saved| &*saved.path),
+        progress,
         on_event,
         stop,
     };
@@ -148,11 +155,6 @@ fn begin(output: &OutputFolder, saved: Option<&Saved>, on_event: &mut dyn FnMut(
 /// Trains, and writes what there is at the end.
 fn finish(mut run: Run<'_>) -> Result<Summary> {
     let outcome = run.steps();
-    if matches!(outcome, Ok(End::Stopped(None))) {
-        // Nothing has been learnt, so nothing is left behind.
-        run.output.clear()?;
-        return outcome.map(|end| summary(&run, end));
-    }
     let stopped_at = match &outcome {
         Err(Error::Train(unsloth_train::Error::NonFinite { step, .. })) => Some(*step),
         _ => None,
@@ -167,21 +169,28 @@ fn finish(mut run: Run<'_>) -> Result<Summary> {
             let output = run.config.output.clone();
             Err(Error::Stopped { last_good_step: step - 1, output, source: Box::new(source) })
         }
-        (outcome, _) => outcome.map(|end| summary(&run, end)),
+        (outcome, _) => {
+            let evaluation = run.metrics.eval_losses.last().map(|&(step, loss)| EvalRecord::new(step, loss));
+            outcome.map(|end| summary(run.config, &run.trainer, run.progress, (evaluation, end)))
+        }
     }
 }
 
-fn summary(run: &Run<'_>, end: End) -> Summary {
-    let progress = run.progress;
+fn summary(
+    config: &TrainConfig,
+    trainer: &Trainer<Decoder>,
+    progress: Progress,
+    (evaluation, end): (Option<EvalRecord>, End),
+) -> Summary {
     Summary {
-        steps: run.trainer.num_steps(),
+        steps: trainer.num_steps(),
         first_loss: progress.first_loss,
         last_loss: progress.last_loss,
-        evaluation: run.metrics.eval_losses.last().map(|&(step, loss)| EvalRecord::new(step, loss)),
+        evaluation,
         tokens: progress.tokens,
         elapsed: Duration::from_secs_f64(progress.seconds),
-        peak_bytes: run.trainer.model().device().usage().total_peak_bytes(),
-        output: run.config.output.clone(),
+        peak_bytes: trainer.model().device().usage().total_peak_bytes(),
+        output: config.output.clone(),
         end,
     }
 }

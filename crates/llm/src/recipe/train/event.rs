@@ -94,6 +94,6 @@ pub struct Summary {
 pub enum End {
     /// All steps are done.
     Done,
-    /// It was stopped after a step, which this checkpoint holds. `None`: before it had taken a step.
+    /// It was stopped after a step, which this checkpoint holds. `None`: before it took a step; the output folder is as it was.
     Stopped(Option<PathBuf>),
 }

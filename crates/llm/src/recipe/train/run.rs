@@ -1,7 +1,7 @@
 //! The steps of a run, and what is written between them.
 
 use std::{
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
@@ -33,8 +33,6 @@ pub(super) struct Run<'a> {
     pub(super) trainer: Trainer<Decoder>,
     pub(super) metrics: Metrics,
     pub(super) progress: Progress,
-    /// The checkpoint that the run goes on from.
-    pub(super) resumed_from: Option<&'a Path>,
     pub(super) on_event: &'a mut dyn FnMut(Event),
     pub(super) stop: &'a AtomicBool,
 }
@@ -42,17 +40,13 @@ pub(super) struct Run<'a> {
 impl Run<'_> {
     /// Trains up to the last step, or up to the one during which the run is stopped.
     pub(super) fn steps(&mut self) -> Result<End> {
-        let first = self.trainer.num_steps();
         // A run that was stopped may have saved a step without the evaluation that is due behind it.
-        if first > 0 {
+        if self.trainer.num_steps() > 0 {
             self.evaluate_if_due()?;
         }
         // The trainer hands out the metrics of a step while it works on the next one.
         let mut time_of_last = Duration::ZERO;
         while self.trainer.num_steps() < self.total_steps {
-            if self.trainer.num_steps() == first && self.is_stopped() {
-                return Ok(End::Stopped(self.resumed_from.map(Path::to_owned)));
-            }
             let start = Instant::now();
             let micro_batches = self.data.micro_batches(self.trainer.model(), self.batches.next_step())?;
             let before = self.trainer.step(&micro_batches)?;
