@@ -33,7 +33,7 @@ fn bench(criterion: &mut Criterion) -> anyhow::Result<()> {
             });
             let lora_a = random(&cpu, [RANK, inputs], DType::F32, 4)?;
             let lora_b = random(&cpu, [outputs, RANK], DType::F32, 5)?;
-            let adapter = lora_linear::Adapter { lora_a: &lora_a, lora_b: &lora_b, scale: 1.0 };
+            let adapter = lora_linear::Adapter { lora_a: &lora_a, lora_b: &lora_b, scale: 1.0, dropout: None };
             group.bench_function(format!("lora_forward/{dtype}"), |b| {
                 b.iter(|| timed(lora_linear::forward(&x, &weight, None, adapter)));
             });

@@ -44,6 +44,9 @@ pub(crate) struct Args {
     /// Inner dimension of the adapters [default: 16]
     #[arg(long, value_name = "N")]
     rank: Option<usize>,
+    /// Share of the adapters' input that is set to zero in training [default: 0]
+    #[arg(long, value_name = "F")]
+    dropout: Option<f32>,
     /// all-linear, or names of the layers to adapt, such as q_proj,v_proj [default: all-linear]
     #[arg(long, value_name = "NAME,NAME,..")]
     targets: Option<Targets>,
@@ -74,6 +77,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         batch_size: args.batch,
         method: args.method,
         rank: args.rank,
+        dropout: args.dropout,
         targets: args.targets,
         checkpointing: args.checkpointing,
     };

@@ -1,11 +1,11 @@
-//! Whole models trained through the binary.
+//! What a run trains, through the binary: whole models, and adapters with dropout or a rank-stabilised scale.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper of a test may panic like the test itself")]
 
 mod support;
 
 use std::{fs, path::Path};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use support::*;
 
 /// What the folder of a whole model holds.
@@ -136,6 +136,78 @@ fn checkpointing_and_bf16() {
 }
 
 #[test]
+fn dropout_and_rank_stabilised_scale_stay_with_an_adapter() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (fixture("tiny-llama").join("model"), fixture("tiny-llama").join("train.jsonl"));
+    let run = |name: &str, options: &str, adapter: Option<&Path>| {
+        let output = folder.path().join(name);
+        let mut args = line("train --quiet --steps 3 --model {} --data {} --output {}", &[&model, &data, &output]);
+        args.extend(line(options, &[]));
+        args.extend(adapter.map(|adapter| line("--adapter {}", &[adapter])).unwrap_or_default());
+        (output, unsloth(args))
+    };
+    let config = |output: &Path| -> Value {
+        serde_json::from_slice(&fs::read(output.join("adapter_config.json")).unwrap()).unwrap()
+    };
+    let settings = |output: &Path| {
+        let config = config(output);
+        Value::from(["r", "lora_alpha", "lora_dropout", "use_rslora"].map(|field| config[field].clone()).to_vec())
+    };
+    let (first, outcome) = run("first", "--rank 4 --alpha 6 --dropout 0.1 --rslora --learning-rate 1e-2", None);
+    outcome.succeeded();
+    assert_eq!(settings(&first), json!([4, 6, 0.1, true]));
+    for (name, options, dropout) in
+        [("kept", "", 0.1), ("said", "--rslora --dropout 0.1", 0.1), ("changed", "--dropout 0", 0.0)]
+    {
+        let (next, outcome) = run(name, options, Some(&first));
+        outcome.succeeded();
+        assert_eq!(settings(&next), json!([4, 6, dropout, true]), "{name}");
+    }
+    let losses = ["kept", "said", "changed"].map(|name| column(&read_metrics(&folder.path().join(name)), "loss"));
+    assert!(losses[0] == losses[1] && losses[0] != losses[2], "{losses:?}");
+    let (plain, outcome) = run("plain", "--rank 4", None);
+    outcome.succeeded();
+    let (_, outcome) = run("other", "--rslora", Some(&plain));
+    outcome.failed_with(&["rslora = true, must be false, as the adapter in"]);
+
+    // Nothing is dropped in an evaluation: another share makes no difference.
+    let eval = || {
+        let args = line("eval --json --model {} --adapter {} --data {}", &[&model, &first, &data]);
+        unsloth(args).succeeded().stdout
+    };
+    let loss = eval();
+    let mut changed = config(&first);
+    changed["lora_dropout"] = 0.9.into();
+    fs::write(first.join("adapter_config.json"), changed.to_string()).unwrap();
+    assert_eq!(eval(), loss);
+}
+
+/// The same documents in other micro-batches have the same zeros.
+#[test]
+fn dropout_does_not_depend_on_the_split() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = fixture("tiny-llama");
+    let run = |name: &str, options: &str| {
+        let output = folder.path().join(name);
+        let common = "train --quiet --steps 6 --packing false --learning-rate 1e-2 --warmup-steps 0";
+        let paths: [&Path; 4] = [&root.join("model"), &root.join("train.jsonl"), &root.join("adapter"), &output];
+        let mut args = line(&format!("{common} --model {{}} --data {{}} --adapter {{}} --output {{}}"), &paths);
+        args.extend(line(options, &[]));
+        unsloth(args).succeeded();
+        column(&read_metrics(&output), "loss")
+    };
+    let whole = run("whole", "--dropout 0.3 --batch-size 4");
+    for (name, options) in
+        [("two", "--batch-size 2 --grad-accum 2"), ("four", "--grad-accum 4 --checkpointing every:2")]
+    {
+        let error = relative_error(&run(name, &format!("--dropout 0.3 {options}")), &whole);
+        assert!(error <= 1e-5, "{name}: {error}");
+    }
+    let (off, other) = (run("off", "--batch-size 4"), run("seed", "--dropout 0.3 --batch-size 4 --shuffle false"));
+    assert!(relative_error(&off, &whole) > 1e-4 && relative_error(&other, &whole) > 1e-4);
+}
+
+#[test]
 fn bad_input() {
     let folder = tempfile::tempdir().unwrap();
     let model = copy_model("tiny-llama", folder.path());
@@ -151,6 +223,7 @@ fn bad_input() {
         }
     }
     assert_eq!(run("--method both").status, 2);
+    run("--dropout 1").failed_with(&["dropout = 1, must be in [0, 1)"]);
     for method in ["full", "scratch"] {
         let into_itself = train(&model, &data, &model, &format!("--method {method}"));
         into_itself.failed_with(&["output = `", "must be another folder than that of the model"]);

@@ -226,6 +226,7 @@ fn options_as_measured() {
         "--rank 2 --targets v_proj",
         "--threads 1",
         "--checkpointing every:3",
+        "--dropout 0.1",
         "--method full --dtype bf16",
         "--method scratch",
     ] {

@@ -20,13 +20,26 @@ impl Philox {
 
     /// Four independent words for a counter.
     pub fn block(&self, counter: [u32; 4]) -> [u32; 4] {
+        let [c0, c1, c2, c3] = counter;
+        self.blocks::<1>([c0, c1, c2], c3).map(|[word]| word)
+    }
+
+    /// The blocks of `N` counters that begin with the same three words and end with `last`, `last + 1`, ..: word `w` of block
+    /// `i` is `[w][i]`. One after another in memory, so that the compiler can compute them side by side.
+    #[inline(always)]
+    #[expect(clippy::needless_range_loop, reason = "the loop over blocks is the one to be computed side by side")]
+    pub fn blocks<const N: usize>(&self, first: [u32; 3], last: u32) -> [[u32; N]; 4] {
         const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
         const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
-        let (mut c, mut k) = (counter, self.key);
+        let mut c = [[first[0]; N], [first[1]; N], [first[2]; N], std::array::from_fn(|i| last.wrapping_add(i as u32))];
+        let mut k = self.key;
         for _ in 0..10 {
-            let p0 = u64::from(MULTIPLIERS[0]) * u64::from(c[0]);
-            let p1 = u64::from(MULTIPLIERS[1]) * u64::from(c[2]);
-            c = [(p1 >> 32) as u32 ^ c[1] ^ k[0], p1 as u32, (p0 >> 32) as u32 ^ c[3] ^ k[1], p0 as u32];
+            for i in 0..N {
+                let p0 = u64::from(MULTIPLIERS[0]) * u64::from(c[0][i]);
+                let p1 = u64::from(MULTIPLIERS[1]) * u64::from(c[2][i]);
+                let (high0, high1) = ((p0 >> 32) as u32 ^ c[3][i] ^ k[1], (p1 >> 32) as u32 ^ c[1][i] ^ k[0]);
+                (c[0][i], c[1][i], c[2][i], c[3][i]) = (high1, p1 as u32, high0, p0 as u32);
+            }
             k = [k[0].wrapping_add(WEYL[0]), k[1].wrapping_add(WEYL[1])];
         }
         c
@@ -79,6 +92,16 @@ mod tests {
             pi.block([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344]),
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
         );
+    }
+
+    #[test]
+    fn blocks_side_by_side_are_those_one_by_one() {
+        let stream = Philox::new(u64::MAX - 5, 77);
+        let together = stream.blocks::<7>([1, 2, 3], u32::MAX - 2);
+        for i in 0..7u32 {
+            let block = stream.block([1, 2, 3, (u32::MAX - 2).wrapping_add(i)]);
+            assert_eq!(together.map(|words| words[i as usize]), block);
+        }
     }
 
     #[test]

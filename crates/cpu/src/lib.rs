@@ -17,6 +17,7 @@ mod attention;
 mod backend;
 pub mod candle;
 mod cross_entropy;
+mod dropout;
 mod elementwise;
 mod embedding;
 mod gemm;

@@ -11,11 +11,12 @@ use unsloth_core::{Category, DType, Error, FloatElement, Result, Tensor, Weight,
 use crate::{
     access::{dispatch_float, output, read, write},
     backend::{CpuBackend, Workspace},
+    dropout::Mask,
     gemm::{Into, Mat, MatMut, matmul, narrow_columns, widen, widen_columns},
 };
 
 /// Rows of activations that share one widening of a weight block.
-const ROW_BLOCK: usize = 512;
+pub(crate) const ROW_BLOCK: usize = 512;
 /// Elements of a widened weight block: 4 MiB stay in the outer cache while the rows pass by.
 const WEIGHT_BLOCK: usize = 1 << 20;
 
@@ -48,7 +49,7 @@ pub(crate) fn blocks(total: usize, block: usize) -> impl Iterator<Item = Range<u
     (0..total).step_by(block.max(1)).map(move |start| start..(start + block).min(total))
 }
 
-/// The update `scale * h B^T` of an output, or `scale * dh A` of an input gradient.
+/// The update `scale * h B^T` of an output, or `scale * drop(dh A)` of an input gradient.
 #[derive(Clone, Copy)]
 pub(crate) struct LowRank<'a> {
     /// f32 `[rows, rank]`
@@ -57,6 +58,34 @@ pub(crate) struct LowRank<'a> {
     pub(crate) right: &'a [f32],
     pub(crate) rank: usize,
     pub(crate) scale: f32,
+    /// Dropout of an input gradient's update.
+    pub(crate) mask: Option<&'a Mask<'a>>,
+}
+
+impl LowRank<'_> {
+    /// Adds the update of some rows and columns to an input gradient, of which `c` holds them, rows `stride` apart. `left` is
+    /// that of the rows. `scratch` has room for [`ROW_BLOCK`] rows where there is dropout.
+    fn add_back(&self, c: &mut [f32], stride: usize, (row, col): (&Range<usize>, &Range<usize>), scratch: &mut [f32]) {
+        let (right, width) = (&self.right[col.start..], col.len());
+        let in_features = self.right.len() / self.rank;
+        let right = Mat::new(right, self.rank, width, in_features);
+        let left = |part: &Range<usize>| {
+            Mat::new(&self.left[part.start * self.rank..part.end * self.rank], part.len(), self.rank, self.rank)
+        };
+        let Some(mask) = self.mask else {
+            let c = MatMut::new(c, row.len(), width, stride);
+            return matmul(self.scale, left(&(0..row.len())), right, c, Into::Add);
+        };
+        for part in blocks(row.len(), ROW_BLOCK) {
+            let update = &mut scratch[..part.len() * width];
+            let into = MatMut::new(update, part.len(), width, width);
+            matmul(self.scale * mask.kept_scale(), left(&part), right, into, Into::Overwrite);
+            mask.zero(row.start + part.start..row.start + part.end, (col.start, width), update);
+            let c = c[part.start * stride..].par_chunks_mut(stride.max(1));
+            let add = |(c, update): (&mut [f32], &[f32])| c.iter_mut().zip(update).for_each(|(c, update)| *c += update);
+            c.zip(update.par_chunks(width.max(1))).for_each(add);
+        }
+    }
 }
 
 impl CpuBackend {
@@ -117,7 +146,7 @@ impl CpuBackend {
         Ok(y)
     }
 
-    /// `dx = dy W + scale * dh A`.
+    /// `dx = dy W + scale * drop(dh A)`.
     pub(crate) fn project_back(&self, dy: &Tensor, weight: &Tensor, low_rank: Option<LowRank<'_>>) -> Result<Tensor> {
         let (rows, out_features, in_features) = (dy.shape()[0], weight.shape()[0], weight.shape()[1]);
         let mut dx = output(dy, dy.dtype(), [rows, in_features], Category::Activations)?;
@@ -137,14 +166,14 @@ impl CpuBackend {
                     (Widened::Scratch(scratch), col.len())
                 };
                 let wide_w = Mat::new(&wide_w, out_features, col.len(), stride_w);
+                let has_dropout = low_rank.is_some_and(|l| l.mask.is_some());
+                let scratch_rows = if has_dropout { row.len().min(ROW_BLOCK) } else { 0 };
+                let mut scratch = self.workspace(scratch_rows * col.len())?;
                 self.on_block(&mut dx, &row, &col, |c, stride| {
-                    let shape = (row.len(), col.len());
-                    let target = MatMut::new(c, shape.0, shape.1, stride);
+                    let target = MatMut::new(c, row.len(), col.len(), stride);
                     matmul(1.0, wide_dy, wide_w, target, Into::Overwrite);
                     if let Some(l) = &low_rank {
-                        let left = Mat::new(l.left, shape.0, l.rank, l.rank);
-                        let right = Mat::new(&l.right[col.start..], l.rank, shape.1, in_features);
-                        matmul(l.scale, left, right, MatMut::new(c, shape.0, shape.1, stride), Into::Add);
+                        l.add_back(c, stride, (&row, &col), &mut scratch);
                     }
                 })?;
             }

@@ -57,6 +57,7 @@ caught! {
     attention
     linear
     lora_linear
+    lora_dropout
     cross_entropy
     linear_cross_entropy
     adamw

@@ -31,6 +31,7 @@ suites! {
     glu
     linear
     linear_cross_entropy
+    lora_dropout
     lora_linear
     reduce
     rms_norm

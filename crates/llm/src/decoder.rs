@@ -14,7 +14,7 @@ use std::{
 
 use unsloth_autograd::{Matrix, Parameter, Tape, Var, Vector, checkpoint, ops};
 use unsloth_core::{Category, DType, Device, Sequences, Tensor, ops::cross_entropy::LossSpec};
-use unsloth_train::{Batch, Checkpointing, KvCache, KvCacheSpec, Linear, LoraConfig, Model};
+use unsloth_train::{Batch, Checkpointing, DrawRows, KvCache, KvCacheSpec, Linear, LoraConfig, Model};
 
 use crate::{
     Error, Result,
@@ -233,6 +233,18 @@ impl Decoder {
         Ok(())
     }
 
+    /// Changes the share of the adapters' input that is zero in training.
+    ///
+    /// # Errors
+    /// [`unsloth_train::Error::InvalidConfig`] for a share outside `[0, 1)`; nothing has been changed then.
+    pub fn set_dropout(&mut self, dropout: f32) -> Result<()> {
+        LoraConfig { dropout, ..LoraConfig::new(1, 1.0) }.validate()?;
+        for adapter in self.linears_mut().filter_map(|linear| linear.adapter.as_mut()) {
+            adapter.config.dropout = dropout;
+        }
+        Ok(())
+    }
+
     /// For each of [`Decoder::linears`], whether it is among the targets.
     pub(crate) fn select(&self, targets: &Targets) -> Result<Vec<bool>> {
         let paths: Vec<&str> = self.linears().map(|linear| linear.name.as_str()).collect();
@@ -256,7 +268,10 @@ impl Decoder {
     /// # Errors
     /// An id outside the vocabulary; [`unsloth_core::Error::OutOfMemory`].
     pub fn hidden(&self, tape: &Tape, batch: &Batch) -> unsloth_core::Result<Var> {
-        let context = self.context(&batch.positions, &batch.sequences, batch.sequences.max_seqlen())?;
+        let mut context = self.context(&batch.positions, &batch.sequences, batch.sequences.max_seqlen())?;
+        if self.linears().filter_map(|linear| linear.adapter.as_ref()).any(|adapter| adapter.config.dropout > 0.0) {
+            context.draw = DrawRows::new(batch)?;
+        }
         let mut stream = self.embed(tape, &batch.ids)?;
         for segment in self.checkpointing.segments(self.layers.len()) {
             let (layers, context) = (self.layers.clone(), context.clone());
@@ -347,7 +362,7 @@ impl Decoder {
         num_positions: usize,
     ) -> unsloth_core::Result<Context> {
         let angles = self.ropes.angles(&self.device, positions, num_positions)?;
-        Ok(Context { dimensions: Dimensions::new(&self.config), angles, sequences: sequences.clone() })
+        Ok(Context { dimensions: Dimensions::new(&self.config), angles, sequences: sequences.clone(), draw: None })
     }
 }
 

@@ -57,6 +57,11 @@ pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
     serde_json::from_slice(&text).map_err(Error::json(path))
 }
 
+/// The shortest decimal number that means this f32, so that 0.1 stays 0.1 in a file.
+pub(crate) fn decimal(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or_else(|_| f64::from(value))
+}
+
 impl<'a> Fields<'a> {
     pub(crate) fn new(path: &'a Path, map: &'a Map<String, Value>, error: MakeError) -> Self {
         Self { path, prefix: "", map, error }

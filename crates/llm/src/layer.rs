@@ -12,7 +12,7 @@ use unsloth_core::{
     Sequences,
     ops::{attention, glu::Activation, rope::Layout},
 };
-use unsloth_train::{KvCache, Linear};
+use unsloth_train::{DrawRows, KvCache, Linear};
 
 use crate::{Result, config::DecoderConfig, loader::Loader};
 
@@ -45,6 +45,8 @@ pub(crate) struct Context {
     /// Of each kind of rotary embedding that layers of the model have.
     pub(crate) angles: Vec<RopeAngles>,
     pub(crate) sequences: Sequences,
+    /// Where the rows stand in a training run.
+    pub(crate) draw: Option<DrawRows>,
 }
 
 /// Queries, keys and values, `[tokens, heads, head_dim]`, rotated.
@@ -162,7 +164,7 @@ impl Layer {
         let tokens = x.tensor().shape().rows();
         let normed = ops::rms_norm(tape, x, &self.before_attention, norm)?;
         let project = |linear: &Linear, heads: usize, head_norm: Option<&Vector>| {
-            let mut rows = linear.forward(tape, &normed)?;
+            let mut rows = linear.forward(tape, &normed, context.draw.as_ref())?;
             if let Some(weight) = head_norm {
                 let heads = ops::reshape(tape, &rows, [tokens * heads, head_dim])?;
                 drop(rows);
@@ -180,16 +182,17 @@ impl Layer {
     /// Everything behind the attention itself.
     fn finish(&self, tape: &Tape, out: &Var, x: &Var, context: &Context) -> unsloth_core::Result<Var> {
         let Dimensions { num_heads, head_dim, norm, activation, .. } = context.dimensions;
+        let draw = context.draw.as_ref();
         let tokens = x.tensor().shape().rows();
         let out = ops::reshape(tape, out, [tokens, num_heads * head_dim])?;
-        let attended = post_norm(tape, self.o.forward(tape, &out)?, self.after_attention.as_ref(), norm)?;
+        let attended = post_norm(tape, self.o.forward(tape, &out, draw)?, self.after_attention.as_ref(), norm)?;
         let (normed, stream) = ops::add_rms_norm(tape, attended, x, &self.before_mlp, norm)?;
-        let gate = self.gate.forward(tape, &normed)?;
-        let up = self.up.forward(tape, &normed)?;
+        let gate = self.gate.forward(tape, &normed, draw)?;
+        let up = self.up.forward(tape, &normed, draw)?;
         drop(normed);
         let activated = ops::glu(tape, &gate, &up, activation)?;
         drop((gate, up));
-        let down = post_norm(tape, self.down.forward(tape, &activated)?, self.after_mlp.as_ref(), norm)?;
+        let down = post_norm(tape, self.down.forward(tape, &activated, draw)?, self.after_mlp.as_ref(), norm)?;
         ops::add(tape, down, &stream)
     }
 }

@@ -8,14 +8,14 @@ use std::{
 
 use serde::Serialize;
 use serde_json::Value;
-use unsloth_autograd::{Parameter, ops::LoraAdapter};
+use unsloth_autograd::Parameter;
 use unsloth_core::{Category, DType, Device};
-use unsloth_train::{Linear, LoraConfig, Model};
+use unsloth_train::{Adapter, Linear, LoraConfig, Model};
 
 use crate::{
     Error, Result, atomic,
     decoder::{Decoder, Targets},
-    fields::{Fields, Neutral, NeutralField, read_object},
+    fields::{Fields, Neutral, NeutralField, decimal, read_object},
     tensor_file::{self, Entry},
     weights::{Checkpoint, Wanted, WeightSource},
 };
@@ -26,7 +26,7 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
 
 /// Settings under which an adapter is more, or something else, than `scale * x A^T B^T` on linear layers. How it was
-/// initialised, trained (`lora_dropout`) and described does not matter.
+/// initialised and described does not matter.
 const NEUTRAL: &[NeutralField] = &[
     ("bias", Neutral::Text("none"), "none: trained biases are not supported"),
     ("use_dora", Neutral::False, "false: DoRA is not supported"),
@@ -56,15 +56,13 @@ fn refused(path: PathBuf, field: String, value: String, rule: &'static str) -> E
 
 /// What `adapter_config.json` says.
 struct AdapterConfig {
-    rank: usize,
-    alpha: f32,
-    scale: f32,
+    lora: LoraConfig,
     /// `None`: a pattern, which the tensors of the file spell out.
     targets: Option<Targets>,
 }
 
-/// Loads an adapter folder onto a model without adapters and returns rank and alpha as the file gives them. Tensors become
-/// f32 parameters. If it fails, the model has not been changed.
+/// Loads an adapter folder onto a model without adapters and returns its configuration. Tensors become f32 parameters. If it
+/// fails, the model has not been changed.
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::Json`]; [`Error::Adapter`] for a setting that is missing, out of range or not supported;
@@ -81,11 +79,12 @@ pub fn load(folder: &Path, model: &mut Decoder) -> Result<LoraConfig> {
     let selected = model.select(&targets)?;
     let device = model.device().clone();
     let mut adapters = Vec::with_capacity(selected.len());
-    for (linear, selected) in model.linears().zip(selected) {
+    for (index, (linear, selected)) in (0u32..).zip(model.linears().zip(selected)) {
         if selected && linear.adapter.is_some() {
             return Err(unsloth_train::Error::AdapterExists { layer: linear.name.clone() }.into());
         }
-        adapters.push(if selected { Some(read_adapter(&checkpoint, &device, linear, &config)?) } else { None });
+        let read = || read_adapter(&checkpoint, &device, linear, (config.lora, index));
+        adapters.push(selected.then(read).transpose()?);
     }
     if let Some(name) = checkpoint.unused().into_iter().next() {
         return Err(Error::UnexpectedTensor { path, name });
@@ -95,7 +94,7 @@ pub fn load(folder: &Path, model: &mut Decoder) -> Result<LoraConfig> {
             linear.adapter = adapter;
         }
     }
-    Ok(LoraConfig { rank: config.rank, alpha: config.alpha })
+    Ok(config.lora)
 }
 
 fn read_config(path: &Path) -> Result<AdapterConfig> {
@@ -114,8 +113,15 @@ fn read_config(path: &Path) -> Result<AdapterConfig> {
         Some(_) => return Err(fields.refuse("init_lora_weights", "one that leaves the base weights as they are")),
     }
     let rank = fields.required_size("r")?;
-    let alpha = fields.required_number("lora_alpha")?;
-    let divisor = if fields.flag("use_rslora", false)? { (rank as f64).sqrt() } else { rank as f64 };
+    let alpha = fields.required_number("lora_alpha")? as f32;
+    if !alpha.is_finite() {
+        return Err(fields.refuse("lora_alpha", "a number that 32 bits can hold"));
+    }
+    let dropout = fields.number("lora_dropout")?.unwrap_or(0.0) as f32;
+    if !(0.0..1.0).contains(&dropout) {
+        return Err(fields.refuse("lora_dropout", "0 or more and below 1"));
+    }
+    let lora = LoraConfig { rank, alpha, dropout, rslora: fields.flag("use_rslora", false)? };
     let targets = match fields.get("target_modules") {
         Some(Value::String(text)) if text.eq_ignore_ascii_case("all-linear") => Some(Targets::AllLinear),
         Some(Value::String(_)) => None,
@@ -126,7 +132,7 @@ fn read_config(path: &Path) -> Result<AdapterConfig> {
         }
         _ => return Err(fields.refuse("target_modules", "a list of names or a string")),
     };
-    Ok(AdapterConfig { rank, alpha: alpha as f32, scale: (alpha / divisor) as f32, targets })
+    Ok(AdapterConfig { lora, targets })
 }
 
 /// Module paths that the tensors of a file belong to.
@@ -145,18 +151,19 @@ fn read_adapter(
     checkpoint: &Checkpoint,
     device: &Device,
     linear: &Linear,
-    config: &AdapterConfig,
-) -> Result<LoraAdapter> {
+    (config, index): (LoraConfig, u32),
+) -> Result<Adapter> {
     let parameter = |part: &str, shape: [usize; 2]| {
         let name = format!("{}.lora_{part}.weight", linear.name);
         let stored = format!("{PREFIX}{name}");
         let wanted = Wanted { name: &stored, shape: shape.into(), dtype: DType::F32, category: Category::Adapters };
         Ok::<_, Error>(Parameter::new(name, checkpoint.tensor_copy(device, &wanted)?))
     };
-    Ok(LoraAdapter {
+    Ok(Adapter {
         lora_a: parameter("A", [config.rank, linear.in_features()])?,
         lora_b: parameter("B", [linear.out_features(), config.rank])?,
-        scale: config.scale,
+        config,
+        index,
     })
 }
 
@@ -188,19 +195,19 @@ struct SavedConfig {
 /// Writes the adapters of a model, in f32, to a folder that is made if need be. Each file is replaced whole or not at all.
 ///
 /// # Errors
-/// [`Error::NoAdapter`]; [`Error::MixedAdapters`] for adapters that differ in rank or scale; [`Error::Io`];
+/// [`Error::NoAdapter`]; [`Error::MixedAdapters`] for adapters of different configurations; [`Error::Io`];
 /// [`unsloth_core::Error::Launch`] if the device failed.
 pub fn save(folder: &Path, model: &Decoder) -> Result<()> {
-    let (rank, scale) = common_adapter(folder, model)?;
+    let lora = common_config(folder, model)?;
     let mut entries = Vec::new();
     for linear in model.linears() {
-        let Some(LoraAdapter { lora_a, lora_b, .. }) = &linear.adapter else { continue };
+        let Some(Adapter { lora_a, lora_b, .. }) = &linear.adapter else { continue };
         for (part, parameter) in [("A", lora_a), ("B", lora_b)] {
             let name = format!("{PREFIX}{}.lora_{part}.weight", linear.name);
             entries.push(Entry { name, tensor: parameter.value(), dtype: DType::F32 });
         }
     }
-    let config = saved_config(model, rank, f64::from(scale) * rank as f64);
+    let config = saved_config(model, lora);
     let config_path = folder.join(CONFIG);
     let mut json = serde_json::to_vec_pretty(&config).map_err(Error::json(&config_path))?;
     json.push(b'\n');
@@ -209,26 +216,28 @@ pub fn save(folder: &Path, model: &Decoder) -> Result<()> {
     atomic::write(&config_path, &json)
 }
 
-/// Rank and scale that all adapters share.
-fn common_adapter(folder: &Path, model: &Decoder) -> Result<(usize, f32)> {
+/// The configuration that all adapters share.
+fn common_config(folder: &Path, model: &Decoder) -> Result<LoraConfig> {
     let mut common = None;
     for linear in model.linears() {
-        let Some(adapter) = &linear.adapter else { continue };
-        let (rank, scale) = (adapter.lora_a.value().shape()[0], adapter.scale);
-        let (first_rank, first_scale) = *common.get_or_insert((rank, scale));
-        let mixed =
-            |field, expected, actual| Error::MixedAdapters { name: linear.name.clone(), field, expected, actual };
-        if rank != first_rank {
-            return Err(mixed("rank", first_rank as f32, rank as f32));
-        }
-        if scale != first_scale {
-            return Err(mixed("scale", first_scale, scale));
+        let Some(Adapter { config, .. }) = &linear.adapter else { continue };
+        let first: LoraConfig = *common.get_or_insert(*config);
+        let fields = [
+            ("rank", first.rank as f32, config.rank as f32),
+            ("alpha", first.alpha, config.alpha),
+            ("scale", first.scale(), config.scale()),
+            ("dropout", first.dropout, config.dropout),
+        ];
+        if let Some(&(field, expected, actual)) = fields.iter().find(|(_, expected, actual)| expected != actual) {
+            return Err(Error::MixedAdapters { name: linear.name.clone(), field, expected, actual });
         }
     }
     common.ok_or_else(|| Error::NoAdapter { path: folder.to_owned() })
 }
 
-fn saved_config(model: &Decoder, rank: usize, alpha: f64) -> SavedConfig {
+fn saved_config(model: &Decoder, lora: LoraConfig) -> SavedConfig {
+    let LoraConfig { rank, dropout, rslora, .. } = lora;
+    let (alpha, dropout) = (decimal(lora.alpha), decimal(dropout));
     // PEFT annotates alpha as an integer; only one that is not is written as a float.
     let whole = alpha.fract() == 0.0 && alpha.abs() < i64::MAX as f64;
     SavedConfig {
@@ -242,7 +251,7 @@ fn saved_config(model: &Decoder, rank: usize, alpha: f64) -> SavedConfig {
         layers_pattern: None,
         layers_to_transform: None,
         lora_alpha: if whole { Value::from(alpha as i64) } else { Value::from(alpha) },
-        lora_dropout: 0.0,
+        lora_dropout: dropout,
         modules_to_save: None,
         peft_type: "LORA",
         r: rank,
@@ -251,7 +260,7 @@ fn saved_config(model: &Decoder, rank: usize, alpha: f64) -> SavedConfig {
         target_modules: target_modules(model),
         task_type: "CAUSAL_LM",
         use_dora: false,
-        use_rslora: false,
+        use_rslora: rslora,
     }
 }
 

@@ -142,7 +142,7 @@ fn adapted_model(model: &str) {
 
 fn trainer_config() -> TrainerConfig {
     let schedule = Schedule { kind: ScheduleKind::Cosine, learning_rate: 1e-3, warmup_steps: 3, total_steps: 20 };
-    TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0) }
+    TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), seed: 0 }
 }
 
 fn training_curve(model: &str) {
@@ -345,7 +345,7 @@ fn check_saved_config(output: &std::path::Path, original: &std::path::Path) {
 #[test]
 fn new_adapters_change_nothing_and_depend_on_seed_and_layer_alone() {
     let (device, golden) = (unsloth_cpu::device(), Golden::open("tiny-llama"));
-    let config = LoraConfig { rank: 4, alpha: 8.0 };
+    let config = LoraConfig::new(4, 8.0);
     let with = |targets: &Targets, seed| {
         let mut decoder = load(&device, "tiny-llama");
         decoder.add_adapters(&config, targets, seed).unwrap();
@@ -375,7 +375,7 @@ fn adapters_on_single_layers_are_saved_by_path() {
     let device = unsloth_cpu::device();
     let mut decoder = load(&device, "tiny-llama");
     let targets = "q_proj,model.layers.3.mlp.gate_proj".parse().unwrap();
-    decoder.add_adapters(&LoraConfig { rank: 2, alpha: 3.0 }, &targets, 0).unwrap();
+    decoder.add_adapters(&LoraConfig::new(2, 3.0), &targets, 0).unwrap();
     let folder = tempfile::tempdir().unwrap();
     peft::save(folder.path(), &decoder).unwrap();
     let config = std::fs::read_to_string(folder.path().join("adapter_config.json")).unwrap();
@@ -395,14 +395,14 @@ fn rank_stabilised_scale_and_pattern_targets() {
     folder.set("adapter_config.json", "target_modules", r".*\.layers\.\d+\..*_proj".into());
     let mut decoder = load(&device, "tiny-llama");
     peft::load(folder.path(), &mut decoder).unwrap();
-    let scales: Vec<f32> = decoder.linears().map(|linear| linear.adapter.as_ref().unwrap().scale).collect();
+    let scales: Vec<f32> = decoder.linears().map(|linear| linear.adapter.as_ref().unwrap().config.scale()).collect();
     assert_eq!(scales, vec![16.0 / 8f32.sqrt(); 28]);
-    // Saved as a plain adapter of the same scale.
+    // Saved as what it is.
     let saved = tempfile::tempdir().unwrap();
     peft::save(saved.path(), &decoder).unwrap();
     let mut again = load(&device, "tiny-llama");
     peft::load(saved.path(), &mut again).unwrap();
-    assert!(again.linears().all(|linear| linear.adapter.as_ref().unwrap().scale == 16.0 / 8f32.sqrt()));
+    assert!(again.linears().all(|linear| linear.adapter.as_ref().unwrap().config.scale() == 16.0 / 8f32.sqrt()));
 }
 
 /// The comparisons above can fail: small changes of the model are outside their tolerance.

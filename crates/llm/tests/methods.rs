@@ -1,4 +1,5 @@
-//! Whole models trained, from a checkpoint and from random weights, against transformers in f32 on the CPU.
+//! What a run trains: whole models, from a checkpoint and from random weights, and adapters with dropout or a rank-stabilised
+//! scale; against transformers and PEFT in f32 on the CPU.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed unwrap fails the test")]
 
 mod common;
@@ -16,10 +17,11 @@ use unsloth_core::{DType, Device, ops::cross_entropy::LossSpec};
 use unsloth_llm::{
     Error,
     decoder::{Decoder, LoadOptions},
-    export,
+    export, peft,
 };
 use unsloth_train::{
-    AdamWConfig, Batch, Checkpointing, Model, Schedule, ScheduleKind, StepMetrics, Trainer, TrainerConfig,
+    AdamWConfig, Batch, Checkpointing, Draw, LoraConfig, Model, Schedule, ScheduleKind, StepMetrics, Trainer,
+    TrainerConfig,
 };
 
 /// As in `fixtures/methods/reference.py`.
@@ -40,6 +42,8 @@ for_each_model!(
     bf16_activations_under_f32_weights,
     saved_model_round_trips,
     random_weights_as_transformers_makes_them,
+    rank_stabilised_as_peft,
+    checkpointing_drops_the_same,
 );
 
 /// Numbers of whole-model training.
@@ -124,7 +128,7 @@ fn training_curve(model: &str) {
     let (device, golden, reference) = (unsloth_cpu::device(), Golden::open(model), reference(model));
     let schedule = Schedule { kind: ScheduleKind::Cosine, learning_rate: 1e-3, warmup_steps: 2, total_steps: 10 };
     let adamw = AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() };
-    let config = TrainerConfig { adamw, schedule, max_grad_norm: Some(1.0) };
+    let config = TrainerConfig { adamw, schedule, max_grad_norm: Some(1.0), seed: 0 };
     let mut trainer = Trainer::new(trainable(model, &device, DType::F32), config).unwrap();
     let mut metrics: Vec<StepMetrics> = Vec::new();
     for step in 0..10 {
@@ -271,7 +275,7 @@ fn a_random_weight_depends_on_its_name_and_shape_alone() {
 fn a_model_from_random_weights_learns() {
     let (device, golden) = (unsloth_cpu::device(), Golden::open("tiny-qwen2"));
     let schedule = Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-2, warmup_steps: 0, total_steps: 20 };
-    let config = TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0) };
+    let config = TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), seed: 0 };
     let decoder = Decoder::random(&fixture("tiny-qwen2").join("model"), &device, DType::F32, 1).unwrap();
     let mut trainer = Trainer::new(decoder, config).unwrap();
     let batch = batch(&device, &golden.rows());
@@ -372,5 +376,95 @@ fn refusals() {
         folder.set("config.json", "pad_token_id", absent);
         let decoder = Decoder::random(folder.path(), &device, DType::F32, 0).unwrap();
         assert!(values(&decoder)["model.embed_tokens.weight"][0] != 0.0);
+    }
+}
+
+/// An adapter of a model, with settings of `adapter_config.json` changed.
+fn adapted(
+    model: &str,
+    device: &Device,
+    dtype: DType,
+    settings: &[(&str, serde_json::Value)],
+) -> (Decoder, LoraConfig) {
+    let folder = Folder::copy(model, "adapter");
+    for (field, value) in settings {
+        folder.set("adapter_config.json", field, value.clone());
+    }
+    let mut decoder = Decoder::load(&fixture(model).join("model"), device, LoadOptions::frozen(dtype)).unwrap();
+    let config = peft::load(folder.path(), &mut decoder).unwrap();
+    (decoder, config)
+}
+
+fn saved_config(decoder: &Decoder) -> (tempfile::TempDir, serde_json::Value) {
+    let output = tempfile::tempdir().unwrap();
+    peft::save(output.path(), decoder).unwrap();
+    let config = serde_json::from_slice(&std::fs::read(output.path().join("adapter_config.json")).unwrap()).unwrap();
+    (output, config)
+}
+
+fn rank_stabilised_as_peft(model: &str) {
+    let (device, golden, reference) = (unsloth_cpu::device(), Golden::open(model), reference(model));
+    let (decoder, config) = adapted(model, &device, DType::F32, &[("use_rslora", true.into())]);
+    assert_eq!(config, LoraConfig { rslora: true, ..golden.adapter() });
+    assert_eq!(config.scale(), reference["rslora_scale"][0]);
+    let batch = batch(&device, &golden.rows());
+    let loss = unsloth_train::evaluate(&decoder, &[batch]).unwrap();
+    assert!((loss - reference["rslora_loss"][0]).abs() <= 1e-5, "{loss}");
+
+    let (output, saved) = saved_config(&decoder);
+    assert_eq!((&saved["use_rslora"], &saved["lora_alpha"]), (&true.into(), &16.into()));
+    let mut again = common::load(&device, model);
+    assert_eq!(peft::load(output.path(), &mut again).unwrap(), config);
+}
+
+/// What is dropped is drawn again by the second run of a segment: the same bits as without one.
+fn checkpointing_drops_the_same(model: &str) {
+    let (device, golden) = (unsloth_cpu::device(), Golden::open(model));
+    let draw = Draw { seed: 1, step: 4, first_sequence: 2 };
+    let whole = batch(&device, &golden.rows());
+    let drawn = Batch { draw: Some(draw), ..whole.clone() };
+    for dtype in [DType::F32, DType::BF16] {
+        let (mut decoder, config) = adapted(model, &device, dtype, &[("lora_dropout", 0.3.into())]);
+        assert_eq!(config.dropout, 0.3);
+        let bits = |decoder: &Decoder, batch: &Batch| -> BTreeMap<String, Vec<u32>> {
+            let bits = |(name, values): (String, Vec<f32>)| (name, values.into_iter().map(f32::to_bits).collect());
+            gradients(decoder, batch).1.into_iter().map(bits).collect()
+        };
+        let kept = bits(&decoder, &drawn);
+        for policy in [Checkpointing::Every(1), Checkpointing::Every(3), Checkpointing::Sqrt] {
+            decoder.set_checkpointing(policy);
+            assert_eq!(bits(&decoder, &drawn), kept, "{dtype}, {policy}");
+        }
+        decoder.set_checkpointing(Checkpointing::None);
+        let undrawn = bits(&decoder, &whole);
+        assert!(undrawn.iter().zip(&kept).all(|(a, b)| a != b), "every gradient feels what is dropped");
+        decoder.set_dropout(0.0).unwrap();
+        assert_eq!(bits(&decoder, &drawn), undrawn, "without a draw dropout is off");
+    }
+}
+
+#[test]
+fn dropout_is_saved_and_checked() {
+    let device = unsloth_cpu::device();
+    let (mut decoder, _) = adapted("tiny-llama", &device, DType::F32, &[]);
+    decoder.set_dropout(0.1).unwrap();
+    let (output, saved) = saved_config(&decoder);
+    assert_eq!((&saved["lora_dropout"], &saved["use_rslora"]), (&serde_json::json!(0.1), &false.into()));
+    let mut again = common::load(&device, "tiny-llama");
+    assert_eq!(peft::load(output.path(), &mut again).unwrap().dropout, 0.1);
+
+    for dropout in [1.0, -0.5, f32::NAN] {
+        let error = decoder.set_dropout(dropout).unwrap_err().to_string();
+        assert_eq!(error, format!("dropout = {dropout}, must be in [0, 1)"));
+    }
+    assert_eq!(saved_config(&decoder).1["lora_dropout"], 0.1);
+    decoder.linears_mut().next().unwrap().adapter.as_mut().unwrap().config.dropout = 0.2;
+    let error = peft::save(output.path(), &decoder).unwrap_err().to_string();
+    assert!(error.contains("dropout"), "{error}");
+    for value in [serde_json::json!(1), serde_json::json!(-0.1), "much".into()] {
+        let folder = Folder::copy("tiny-llama", "adapter");
+        folder.set("adapter_config.json", "lora_dropout", value.clone());
+        let error = peft::load(folder.path(), &mut common::load(&device, "tiny-llama")).unwrap_err().to_string();
+        assert!(error.contains(&format!("`lora_dropout` = {value}, must be")), "{error}");
     }
 }

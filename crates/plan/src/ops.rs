@@ -183,10 +183,10 @@ impl PlanBackend {
         self.workspace([widened(left), widened(right)]).map(drop)
     }
 
-    /// The product `[rows, rank]` of `x` with one of the adapter's matrices.
-    fn to_rank(&self, spec: &lora_linear::Spec, x: &Tensor, columns: usize) -> Result<Tensor> {
+    /// The product `[rows, rank]` of `x` with one of the adapter's matrices, with this scratch.
+    fn to_rank(&self, spec: &lora_linear::Spec, x: &Tensor, scratch: usize) -> Result<Tensor> {
         let h = output(x, DType::F32, [spec.base.rows, spec.rank])?;
-        self.workspace([scratch::rows(x.dtype(), spec.base.rows, columns)])?;
+        self.workspace([scratch])?;
         Ok(h)
     }
 
@@ -197,6 +197,10 @@ impl PlanBackend {
 }
 
 impl lora_linear::LoraLinear for PlanBackend {
+    fn lora_linear_has_dropout(&self) -> bool {
+        true
+    }
+
     fn lora_linear_forward(
         &self,
         spec: &lora_linear::Spec,
@@ -206,7 +210,7 @@ impl lora_linear::LoraLinear for PlanBackend {
         adapter: lora_linear::Adapter<'_>,
     ) -> Result<lora_linear::Forward> {
         let _a = self.adapter_matrix(adapter.lora_a)?;
-        let h = self.to_rank(spec, x, spec.base.in_features)?;
+        let h = self.to_rank(spec, x, scratch::lora_input(spec))?;
         let _b = self.adapter_matrix(adapter.lora_b)?;
         let y = output(x, spec.base.dtype, [spec.base.rows, spec.base.out_features])?;
         let _scratch = self.workspace(scratch::linear(&spec.base, bias.map(Tensor::dtype)))?;
@@ -219,7 +223,7 @@ impl lora_linear::LoraLinear for PlanBackend {
         gradients: lora_linear::ParameterGradients<'_>,
     ) -> Result<Option<Tensor>> {
         let lora_linear::Spec { base, rank, .. } = spec;
-        let lora_linear::Backward { dy, x, h, adapter, needs_dx, .. } = inputs;
+        let lora_linear::Backward { dy, h, adapter, needs_dx, .. } = inputs;
         if gradients.dlora_b.is_some() {
             self.accumulate_product((dy, base.out_features), (h, *rank))?;
         }
@@ -227,15 +231,16 @@ impl lora_linear::LoraLinear for PlanBackend {
             return Ok(None);
         }
         let _b = self.adapter_matrix(adapter.lora_b)?;
-        let dh = self.to_rank(spec, dy, base.out_features)?;
+        let _dh = self.to_rank(spec, dy, scratch::rows(dy.dtype(), base.rows, base.out_features))?;
         if gradients.dlora_a.is_some() {
-            self.accumulate_product((&dh, *rank), (x, base.in_features))?;
+            self.workspace([scratch::lora_input(spec)])?;
         }
         if !needs_dx {
             return Ok(None);
         }
         let _a = self.adapter_matrix(adapter.lora_a)?;
         let dx = output(dy, base.dtype, [base.rows, base.in_features])?;
+        let _update = self.workspace([scratch::lora_input_gradient(spec)])?;
         let _scratch = self.workspace(scratch::linear_input_gradient(base))?;
         Ok(Some(dx))
     }

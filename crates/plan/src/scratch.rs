@@ -98,6 +98,18 @@ pub(crate) fn rows(dtype: DType, rows: usize, columns: usize) -> usize {
     widened(dtype, rows.min(ROW_BLOCK) * columns)
 }
 
+/// Rows of the input of a low-rank update as they are multiplied: widened, or without what is dropped.
+pub(crate) fn lora_input(spec: &ops::lora_linear::Spec) -> usize {
+    let elements = spec.base.rows.min(ROW_BLOCK) * spec.base.in_features;
+    if spec.dropout.is_some() { elements } else { widened(spec.base.dtype, elements) }
+}
+
+/// The part of an input gradient that goes through a low-rank update, where some of it is dropped.
+pub(crate) fn lora_input_gradient(spec: &ops::lora_linear::Spec) -> usize {
+    let columns = weight_block(spec.base.weight_dtype, spec.base.in_features, spec.base.out_features);
+    if spec.dropout.is_some() { spec.base.rows.min(ROW_BLOCK) * columns } else { 0 }
+}
+
 /// The weight with its offset, and the parts of its gradient where that is wanted.
 pub(crate) fn rms_norm_backward(spec: &ops::rms_norm::Spec, with_dweight: bool) -> [usize; 2] {
     let (max_parts, min_rows) = NORM_PARTS;

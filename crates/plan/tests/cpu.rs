@@ -8,6 +8,7 @@ use unsloth_core::{
         adamw, attention, cross_entropy, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear,
         reduce, rms_norm, rope,
     },
+    rng::Philox,
 };
 use unsloth_cpu::{CpuBackend, CpuOptions};
 use unsloth_plan::{PlanBackend, PlanOptions};
@@ -175,14 +176,21 @@ fn linear() {
 fn lora_linear() {
     const RANK: usize = 8;
     for ((dtype, weight_dtype), [rows, in_features, out_features]) in products() {
-        for (needs_dx, adapter_dtype) in [(true, DType::F32), (false, DType::BF16)] {
-            same(&format!("{dtype} {weight_dtype} {rows} x {in_features} x {out_features} {needs_dx}"), |device| {
+        let variants = [(true, DType::F32, None), (false, DType::BF16, None), (true, DType::F32, Some(0.5))];
+        for (needs_dx, adapter_dtype, probability) in variants {
+            let what = format!("{dtype} {weight_dtype} {rows} x {in_features} x {out_features} {needs_dx}");
+            same(&format!("{what} {probability:?}"), |device| {
                 let x = zeros(device, [rows, in_features], dtype)?;
                 let weight = weight(device, [out_features, in_features], weight_dtype)?;
                 let bias = zeros(device, [out_features], weight_dtype)?;
                 let lora_a = device.zeros([RANK, in_features], adapter_dtype, Category::Adapters)?;
                 let lora_b = device.zeros([out_features, RANK], adapter_dtype, Category::Adapters)?;
-                let adapter = lora_linear::Adapter { lora_a: &lora_a, lora_b: &lora_b, scale: 2.0 };
+                let counters = zeros(device, [rows], DType::I32)?;
+                let dropout = probability.map(|probability| {
+                    let dropout = lora_linear::Dropout { probability, stream: Philox::new(0, 0), step: 0 };
+                    lora_linear::RowDropout { dropout, sequences: &counters, positions: &counters }
+                });
+                let adapter = lora_linear::Adapter { lora_a: &lora_a, lora_b: &lora_b, scale: 2.0, dropout };
                 let lora_linear::Forward { y, h } = lora_linear::forward(&x, &weight, Some(&bias), adapter)?;
                 let inputs = lora_linear::Backward { dy: &y, x: &x, h: &h, weight: &weight, adapter, needs_dx };
                 let mut dlora_a = gradient(device, [RANK, in_features])?;

@@ -2,7 +2,7 @@
 
 use unsloth_core::{Category, Device, Sequences, Tensor, ops::cross_entropy::IGNORE_INDEX};
 
-use crate::{Error, Result};
+use crate::{Draw, Error, Result};
 
 /// One document on the host.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +27,8 @@ pub struct Batch {
     pub sequences: Sequences,
     /// Tokens that have a target.
     pub num_targets: usize,
+    /// Where it stands in a run, which the trainer says. Without, as in an evaluation, nothing random is done to it.
+    pub draw: Option<Draw>,
 }
 
 impl Batch {
@@ -57,6 +59,7 @@ impl Batch {
             positions: device.from_slice(&sequences.positions(), [tokens], Category::Activations)?,
             sequences,
             num_targets,
+            draw: None,
         })
     }
 

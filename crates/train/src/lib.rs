@@ -5,6 +5,7 @@
 
 mod batch;
 mod checkpointing;
+mod draw;
 mod error;
 mod evaluate;
 mod initial;
@@ -18,12 +19,13 @@ mod trainer;
 
 pub use batch::{Batch, Document};
 pub use checkpointing::Checkpointing;
+pub use draw::{Draw, DrawRows};
 pub use error::{Error, Result};
 pub use evaluate::evaluate;
 pub use initial::normal_matrix;
 pub use kv_cache::{KvCache, KvCacheSpec};
 pub use linear::Linear;
-pub use lora::LoraConfig;
+pub use lora::{Adapter, LoraConfig};
 pub use model::Model;
 pub use optimizer::{AdamW, AdamWConfig};
 pub use schedule::{Schedule, ScheduleKind};

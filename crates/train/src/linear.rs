@@ -1,14 +1,11 @@
 //! A linear layer that may carry a low-rank adapter.
 
-use unsloth_autograd::{
-    Matrix, Parameter, Tape, Var, Vector,
-    ops::{self, LoraAdapter},
-};
+use unsloth_autograd::{Matrix, Parameter, Tape, Var, Vector, ops};
 use unsloth_core::{Category, DType, rng::Philox};
 
-use crate::{Error, LoraConfig, Result};
+use crate::{Adapter, DrawRows, Error, LoraConfig, Result};
 
-/// `y = x W^T + bias`, and `+ scale (x A^T) B^T` where there is an adapter.
+/// `y = x W^T + bias`, and `+ scale (drop(x) A^T) B^T` where there is an adapter.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// Module path as in the checkpoint, such as `model.layers.0.self_attn.q_proj`.
@@ -18,7 +15,7 @@ pub struct Linear {
     /// `[out_features]`
     pub bias: Option<Vector>,
     /// Low-rank update.
-    pub adapter: Option<LoraAdapter>,
+    pub adapter: Option<Adapter>,
 }
 
 impl Linear {
@@ -37,13 +34,14 @@ impl Linear {
         dimensions(&self.weight).0
     }
 
-    /// Applies the layer to `x`, `[rows, in_features]`.
+    /// Applies the layer to `x`, `[rows, in_features]`. `draw` says where its rows stand in a run; without, as outside
+    /// training, the adapter's dropout is off.
     ///
     /// # Errors
     /// Shape, dtype or device mismatch; [`unsloth_core::Error::OutOfMemory`].
-    pub fn forward(&self, tape: &Tape, x: &Var) -> unsloth_core::Result<Var> {
+    pub fn forward(&self, tape: &Tape, x: &Var, draw: Option<&DrawRows>) -> unsloth_core::Result<Var> {
         match &self.adapter {
-            Some(adapter) => ops::lora_linear(tape, x, &self.weight, self.bias.as_ref(), adapter),
+            Some(adapter) => ops::lora_linear(tape, x, &self.weight, self.bias.as_ref(), &adapter.with(draw)),
             None => ops::linear(tape, x, &self.weight, self.bias.as_ref()),
         }
     }
@@ -66,7 +64,8 @@ impl Linear {
     /// Adds an f32 adapter that changes nothing yet: `A` is uniform in `(-1 / sqrt(in_features), 1 / sqrt(in_features))`
     /// (`kaiming_uniform_(a=sqrt(5))`, as PEFT) and `B` is zero.
     ///
-    /// `A[i, j]` is a function of `seed`, `index` and `(i, j)` alone; give each layer its own `index`. The parameters are
+    /// `A[i, j]` is a function of `seed`, `index` and `(i, j)` alone; give each layer its own `index`, which also tells the
+    /// zeros of its dropout from those of others. The parameters are
     /// called `<name>.lora_A.weight` and `<name>.lora_B.weight`.
     ///
     /// # Errors
@@ -86,10 +85,11 @@ impl Linear {
         let a = initial_a(&Philox::new(seed, index), config.rank, in_features);
         let lora_a = device.from_slice(&a, [config.rank, in_features], Category::Adapters)?;
         let lora_b = device.zeros([out_features, config.rank], DType::F32, Category::Adapters)?;
-        self.adapter = Some(LoraAdapter {
+        self.adapter = Some(Adapter {
             lora_a: Parameter::new(format!("{}.lora_A.weight", self.name), lora_a),
             lora_b: Parameter::new(format!("{}.lora_B.weight", self.name), lora_b),
-            scale: config.scale(),
+            config: *config,
+            index,
         });
         Ok(())
     }

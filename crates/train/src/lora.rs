@@ -1,22 +1,40 @@
-//! Configuration of low-rank adapters.
+//! Low-rank adapters: configuration, and what a layer has of one.
 
-use crate::{Result, error::invalid};
+use unsloth_autograd::{
+    Parameter,
+    ops::{LoraAdapter, LoraDropout},
+};
+use unsloth_core::{ops::lora_linear::Dropout, rng::Philox};
 
-/// Low-rank adapters: `y = x W^T + (alpha / rank) (x A^T) B^T`.   Hu et al. 2021, arXiv:2106.09685
+use crate::{DrawRows, Result, error::invalid};
+
+/// Low-rank adapters: `y = x W^T + scale * (drop(x) A^T) B^T`.   Hu et al. 2021, arXiv:2106.09685
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraConfig {
     /// Inner dimension, 1 to the smaller dimension of each adapted layer.
     pub rank: usize,
-    /// Scale numerator, finite; the update is multiplied by `alpha / rank`.
+    /// Scale numerator, finite.
     pub alpha: f32,
+    /// Share of the update's input that is zero in training, in `[0, 1)`; what is left is scaled up by `1 / (1 - dropout)`.
+    #[serde(default)]
+    pub dropout: f32,
+    /// Whether the update is multiplied by `alpha / sqrt(rank)` instead of `alpha / rank`, so that its size does not depend on
+    /// the rank.    Kalajdzievski 2023, arXiv:2312.03732
+    #[serde(default)]
+    pub rslora: bool,
 }
 
 impl LoraConfig {
+    /// An adapter without dropout whose update is multiplied by `alpha / rank`.
+    pub const fn new(rank: usize, alpha: f32) -> Self {
+        Self { rank, alpha, dropout: 0.0, rslora: false }
+    }
+
     /// Checks what can be checked without a layer; [`crate::Linear::add_adapter`] checks the rank against its layer.
     ///
     /// # Errors
-    /// [`crate::Error::InvalidConfig`] for rank 0 or an alpha that is not finite.
+    /// [`crate::Error::InvalidConfig`] for rank 0, an alpha that is not finite, or a dropout outside `[0, 1)`.
     pub fn validate(&self) -> Result<()> {
         if self.rank == 0 {
             return invalid("rank", self.rank, "at least 1");
@@ -24,11 +42,45 @@ impl LoraConfig {
         if !self.alpha.is_finite() {
             return invalid("alpha", self.alpha, "finite");
         }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return invalid("dropout", self.dropout, "in [0, 1)");
+        }
         Ok(())
     }
 
-    /// Factor of the update, `alpha / rank`.
+    /// Factor of the update.
     pub fn scale(&self) -> f32 {
-        self.alpha / self.rank as f32
+        let rank = self.rank as f64;
+        (f64::from(self.alpha) / if self.rslora { rank.sqrt() } else { rank }) as f32
+    }
+}
+
+/// Streams of other purposes have other ids: "drop" in ASCII, counted up by layer.
+const DROPOUT_STREAM: u32 = 0x6472_6f70;
+
+/// A low-rank adapter of one layer.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// f32 `[rank, in_features]`
+    pub lora_a: Parameter,
+    /// f32 `[out_features, rank]`
+    pub lora_b: Parameter,
+    /// What it was made by.
+    pub config: LoraConfig,
+    /// Number of its layer in the model, of its own: which random numbers it draws.
+    pub index: u32,
+}
+
+impl Adapter {
+    /// As the operator takes it. Nothing is dropped without `rows`.
+    pub(crate) fn with(&self, rows: Option<&DrawRows>) -> LoraAdapter {
+        let probability = self.config.dropout;
+        let dropout = rows.filter(|_| probability > 0.0).map(|rows| {
+            let stream = Philox::new(rows.seed, DROPOUT_STREAM.wrapping_add(self.index));
+            let dropout = Dropout { probability, stream, step: rows.step };
+            LoraDropout { dropout, sequences: rows.sequences.clone(), positions: rows.positions.clone() }
+        });
+        let (lora_a, lora_b) = (self.lora_a.clone(), self.lora_b.clone());
+        LoraAdapter { lora_a, lora_b, scale: self.config.scale(), dropout }
     }
 }

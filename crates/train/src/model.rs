@@ -8,7 +8,8 @@ use crate::Batch;
 /// A function of a batch with parameters to train.
 pub trait Model {
     /// Loss of the batch, f32 `[1]`: the sum over its targets divided by `loss.num_targets`, which counts the targets of the
-    /// whole accumulated step. The model may add what belongs to it, such as a softcap, to `loss`.
+    /// whole accumulated step. The model may add what belongs to it, such as a softcap, to `loss`. What it draws at random
+    /// depends on [`Batch::draw`] and the places of rows alone; it draws nothing without.
     ///
     /// # Errors
     /// Whatever its operators refuse, such as an id outside the vocabulary; [`unsloth_core::Error::OutOfMemory`].

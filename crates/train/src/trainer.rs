@@ -12,7 +12,7 @@ use unsloth_core::{
 };
 
 pub use self::state::ParameterState;
-use crate::{AdamW, AdamWConfig, Batch, Error, Model, Result, Schedule, error::invalid};
+use crate::{AdamW, AdamWConfig, Batch, Draw, Error, Model, Result, Schedule, error::invalid};
 
 /// How parameters are changed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,6 +23,8 @@ pub struct TrainerConfig {
     pub schedule: Schedule,
     /// Gradients with a larger norm are scaled down to it; positive.
     pub max_grad_norm: Option<f32>,
+    /// Of what is drawn at random in a step, such as dropout.
+    pub seed: u64,
 }
 
 impl TrainerConfig {
@@ -94,8 +96,9 @@ impl<M: Model> Trainer<M> {
         Ok(Self { model, config, gradients, optimizer, num_steps: 0, pending: None, stopped: None })
     }
 
-    /// One optimiser step over micro-batches, whose losses are divided by the number of targets of all of them: however a
-    /// batch is split, the step is the same up to rounding. Returns the metrics of the step before.
+    /// One optimiser step over micro-batches, whose losses are divided by the number of targets of all of them, and whose
+    /// sequences are counted through for what is drawn at random: however a batch is split, the step is the same up to
+    /// rounding. Returns the metrics of the step before.
     ///
     /// # Errors
     /// [`Error::NoTargets`], after which the trainer can go on. All others stop it, and later calls give
@@ -174,9 +177,11 @@ impl<M: Model> Trainer<M> {
         self.gradients.zero()?;
         let spec = LossSpec::mean(metrics.num_targets);
         let mut loss = self.model.device().zeros([1], DType::F32, Category::Activations)?;
+        let mut draw = Draw { seed: self.config.seed, step: metrics.step as u32 - 1, first_sequence: 0 };
         for batch in micro_batches {
             let tape = Tape::new();
-            let part = self.model.loss(&tape, batch, spec)?;
+            let part = self.model.loss(&tape, &Batch { draw: Some(draw), ..batch.clone() }, spec)?;
+            draw.first_sequence += batch.sequences.num_seqs() as u32;
             tape.backward(&part, &mut self.gradients)?;
             loss = elementwise::add(loss, part.tensor())?;
         }

@@ -1,8 +1,8 @@
 //! Linear layer with a low-rank update; formula and gradient in [`core`].
 
 use unsloth_core::{
-    Error, Result,
-    ops::lora_linear::{self as core, Adapter, Backward, ParameterGradients},
+    Error, Result, Tensor,
+    ops::lora_linear::{self as core, Adapter, Backward, Dropout, ParameterGradients, RowDropout},
 };
 
 use super::linear::BaseParameters;
@@ -17,33 +17,62 @@ pub struct LoraAdapter {
     pub lora_b: Parameter,
     /// Factor of the update: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA.
     pub scale: f32,
+    /// Zeros in the update's input.
+    pub dropout: Option<LoraDropout>,
 }
 
-/// `y = x W^T + bias + scale * (x A^T) B^T`, `x`: `[rows, in_features]`. Keeps `x` and `x A^T`.
+/// Dropout of a call, and where each of its rows stands in the step.
+#[derive(Clone, Debug)]
+pub struct LoraDropout {
+    /// What all rows have in common.
+    pub dropout: Dropout,
+    /// i32 `[rows]`: number of the row's sequence among all of the step.
+    pub sequences: Tensor,
+    /// i32 `[rows]`: place of the row in its sequence.
+    pub positions: Tensor,
+}
+
+impl LoraDropout {
+    fn borrowed(&self) -> RowDropout<'_> {
+        RowDropout { dropout: self.dropout, sequences: &self.sequences, positions: &self.positions }
+    }
+}
+
+impl LoraAdapter {
+    /// Lets `work` see the adapter as operators take it.
+    fn borrowed<R>(&self, work: impl FnOnce(Adapter<'_>) -> R) -> R {
+        let (lora_a, lora_b) = (&self.lora_a.value(), &self.lora_b.value());
+        work(Adapter { lora_a, lora_b, scale: self.scale, dropout: self.dropout.as_ref().map(LoraDropout::borrowed) })
+    }
+}
+
+/// `y = x W^T + bias + scale * (drop(x) A^T) B^T`, `x`: `[rows, in_features]`. Keeps `x` and `drop(x) A^T`; what is dropped is
+/// drawn again.
 ///
 /// # Errors
 /// As [`core::forward`]; [`Error::InvalidSpec`] if one parameter is both `lora_a` and `lora_b`; an input of another tape.
 pub fn lora_linear(tape: &Tape, x: &Var, weight: &Matrix, bias: Option<&Vector>, adapter: &LoraAdapter) -> Result<Var> {
     const OP: &str = "lora_linear";
-    let LoraAdapter { lora_a, lora_b, scale } = adapter.clone();
+    let LoraAdapter { lora_a, lora_b, .. } = adapter;
     if lora_a.id() == lora_b.id() {
         let value = lora_b.name().to_owned();
         return Err(Error::InvalidSpec { op: OP, field: "lora_b", value, rule: "another parameter than lora_a" });
     }
-    let parameters = [weight.parameter(), bias.and_then(Vector::parameter), Some(&lora_a), Some(&lora_b)];
+    let parameters = [weight.parameter(), bias.and_then(Vector::parameter), Some(lora_a), Some(lora_b)];
     let link = tape.link(OP, &[x], &parameters)?;
-    let update = Adapter { lora_a: &lora_a.value(), lora_b: &lora_b.value(), scale };
+    let (matrix, bias_value) = (weight.weight()?, bias.map(Vector::tensor));
     let core::Forward { y, h } =
-        core::forward(x.tensor(), &weight.weight()?, bias.map(Vector::tensor).as_ref(), update)?;
+        adapter.borrowed(|adapter| core::forward(x.tensor(), &matrix, bias_value.as_ref(), adapter))?;
     let base = BaseParameters::new(x.tensor(), weight, bias);
-    let (to, x, weight) = (x.source(), x.tensor().clone(), weight.clone());
+    let (to, x, weight, adapter) = (x.source(), x.tensor().clone(), weight.clone(), adapter.clone());
     Ok(link.one(y, move |context, dy| {
         base.backward(context, &dy)?;
         let (weight, needs_dx) = (weight.weight()?, context.wants(to));
-        let adapter = Adapter { lora_a: &lora_a.value(), lora_b: &lora_b.value(), scale };
-        let inputs = Backward { dy: &dy, x: &x, h: &h, weight: &weight, adapter, needs_dx };
-        let (dlora_a, dlora_b) = context.gradient_pair(&lora_a, &lora_b);
-        let dx = core::backward(inputs, ParameterGradients { dlora_a, dlora_b })?;
+        let (dlora_a, dlora_b) = context.gradient_pair(&adapter.lora_a, &adapter.lora_b);
+        let dx = adapter.borrowed(|adapter| {
+            let inputs = Backward { dy: &dy, x: &x, h: &h, weight: &weight, adapter, needs_dx };
+            core::backward(inputs, ParameterGradients { dlora_a, dlora_b })
+        })?;
         drop((dy, x, h));
         dx.map_or(Ok(()), |dx| context.send(to, dx))
     }))

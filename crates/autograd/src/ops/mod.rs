@@ -27,7 +27,7 @@ pub use embedding::embedding;
 pub use glu::glu;
 pub use linear::linear;
 pub use linear_cross_entropy::linear_cross_entropy;
-pub use lora_linear::{LoraAdapter, lora_linear};
+pub use lora_linear::{LoraAdapter, LoraDropout, lora_linear};
 pub use reduce::sum;
 pub use rms_norm::{NormOptions, add_rms_norm, rms_norm};
 pub use rope::{RopeAngles, rope};

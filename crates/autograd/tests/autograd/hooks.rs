@@ -127,7 +127,8 @@ fn a_hook_may_update_its_parameter_in_place() {
         store.on_ready(|parameter, _| parameter.update(elementwise::fill_zero));
         let tape = Tape::new();
         let x = norm(&tape, &Var::constant(random(&device, 9, [4, 8])), &weights[0]);
-        let (last, adapter) = (weights[1].clone(), LoraAdapter { lora_a: a.clone(), lora_b: b.clone(), scale: 1.0 });
+        let (last, adapter) =
+            (weights[1].clone(), LoraAdapter { lora_a: a.clone(), lora_b: b.clone(), scale: 1.0, dropout: None });
         let matrix = Matrix::Trainable(base.clone());
         let f = move |tape: &Tape, x: &[Var]| {
             let y = ops::lora_linear(tape, &x[0], &matrix, None, &adapter)?;

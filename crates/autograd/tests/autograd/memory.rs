@@ -40,6 +40,7 @@ fn a_node_holds_what_backward_reads() {
         lora_a: Parameter::new("a", random(&device, 4, [4, SIZE])),
         lora_b: Parameter::new("b", random(&device, 5, [SIZE, 4])),
         scale: 1.0,
+        dropout: None,
     };
     let trained = Matrix::Trainable(Parameter::new("w", random(&device, 6, [SIZE, SIZE])));
     // `y` is no variable of the tape, so that what is held is seen.

@@ -98,7 +98,8 @@ struct Layer {
 
 impl Layer {
     fn new(p: &[Parameter], frozen: &[Matrix], shared: Rc<Shared>) -> Self {
-        let adapter = |i: usize| LoraAdapter { lora_a: p[i].clone(), lora_b: p[i + 1].clone(), scale: SCALE };
+        let adapter =
+            |i: usize| LoraAdapter { lora_a: p[i].clone(), lora_b: p[i + 1].clone(), scale: SCALE, dropout: None };
         let matrix = |i: usize| Matrix::Trainable(p[i].clone());
         let vector = |i: usize| Vector::Trainable(p[i].clone());
         Self {
@@ -283,7 +284,7 @@ fn linear(x: &[f64], weight: &[f64], bias: Option<&[f64]>, out_features: usize) 
 fn lora(x: &[f64], base: &Leaf, lora_a: &[f64], lora_b: &[f64]) -> Vec<f64> {
     let dims = Dims { rows: TOKENS, in_features: base.shape[1], out_features: base.shape[0] };
     let (weight, bias, scale) = (&base.values[..], None, f64::from(SCALE));
-    let layer = oracle::lora_linear::Layer { dims, weight, bias, lora_a, lora_b, rank: RANK, scale };
+    let layer = oracle::lora_linear::Layer { dims, weight, bias, lora_a, lora_b, rank: RANK, scale, keep: None };
     oracle::lora_linear::forward(&Exact, layer, x).y
 }
 

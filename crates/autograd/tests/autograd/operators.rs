@@ -2,7 +2,7 @@
 
 use unsloth_autograd::{
     GradStore, Matrix, Tape, Var, Vector,
-    ops::{self, AttentionSequences, LoraAdapter, NormOptions, RopeAngles},
+    ops::{self, AttentionSequences, LoraAdapter, LoraDropout, NormOptions, RopeAngles},
 };
 use unsloth_core::{
     DType, Sequences, Tensor,
@@ -10,9 +10,11 @@ use unsloth_core::{
         attention::{Options, Window},
         cross_entropy::{IGNORE_INDEX, LossSpec},
         glu::Activation,
+        lora_linear::Dropout,
         rope::Layout,
         rope_table::{RopeSpec, Scaling},
     },
+    rng::Philox,
 };
 use unsloth_testkit::{
     arith::Exact,
@@ -134,27 +136,54 @@ fn lora_linear() {
     let (x, w, bias) = (leaf(&mut data, [4, 3], 1.0), leaf(&mut data, [5, 3], 1.0), leaf(&mut data, [5], 1.0));
     let (a, b) = (leaf(&mut data, [2, 3], 1.0), leaf(&mut data, [5, 2], 1.0));
     let forward = |x: &[f64], (weight, bias): (&[f64], &[f64]), (lora_a, lora_b): (&[f64], &[f64])| {
-        let layer = oracle::lora_linear::Layer { dims, weight, bias: Some(bias), lora_a, lora_b, rank: 2, scale: 0.75 };
+        let (bias, rank, scale) = (Some(bias), 2, 0.75);
+        let layer = oracle::lora_linear::Layer { dims, weight, bias, lora_a, lora_b, rank, scale, keep: None };
         vec![oracle::lora_linear::forward(&Exact, layer, x).y]
     };
     let matrix = frozen(tensor(&device, &w));
     case("frozen base", std::slice::from_ref(&x), &[a.clone(), b.clone()]).check(
         &device,
         |tape, v, p| {
-            let adapter = LoraAdapter { lora_a: p[0].clone(), lora_b: p[1].clone(), scale: 0.75 };
+            let adapter = LoraAdapter { lora_a: p[0].clone(), lora_b: p[1].clone(), scale: 0.75, dropout: None };
             let bias = Vector::Frozen(tensor(&device, &bias));
             Ok(vec![ops::lora_linear(tape, &v[0], &matrix, Some(&bias), &adapter)?])
         },
         |l| forward(&l[0], (&w.values, &bias.values), (&l[1], &l[2])),
     );
-    case("trained base", &[x], &[a, b, w.clone(), bias.clone()]).check(
+    case("trained base", std::slice::from_ref(&x), &[a.clone(), b.clone(), w.clone(), bias.clone()]).check(
         &device,
         |tape, v, p| {
-            let adapter = LoraAdapter { lora_a: p[0].clone(), lora_b: p[1].clone(), scale: 0.75 };
+            let adapter = LoraAdapter { lora_a: p[0].clone(), lora_b: p[1].clone(), scale: 0.75, dropout: None };
             let (matrix, bias) = (Matrix::Trainable(p[2].clone()), Vector::Trainable(p[3].clone()));
             Ok(vec![ops::lora_linear(tape, &v[0], &matrix, Some(&bias), &adapter)?])
         },
         |l| forward(&l[0], (&l[3], &l[4]), (&l[1], &l[2])),
+    );
+    let (stream, counters) = (Philox::new(3, 4), [5, 6, 7, 8]);
+    let dropout = Dropout { probability: 0.4, stream, step: 9 };
+    let element = |row: usize, channel: usize| {
+        let uniform = stream.uniform(9, counters[row] as u32, counters[3 - row] as u32, channel as u32);
+        if uniform >= 0.4 { 1.0 / 0.6 } else { 0.0 }
+    };
+    let keep: Vec<f64> = (0..12).map(|i| element(i / 3, i % 3)).collect();
+    assert!(keep.contains(&0.0) && keep.iter().any(|&keep| keep > 0.0));
+    let integers = |values: [i32; 4]| device.from_slice(&values, [4], unsloth_core::Category::Activations).unwrap();
+    let (sequences, positions) = (integers(counters), integers([8, 7, 6, 5]));
+    case("dropout", &[x], &[a, b]).check(
+        &device,
+        |tape, v, p| {
+            let dropout = LoraDropout { dropout, sequences: sequences.clone(), positions: positions.clone() };
+            let dropout = Some(dropout);
+            let adapter = LoraAdapter { lora_a: p[0].clone(), lora_b: p[1].clone(), scale: 0.75, dropout };
+            let bias = Vector::Frozen(tensor(&device, &bias));
+            Ok(vec![ops::lora_linear(tape, &v[0], &matrix, Some(&bias), &adapter)?])
+        },
+        |l| {
+            let (weight, bias, lora_a, lora_b) = (&w.values, Some(&*bias.values), &l[1], &l[2]);
+            let (rank, scale, keep) = (2, 0.75, Some(&*keep));
+            let layer = oracle::lora_linear::Layer { dims, weight, bias, lora_a, lora_b, rank, scale, keep };
+            vec![oracle::lora_linear::forward(&Exact, layer, &l[0]).y]
+        },
     );
 }
 

@@ -196,7 +196,7 @@ fn rejects_one_parameter_as_both_halves_of_an_adapter() {
     let device = device();
     let square = Parameter::new("square", random(&device, 1, [4, 4]));
     let weight = Matrix::Frozen(device.prepare_weight(random(&device, 2, [4, 4])).unwrap());
-    let adapter = LoraAdapter { lora_a: square.clone(), lora_b: square, scale: 1.0 };
+    let adapter = LoraAdapter { lora_a: square.clone(), lora_b: square, scale: 1.0, dropout: None };
     let x = Var::constant(random(&device, 3, [2, 4]));
     let refused = ops::lora_linear(&Tape::new(), &x, &weight, None, &adapter);
     assert!(matches!(refused, Err(Error::InvalidSpec { op: "lora_linear", field: "lora_b", .. })));

@@ -40,7 +40,7 @@ pub(crate) struct Args {
     /// Type of activations [default: f32]
     #[arg(long, value_enum, value_name = "TYPE")]
     dtype: Option<FloatType>,
-    /// Seed of the order of the data, of new adapters, of random weights and of what is held out [default: 0]
+    /// Seed of the order of the data, of new adapters, of random weights, of dropout and of what is held out [default: 0]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// Inner dimension of the adapters [default: that of --adapter, else 16]
@@ -49,6 +49,12 @@ pub(crate) struct Args {
     /// The adapters' update is multiplied by alpha / rank [default: that of --adapter, else 16]
     #[arg(long, value_name = "F")]
     alpha: Option<f64>,
+    /// Share of the adapters' input that is set to zero in training [default: that of --adapter, else 0]
+    #[arg(long, value_name = "F")]
+    dropout: Option<f64>,
+    /// Multiply the adapters' update by alpha / sqrt(rank) instead [default: as in --adapter]
+    #[arg(long)]
+    rslora: bool,
     /// all-linear, or names of the layers to adapt, such as q_proj,v_proj [default: those of --adapter, else all-linear]
     #[arg(long, value_name = "NAME,NAME,..")]
     targets: Option<Targets>,
@@ -168,6 +174,8 @@ impl Args {
             seed: self.seed,
             rank: self.rank,
             alpha: self.alpha,
+            dropout: self.dropout,
+            rslora: self.rslora.then_some(true),
             targets: self.targets.map(|targets| OneOrMany::One(targets.to_string())),
             train_on: self.train_on.map(|train_on| train_on.to_string()),
             max_seq_len: self.max_seq_len,

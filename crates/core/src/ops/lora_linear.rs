@@ -1,12 +1,15 @@
 //! Linear layer with a low-rank update.                                         Hu et al. 2021, arXiv:2106.09685
 //! - `y = x W^T + bias + scale * (x A^T) B^T`, where `A` is `[rank, in_features]` and `B` `[out_features, rank]`
 //! - with `h = x A^T` and `dh = scale * dy B`: `dx = dy W + dh A`; `dA += dh^T x`; `dB += scale * dy^T h`
+//! - with dropout, `drop(x)` takes the place of `x` in `h` and in `dA`, and `drop(dh A)` that of `dh A` in `dx`, where
+//!   `drop(v)` is `v / (1 - probability)` where `u >= probability`, else 0.         Srivastava et al. 2014, JMLR 15:1929
 //!
 //! Products run smallest first; `W + scale * B A` is never formed. `A` and `B` may have another storage type than `x`; `h` and
-//! `dh` are f32.
+//! `dh` are f32. Neither the zeros nor `drop(x)` are kept: `u` is a counter-based random number, uniform in `[0, 1)`, which the
+//! backward pass draws again.
 
 use super::{check, linear};
-use crate::{DType, Result, Tensor, Weight};
+use crate::{DType, Error, Result, Tensor, Weight, rng::Philox};
 
 /// What defines one adapted layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,6 +22,31 @@ pub struct Spec {
     pub scale: f32,
     /// Storage type of `A` and `B`; their gradients are f32.
     pub adapter_dtype: DType,
+    /// Zeros in the update's input.
+    pub dropout: Option<Dropout>,
+}
+
+/// Which elements of the update's input are zero: element `channel` of a row where
+/// [`stream.uniform(step, sequence, position, channel)`](Philox::uniform) is below `probability`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// Share of zeros, in `[0, 1)`.
+    pub probability: f32,
+    /// Random numbers of this layer in this run.
+    pub stream: Philox,
+    /// Optimiser step.
+    pub step: u32,
+}
+
+/// Dropout, and where each row stands in the step: what its zeros depend on, and not how the step is split.
+#[derive(Clone, Copy, Debug)]
+pub struct RowDropout<'a> {
+    /// What all rows have in common.
+    pub dropout: Dropout,
+    /// i32 `[rows]`: number of the row's sequence among all of the step.
+    pub sequences: &'a Tensor,
+    /// i32 `[rows]`: place of the row in its sequence.
+    pub positions: &'a Tensor,
 }
 
 /// A low-rank update.
@@ -30,6 +58,8 @@ pub struct Adapter<'a> {
     pub lora_b: &'a Tensor,
     /// Factor of the update.
     pub scale: f32,
+    /// Zeros in the update's input; a backward pass is given those of its forward pass.
+    pub dropout: Option<RowDropout<'a>>,
 }
 
 /// Results of the forward pass.
@@ -37,7 +67,7 @@ pub struct Adapter<'a> {
 pub struct Forward {
     /// `[rows, out_features]`
     pub y: Tensor,
-    /// `h = x A^T`, f32 `[rows, rank]`: what backward reads.
+    /// `h = drop(x) A^T`, f32 `[rows, rank]`: what backward reads.
     pub h: Tensor,
 }
 
@@ -69,6 +99,10 @@ pub struct ParameterGradients<'a> {
 
 /// LoRA layers of a backend.
 pub trait LoraLinear {
+    /// Whether the backend has dropout; one that does not is never given any.
+    fn lora_linear_has_dropout(&self) -> bool {
+        false
+    }
     /// `y` and `h`.
     fn lora_linear_forward(
         &self,
@@ -107,13 +141,29 @@ fn spec(x: &Tensor, weight: &Weight, adapter: &Adapter<'_>) -> Result<Spec> {
         dtype: x.dtype(),
         weight_dtype: weight.dtype(),
     };
-    Ok(Spec { base, rank, scale: adapter.scale, adapter_dtype })
+    let dropout = adapter.dropout.map(|rows| checked_dropout(x, &rows)).transpose()?;
+    Ok(Spec { base, rank, scale: adapter.scale, adapter_dtype, dropout })
+}
+
+fn checked_dropout(x: &Tensor, rows: &RowDropout<'_>) -> Result<Dropout> {
+    let probability = rows.dropout.probability;
+    if !(0.0..1.0).contains(&probability) {
+        return check::invalid("lora_linear", "probability", probability, "in [0, 1)");
+    }
+    let like: (&[usize], _, _) = (&[x.shape()[0]], DType::I32, x.device());
+    check::tensor("lora_linear", "sequences", rows.sequences, like)?;
+    check::tensor("lora_linear", "positions", rows.positions, like)?;
+    if !x.device().backend().lora_linear_has_dropout() {
+        return Err(Error::Unsupported { op: "lora_linear", what: "dropout", device: x.device().name() });
+    }
+    Ok(rows.dropout)
 }
 
 /// `y = x W^T + bias + scale * (x A^T) B^T`, `x`: `[rows, in_features]`.
 ///
 /// # Errors
-/// Shape, dtype or device mismatch; [`crate::Error::InvalidSpec`] for rank 0.
+/// Shape, dtype or device mismatch; [`crate::Error::InvalidSpec`] for rank 0 or a probability outside `[0, 1)`;
+/// [`crate::Error::Unsupported`] for dropout on a device that does not have it.
 pub fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, adapter: Adapter<'_>) -> Result<Forward> {
     let spec = spec(x, weight, &adapter)?;
     if let Some(bias) = bias {

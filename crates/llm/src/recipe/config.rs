@@ -81,12 +81,17 @@ pub struct TrainConfig {
     pub adapter: Option<PathBuf>,
     /// Type of activations. Trained weights and adapters are f32.
     pub dtype: DType,
-    /// Of the order of the data, of new adapters and of random weights.
+    /// Of the order of the data, of new adapters, of random weights and of dropout.
     pub seed: u64,
     /// Inner dimension of the adapters. `None`: that of `adapter`, or 16 for a new one.
     pub rank: Option<usize>,
     /// Scale numerator of the adapters. `None`: that of `adapter`, or 16 for a new one.
     pub alpha: Option<f32>,
+    /// Share of the adapters' input that is zero in training, in `[0, 1)`. `None`: that of `adapter`, or 0 for a new one.
+    pub dropout: Option<f32>,
+    /// Whether the update is multiplied by `alpha / sqrt(rank)` instead of `alpha / rank`. `None`: as in `adapter`, or not for a
+    /// new one.
+    pub rslora: Option<bool>,
     /// Layers that have adapters. `None`: those of `adapter`, or every linear layer for a new one.
     pub targets: Option<Targets>,
     /// Which tokens are learnt. `None`: answers of chats and completions, all of plain text; tokens bring their own labels.
@@ -140,6 +145,8 @@ impl TrainConfig {
             seed: 0,
             rank: None,
             alpha: None,
+            dropout: None,
+            rslora: None,
             targets: None,
             train_on: None,
             max_seq_len: None,
@@ -173,6 +180,8 @@ impl TrainConfig {
             ("adapter", self.adapter.is_some()),
             ("rank", self.rank.is_some()),
             ("alpha", self.alpha.is_some()),
+            ("dropout", self.dropout.is_some()),
+            ("rslora", self.rslora.is_some()),
             ("targets", self.targets.is_some()),
         ])?;
         self.new_adapter().validate()?;
@@ -213,7 +222,12 @@ impl TrainConfig {
 
     /// The adapter to make where none is loaded.
     pub(super) fn new_adapter(&self) -> LoraConfig {
-        LoraConfig { rank: self.rank.unwrap_or(DEFAULT_RANK), alpha: self.alpha.unwrap_or(16.0) }
+        LoraConfig {
+            rank: self.rank.unwrap_or(DEFAULT_RANK),
+            alpha: self.alpha.unwrap_or(16.0),
+            dropout: self.dropout.unwrap_or(0.0),
+            rslora: self.rslora.unwrap_or(false),
+        }
     }
 
     pub(super) fn batch_options(&self, max_seq_len: usize) -> BatchOptions {
@@ -230,8 +244,13 @@ impl TrainConfig {
 
     pub(super) fn trainer(&self, total_steps: usize) -> TrainerConfig {
         let warmup_steps = self.warmup.num_steps(total_steps);
-        let &Self { schedule: kind, learning_rate, adamw, max_grad_norm, .. } = self;
-        TrainerConfig { adamw, schedule: Schedule { kind, learning_rate, warmup_steps, total_steps }, max_grad_norm }
+        let &Self { schedule: kind, learning_rate, adamw, max_grad_norm, seed, .. } = self;
+        TrainerConfig {
+            adamw,
+            schedule: Schedule { kind, learning_rate, warmup_steps, total_steps },
+            max_grad_norm,
+            seed,
+        }
     }
 }
 
@@ -265,11 +284,12 @@ mod tests {
     #[test]
     fn every_field_is_checked() {
         type Spoil = fn(&mut TrainConfig);
-        let cases: [(&str, Spoil); 20] = [
+        let cases: [(&str, Spoil); 21] = [
             ("data", |c| c.data.clear()),
             ("dtype", |c| c.dtype = DType::F16),
             ("rank", |c| c.rank = Some(0)),
             ("alpha", |c| c.alpha = Some(f32::NAN)),
+            ("dropout", |c| c.dropout = Some(1.0)),
             ("max_seq_len", |c| c.max_seq_len = Some(0)),
             ("steps", |c| c.length = RunLength::Steps(0)),
             ("epochs", |c| c.length = RunLength::Epochs(f64::NAN)),

@@ -11,7 +11,7 @@ use super::{
     Method, RunError,
     config::{EvalSource, RunLength, Start, TrainConfig, Warmup, invalid},
 };
-use crate::{Error, Result};
+use crate::{Error, Result, fields::decimal};
 
 /// Options of `unsloth train`; what is absent has its default. TOML with these keys is what `--config` reads and what a run
 /// writes to `config.toml`.
@@ -32,6 +32,8 @@ pub struct TrainOptions {
     pub seed: Option<u64>,
     pub rank: Option<usize>,
     pub alpha: Option<f64>,
+    pub dropout: Option<f64>,
+    pub rslora: Option<bool>,
     pub targets: Option<OneOrMany<String>>,
     pub train_on: Option<String>,
     pub max_seq_len: Option<usize>,
@@ -155,6 +157,8 @@ impl TrainOptions {
             seed: self.seed.unwrap_or(defaults.seed),
             rank: self.rank,
             alpha: self.alpha.map(|alpha| alpha as f32),
+            dropout: self.dropout.map(|dropout| dropout as f32),
+            rslora: self.rslora,
             targets: self.targets.map(targets).transpose()?,
             train_on: self.train_on.map(|text| text.parse()).transpose()?,
             max_seq_len: self.max_seq_len,
@@ -220,7 +224,9 @@ impl TrainOptions {
             dtype: Some(config.dtype.to_string()),
             seed: Some(config.seed),
             rank: config.rank,
-            alpha: config.alpha.map(widened),
+            alpha: config.alpha.map(decimal),
+            dropout: config.dropout.map(decimal),
+            rslora: config.rslora,
             targets: config.targets.as_ref().map(|targets| OneOrMany::One(targets.to_string())),
             train_on: config.train_on.map(|train_on| train_on.to_string()),
             max_seq_len: config.max_seq_len,
@@ -234,11 +240,11 @@ impl TrainOptions {
             schedule: Some(config.schedule),
             warmup_steps,
             warmup_ratio,
-            weight_decay: Some(widened(config.adamw.weight_decay)),
-            beta1: Some(widened(config.adamw.beta1)),
-            beta2: Some(widened(config.adamw.beta2)),
-            adam_eps: Some(widened(config.adamw.eps)),
-            max_grad_norm: Some(config.max_grad_norm.map_or(f64::INFINITY, widened)),
+            weight_decay: Some(decimal(config.adamw.weight_decay)),
+            beta1: Some(decimal(config.adamw.beta1)),
+            beta2: Some(decimal(config.adamw.beta2)),
+            adam_eps: Some(decimal(config.adamw.eps)),
+            max_grad_norm: Some(config.max_grad_norm.map_or(f64::INFINITY, decimal)),
             checkpointing: Some(config.checkpointing.to_string()),
             save_every: config.save_every,
             keep_last: Some(config.keep_last),
@@ -296,11 +302,6 @@ fn absolute(path: &Path) -> PathBuf {
     if path.exists() { std::path::absolute(path).unwrap_or_else(|_| path.to_owned()) } else { path.to_owned() }
 }
 
-/// The shortest decimal number that means this f32, so that 0.1 stays 0.1.
-fn widened(value: f32) -> f64 {
-    value.to_string().parse().unwrap_or_else(|_| f64::from(value))
-}
-
 fn float_type(name: &str) -> Result<DType> {
     let found = DType::FLOATS.into_iter().find(|dtype| dtype.name() == name);
     found.map_or_else(|| invalid("dtype", name, "f32, f16 or bf16"), Ok)
@@ -318,6 +319,8 @@ mod tests {
             seed: u64::MAX >> 1,
             rank: Some(3),
             alpha: Some(0.1),
+            dropout: Some(0.3),
+            rslora: Some(true),
             targets: Some("q_proj,v_proj".parse().unwrap()),
             train_on: Some("all".parse().unwrap()),
             max_seq_len: Some(77),
@@ -358,7 +361,14 @@ mod tests {
     #[test]
     fn numbers_are_written_as_they_were_typed() {
         let text = TrainOptions::of(&every_option(), "cpu").to_toml().unwrap();
-        for line in ["alpha = 0.1\n", "beta2 = 0.2\n", "max_grad_norm = inf\n", "device = \"cpu\"\n"] {
+        for line in [
+            "alpha = 0.1\n",
+            "dropout = 0.3\n",
+            "rslora = true\n",
+            "beta2 = 0.2\n",
+            "max_grad_norm = inf\n",
+            "device = \"cpu\"\n",
+        ] {
             assert!(text.contains(line), "{line}: {text}");
         }
     }

@@ -23,7 +23,7 @@ use crate::{
 const NUM_STEPS: usize = 2;
 
 /// What of a training run its memory depends on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PlanConfig {
     /// Folder with `config.json`. Of weights, if there are any, only the headers are read.
     pub model: PathBuf,
@@ -37,6 +37,8 @@ pub struct PlanConfig {
     pub method: Method,
     /// Inner dimension of the adapters. `None`: 16.
     pub rank: Option<usize>,
+    /// Share of the adapters' input that is zero in training, in `[0, 1)`. `None`: 0.
+    pub dropout: Option<f32>,
     /// Layers that have adapters. `None`: every linear layer.
     pub targets: Option<Targets>,
     /// Which layers are computed again in the backward pass instead of kept.
@@ -53,6 +55,7 @@ impl PlanConfig {
             batch_size: 1,
             method: Method::Lora,
             rank: None,
+            dropout: None,
             targets: None,
             checkpointing: Checkpointing::None,
         }
@@ -68,13 +71,18 @@ impl PlanConfig {
         if i32::try_from(num_tokens).is_err() {
             return invalid("batch_size * seq_len", num_tokens, "below 2^31");
         }
-        self.method.check_adapter_settings(&[("rank", self.rank.is_some()), ("targets", self.targets.is_some())])?;
+        self.method.check_adapter_settings(&[
+            ("rank", self.rank.is_some()),
+            ("dropout", self.dropout.is_some()),
+            ("targets", self.targets.is_some()),
+        ])?;
         Ok(self.adapter().validate()?)
     }
 
     /// The factor of the update takes no memory.
     fn adapter(&self) -> LoraConfig {
-        LoraConfig { rank: self.rank.unwrap_or(DEFAULT_RANK), alpha: 1.0 }
+        let rank = self.rank.unwrap_or(DEFAULT_RANK);
+        LoraConfig { dropout: self.dropout.unwrap_or(0.0), ..LoraConfig::new(rank, 1.0) }
     }
 
     fn model(&self, device: &Device) -> Result<Decoder> {
@@ -123,7 +131,7 @@ pub fn plan(device: &Device, config: &PlanConfig) -> Result<Usage> {
     config.validate()?;
     let schedule =
         Schedule { kind: ScheduleKind::Constant, learning_rate: 0.0, warmup_steps: 0, total_steps: NUM_STEPS };
-    let trainer = TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0) };
+    let trainer = TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), seed: 0 };
     let mut trainer = Trainer::new(config.model(device)?, trainer)?;
     for _ in 0..NUM_STEPS {
         trainer.step(&[config.batch(device)?])?;

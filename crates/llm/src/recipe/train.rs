@@ -228,6 +228,13 @@ fn adapted_model(device: &Device, config: &TrainConfig) -> Result<Decoder> {
     if let Some(alpha) = config.alpha.filter(|&alpha| alpha != loaded.alpha) {
         return invalid("alpha", alpha, &rule(loaded.alpha.to_string()));
     }
+    if let Some(rslora) = config.rslora.filter(|&rslora| rslora != loaded.rslora) {
+        return invalid("rslora", rslora, &rule(loaded.rslora.to_string()));
+    }
+    // What is dropped in training is no part of what the adapter computes: it may be chosen anew.
+    if let Some(dropout) = config.dropout {
+        model.set_dropout(dropout)?;
+    }
     if let Some(targets) = &config.targets {
         let selected = model.select(targets)?;
         if let Some((linear, _)) = model.linears().zip(selected).find(|(linear, on)| linear.adapter.is_some() != *on) {

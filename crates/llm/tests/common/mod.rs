@@ -40,7 +40,7 @@ impl Golden {
     /// Rank and alpha of the adapter beside the numbers.
     pub(crate) fn adapter(&self) -> LoraConfig {
         let rank = self.meta["r"].as_u64().unwrap() as usize;
-        LoraConfig { rank, alpha: self.meta["alpha"].as_f64().unwrap() as f32 }
+        LoraConfig::new(rank, self.meta["alpha"].as_f64().unwrap() as f32)
     }
 
     pub(crate) fn f32(&self, name: &str) -> Vec<f32> {

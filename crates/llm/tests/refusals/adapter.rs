@@ -84,14 +84,14 @@ fn adapters_are_added_once_and_saved_only_where_there_are_some() {
     let mut decoder = load(&device, "tiny-llama");
     let folder = tempfile::tempdir().unwrap();
     refused(peft::save(folder.path(), &decoder), &["no adapter to save"]);
-    let config = LoraConfig { rank: 8, alpha: 16.0 };
+    let config = LoraConfig::new(8, 16.0);
     decoder.add_adapters(&config, &"q_proj".parse().unwrap(), 0).unwrap();
     let again = decoder.add_adapters(&config, &Targets::AllLinear, 0);
     refused(again, &["model.layers.0.self_attn.q_proj", "has an adapter already"]);
     let loaded = peft::load(&fixture("tiny-llama").join("adapter"), &mut decoder);
     refused(loaded, &["model.layers.0.self_attn.q_proj", "has an adapter already"]);
 
-    decoder.add_adapters(&LoraConfig { rank: 4, alpha: 8.0 }, &"k_proj".parse().unwrap(), 0).unwrap();
+    decoder.add_adapters(&LoraConfig::new(4, 8.0), &"k_proj".parse().unwrap(), 0).unwrap();
     refused(peft::save(folder.path(), &decoder), &["k_proj", "rank 4, the others have 8"]);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
@@ -100,7 +100,7 @@ fn adapters_are_added_once_and_saved_only_where_there_are_some() {
 fn unwritable_output() {
     let device = unsloth_cpu::device();
     let mut decoder = load(&device, "tiny-llama");
-    decoder.add_adapters(&LoraConfig { rank: 1, alpha: 1.0 }, &"q_proj".parse().unwrap(), 0).unwrap();
+    decoder.add_adapters(&LoraConfig::new(1, 1.0), &"q_proj".parse().unwrap(), 0).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file");
     fs::write(&file, "not a folder").unwrap();
@@ -111,7 +111,7 @@ fn unwritable_output() {
 fn bad_targets_and_ranks() {
     let device = unsloth_cpu::device();
     let mut decoder = load(&device, "tiny-llama");
-    let mut add = |rank, targets: &str| decoder.add_adapters(&LoraConfig { rank, alpha: 1.0 }, &targets.parse()?, 0);
+    let mut add = |rank, targets: &str| decoder.add_adapters(&LoraConfig::new(rank, 1.0), &targets.parse()?, 0);
     refused(add(8, "q_proj,c_attn"), &["`c_attn`", "the model has: down_proj, gate_proj"]);
     // Whole parts of a path only.
     refused(add(8, "proj"), &["`proj`"]);

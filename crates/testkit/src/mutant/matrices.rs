@@ -6,11 +6,11 @@ use unsloth_core::{
         cross_entropy::{self, CrossEntropy, IGNORE_INDEX, LossSpec},
         linear::{self, Linear},
         linear_cross_entropy::{self, LinearCrossEntropy},
-        lora_linear::{self, Adapter, LoraLinear, ParameterGradients},
+        lora_linear::{self, Adapter, LoraLinear, ParameterGradients, RowDropout},
     },
 };
 
-use super::{MutantBackend, Mutation, mapped_integers, transposed, zeros_like};
+use super::{MutantBackend, Mutation, mapped, mapped_integers, transposed, zeros_like};
 
 fn transposed_weight(weight: &Weight) -> Result<Weight> {
     weight.device().prepare_weight(transposed(&weight.to_dense()?)?)
@@ -59,7 +59,43 @@ impl<B: Backend> Linear for MutantBackend<B> {
     }
 }
 
+impl<B: Backend> MutantBackend<B> {
+    /// Sequences and positions for a fault that changes them.
+    fn counters(&self, rows: Option<&RowDropout<'_>>) -> Result<Option<[Tensor; 2]>> {
+        let Some(RowDropout { sequences, positions, .. }) = rows else { return Ok(None) };
+        let (keep, zero, count) = (|_, value| value, |_, _| 0, |row, _| row as i32);
+        Ok(match self.mutation {
+            Some(Mutation::LoraDropoutIgnoresSequence) => {
+                Some([mapped_integers(sequences, zero)?, mapped_integers(positions, keep)?])
+            }
+            Some(Mutation::LoraDropoutCountsRows) => {
+                Some([mapped_integers(sequences, keep)?, mapped_integers(positions, count)?])
+            }
+            _ => None,
+        })
+    }
+
+    fn change_dropout<'a>(
+        &self,
+        spec: &mut lora_linear::Spec,
+        adapter: &mut Adapter<'a>,
+        counters: &'a Option<[Tensor; 2]>,
+    ) {
+        let (Some(dropout), Some(rows)) = (&mut spec.dropout, &mut adapter.dropout) else { return };
+        if self.has(Mutation::LoraDropoutIgnoresStep) {
+            (dropout.step, rows.dropout.step) = (0, 0);
+        }
+        if let Some([sequences, positions]) = counters {
+            (rows.sequences, rows.positions) = (sequences, positions);
+        }
+    }
+}
+
 impl<B: Backend> LoraLinear for MutantBackend<B> {
+    fn lora_linear_has_dropout(&self) -> bool {
+        self.inner.lora_linear_has_dropout()
+    }
+
     fn lora_linear_forward(
         &self,
         spec: &lora_linear::Spec,
@@ -73,7 +109,17 @@ impl<B: Backend> LoraLinear for MutantBackend<B> {
             (spec.scale, adapter.scale) = (1.0, 1.0);
         }
         let bias = bias.filter(|_| !self.has(Mutation::LoraDropsBias));
-        self.inner.lora_linear_forward(&spec, x, weight, bias, adapter)
+        if self.has(Mutation::LoraForwardIgnoresDropout) {
+            (spec.dropout, adapter.dropout) = (None, None);
+        }
+        let counters = self.counters(adapter.dropout.as_ref())?;
+        let mut adapter = adapter;
+        self.change_dropout(&mut spec, &mut adapter, &counters);
+        let mut forward = self.inner.lora_linear_forward(&spec, x, weight, bias, adapter)?;
+        if let (Some(dropout), true) = (spec.dropout, self.has(Mutation::LoraDropoutKeepsMagnitude)) {
+            forward.h = mapped(&forward.h, |value| value * f64::from(1.0 - dropout.probability))?;
+        }
+        Ok(forward)
     }
 
     fn lora_linear_backward(
@@ -86,6 +132,12 @@ impl<B: Backend> LoraLinear for MutantBackend<B> {
         if self.has(Mutation::LoraBackwardDropsScale) {
             (spec.scale, inputs.adapter.scale) = (1.0, 1.0);
         }
+        if self.has(Mutation::LoraBackwardIgnoresDropout) {
+            (spec.dropout, inputs.adapter.dropout) = (None, None);
+        }
+        let counters = self.counters(inputs.adapter.dropout.as_ref())?;
+        let mut inputs = inputs;
+        self.change_dropout(&mut spec, &mut inputs.adapter, &counters);
         if self.has(Mutation::LoraDropsGradientOfB) {
             gradients.dlora_b = None;
         }

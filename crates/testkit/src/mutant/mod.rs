@@ -217,6 +217,19 @@ mutations! {
         LoraDropsGradientOfB,
         /// Gradients are overwritten.
         LoraOverwritesGradients;
+    lora_dropout:
+        /// Nothing is dropped in the forward pass.
+        LoraForwardIgnoresDropout,
+        /// Nothing is dropped in the backward pass.
+        LoraBackwardIgnoresDropout,
+        /// Every step drops the same elements.
+        LoraDropoutIgnoresStep,
+        /// Every sequence drops the same elements.
+        LoraDropoutIgnoresSequence,
+        /// Rows are counted through the call instead of by their positions.
+        LoraDropoutCountsRows,
+        /// What is kept is not scaled up.
+        LoraDropoutKeepsMagnitude;
     cross_entropy:
         /// The loss is a sum.
         LossForgetsNumTargets,

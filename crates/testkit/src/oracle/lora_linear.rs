@@ -20,6 +20,18 @@ pub struct Layer<'a> {
     pub rank: usize,
     /// Factor of the update.
     pub scale: f64,
+    /// Dropout: `[rows, in_features]`, each element 0 or `1 / (1 - probability)`.
+    pub keep: Option<&'a [f64]>,
+}
+
+impl Layer<'_> {
+    /// `drop(values)`, a tensor of the type of activations.
+    fn drop(&self, a: &impl Arith, values: &[f64]) -> Vec<f64> {
+        match self.keep {
+            None => values.to_vec(),
+            Some(keep) => values.iter().zip(keep).map(|(value, keep)| a.store(value * keep)).collect(),
+        }
+    }
 }
 
 /// Values of the forward results.
@@ -42,14 +54,15 @@ pub struct Gradients {
     pub dlora_b: Vec<f64>,
 }
 
-/// `y = x W^T + bias + scale * (x A^T) B^T` and `h = x A^T`.
+/// `y = x W^T + bias + scale * (drop(x) A^T) B^T` and `h = drop(x) A^T`.
 pub fn forward(a: &impl Arith, layer: Layer<'_>, x: &[f64]) -> Forward {
     let Dims { rows, in_features, out_features } = layer.dims;
     let rank = layer.rank;
     let mut h = vec![0.0; rows * rank];
+    let dropped = layer.drop(a, x);
     for t in 0..rows {
         for r in 0..rank {
-            let terms = (0..in_features).map(|i| x[t * in_features + i] * layer.lora_a[r * in_features + i]);
+            let terms = (0..in_features).map(|i| dropped[t * in_features + i] * layer.lora_a[r * in_features + i]);
             h[t * rank + r] = a.stat(a.sum(terms));
         }
     }
@@ -64,7 +77,8 @@ pub fn forward(a: &impl Arith, layer: Layer<'_>, x: &[f64]) -> Forward {
     Forward { y, h }
 }
 
-/// `dh = scale * dy B`, `dx = dy W + dh A`, `dA += dh^T x`, `dB += scale * dy^T h`, from what `before = (dA, dB)` held.
+/// `dh = scale * dy B`, `dx = dy W + drop(dh A)`, `dA += dh^T drop(x)`, `dB += scale * dy^T h`, from what `before = (dA, dB)`
+/// held.
 pub fn backward(
     a: &impl Arith,
     layer: Layer<'_>,
@@ -80,17 +94,20 @@ pub fn backward(
             dh[t * rank + r] = a.stat(layer.scale * a.sum(terms));
         }
     }
-    let mut dx = super::linear::input_gradient(a, layer.dims, dy, layer.weight);
+    let mut update = vec![0.0; rows * in_features];
     for t in 0..rows {
         for i in 0..in_features {
-            let update = a.store(a.sum((0..rank).map(|r| dh[t * rank + r] * layer.lora_a[r * in_features + i])));
-            dx[t * in_features + i] = a.store(dx[t * in_features + i] + update);
+            let terms = (0..rank).map(|r| dh[t * rank + r] * layer.lora_a[r * in_features + i]);
+            update[t * in_features + i] = a.store(a.sum(terms));
         }
     }
+    let dx = super::linear::input_gradient(a, layer.dims, dy, layer.weight);
+    let dx = dx.iter().zip(layer.drop(a, &update)).map(|(dx, update)| a.store(dx + update)).collect();
+    let dropped = layer.drop(a, x);
     let (mut dlora_a, mut dlora_b) = (before.0.to_vec(), before.1.to_vec());
     for r in 0..rank {
         for i in 0..in_features {
-            let terms = (0..rows).map(|t| dh[t * rank + r] * x[t * in_features + i]);
+            let terms = (0..rows).map(|t| dh[t * rank + r] * dropped[t * in_features + i]);
             let value = &mut dlora_a[r * in_features + i];
             *value = a.stat(*value + a.sum(terms));
         }
@@ -130,6 +147,7 @@ mod tests {
             lora_b: &[1.0, -1.0],
             rank: 1,
             scale: 0.5,
+            keep: None,
         };
         let x = [1.0, 2.0];
         let Forward { y, h } = forward(&Exact, layer, &x);
@@ -138,6 +156,17 @@ mod tests {
         assert_eq!(gradients.dx, [-4.0, -2.0]);
         assert_eq!(gradients.dlora_a, [-1.0, -3.0]);
         assert_eq!(gradients.dlora_b, [12.0, 34.0]);
+
+        // Half of the elements dropped, which here is the first:
+        // `h = 2*2*4 = 16`, `y = (11 + 8, 22 - 8)`, `dx = (2, 6) - 2 * (0, 2*4)`, `dA = 1 - 2 * (0, 2*2)`,
+        // `dB = 1 + 0.5 * 16 * (2, 6)`
+        let layer = Layer { keep: Some(&[0.0, 2.0]), ..layer };
+        let Forward { y, h } = forward(&Exact, layer, &x);
+        assert_eq!((y, h.clone()), (vec![19.0, 14.0], vec![16.0]));
+        let gradients = backward(&Exact, layer, (&x, &h, &[2.0, 6.0]), (&[1.0; 2], &[1.0; 2]));
+        assert_eq!(gradients.dx, [2.0, -10.0]);
+        assert_eq!(gradients.dlora_a, [1.0, -7.0]);
+        assert_eq!(gradients.dlora_b, [17.0, 49.0]);
     }
 
     #[test]
@@ -153,12 +182,16 @@ mod tests {
             lora_b: &lora_b,
             rank: 2,
             scale: -1.75,
+            keep: None,
         };
         let loss = |layer: Layer<'_>, x: &[f64]| dot(&forward(&Exact, layer, x).y, &dy);
-        let h = forward(&Exact, layer, &x).h;
-        let gradients = backward(&Exact, layer, (&x, &h, &dy), (&[0.0; 8], &[0.0; 10]));
-        gradcheck::check("x", &x, |x| loss(layer, x), &gradients.dx).unwrap();
-        gradcheck::check("lora_a", &lora_a, |lora_a| loss(Layer { lora_a, ..layer }, &x), &gradients.dlora_a).unwrap();
-        gradcheck::check("lora_b", &lora_b, |lora_b| loss(Layer { lora_b, ..layer }, &x), &gradients.dlora_b).unwrap();
+        let keep: Vec<f64> = (0..12).map(|i| if i % 3 == 0 { 0.0 } else { 1.5 }).collect();
+        for layer in [layer, Layer { keep: Some(&keep), ..layer }] {
+            let h = forward(&Exact, layer, &x).h;
+            let found = backward(&Exact, layer, (&x, &h, &dy), (&[0.0; 8], &[0.0; 10]));
+            gradcheck::check("x", &x, |x| loss(layer, x), &found.dx).unwrap();
+            gradcheck::check("lora_a", &lora_a, |lora_a| loss(Layer { lora_a, ..layer }, &x), &found.dlora_a).unwrap();
+            gradcheck::check("lora_b", &lora_b, |lora_b| loss(Layer { lora_b, ..layer }, &x), &found.dlora_b).unwrap();
+        }
     }
 }

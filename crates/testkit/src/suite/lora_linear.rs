@@ -2,7 +2,7 @@
 
 use unsloth_core::{
     DType, Device, Tensor, Weight,
-    ops::lora_linear::{self, Adapter, Backward, ParameterGradients},
+    ops::lora_linear::{self, Adapter, Backward, Dropout, ParameterGradients, RowDropout},
 };
 
 use super::linear::{check_sums, dtype_pairs, magnitudes, weight};
@@ -77,8 +77,8 @@ const HAZARDS: [(&str, Hazard); 3] = [
 ];
 
 /// Values of one layer and its gradients, and the types they are stored in.
-struct Problem {
-    dims: Dims,
+pub(super) struct Problem {
+    pub(super) dims: Dims,
     rank: usize,
     scale: f32,
     dtype: DType,
@@ -92,6 +92,29 @@ struct Problem {
     lora_b: Vec<f64>,
     dlora_a: Vec<f64>,
     dlora_b: Vec<f64>,
+    pub(super) dropout: Option<Zeros>,
+}
+
+/// Dropout of a [`Problem`].
+#[derive(Clone)]
+pub(super) struct Zeros {
+    pub(super) dropout: Dropout,
+    pub(super) sequences: Vec<i32>,
+    pub(super) positions: Vec<i32>,
+}
+
+impl Zeros {
+    /// `[rows, in_features]`: 0, or the factor of what is kept.
+    pub(super) fn keep(&self, in_features: usize) -> Vec<f64> {
+        let Dropout { probability, stream, step } = self.dropout;
+        let kept = 1.0 / (1.0 - f64::from(probability));
+        let element = |(sequence, position): (i32, i32), channel: usize| {
+            let uniform = stream.uniform(step, sequence as u32, position as u32, channel as u32);
+            if uniform >= probability { kept } else { 0.0 }
+        };
+        let rows = self.sequences.iter().copied().zip(self.positions.iter().copied());
+        rows.flat_map(|row| (0..in_features).map(move |channel| element(row, channel))).collect()
+    }
 }
 
 /// Results of one call of the reference.
@@ -101,26 +124,27 @@ struct Reference {
 }
 
 /// Tensors of a [`Problem`].
-struct Tensors {
-    x: Tensor,
+pub(super) struct Tensors {
+    pub(super) x: Tensor,
     dy: Tensor,
-    weight: Weight,
+    pub(super) weight: Weight,
     bias: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
+    dropout: Option<(Dropout, Tensor, Tensor)>,
 }
 
 /// What a device computed.
-struct Results {
-    y: Tensor,
-    h: Tensor,
-    dx: Tensor,
-    dlora_a: Tensor,
-    dlora_b: Tensor,
+pub(super) struct Results {
+    pub(super) y: Tensor,
+    pub(super) h: Tensor,
+    pub(super) dx: Tensor,
+    pub(super) dlora_a: Tensor,
+    pub(super) dlora_b: Tensor,
 }
 
 impl Problem {
-    fn new((dims, rank): (Dims, usize), dtype: DType, weight_dtype: DType, adapter_dtype: DType) -> Self {
+    pub(super) fn new((dims, rank): (Dims, usize), dtype: DType, weight_dtype: DType, adapter_dtype: DType) -> Self {
         let Dims { rows, in_features, out_features } = dims;
         let mut data = Data::new(31);
         Self {
@@ -138,6 +162,16 @@ impl Problem {
             lora_b: data.normal(out_features * rank, 0.6, adapter_dtype),
             dlora_a: data.normal(rank * in_features, 3.0, DType::F32),
             dlora_b: data.normal(out_features * rank, 3.0, DType::F32),
+            dropout: None,
+        }
+    }
+
+    /// Makes `h` the update's input as it is multiplied: `x` of ones, and the identity for `A`, which `rank` has to admit.
+    pub(super) fn ones_through_identity(&mut self) {
+        let width = self.dims.in_features;
+        self.x.fill(1.0);
+        for (i, value) in self.lora_a.iter_mut().enumerate() {
+            *value = if i / width == i % width { 1.0 } else { 0.0 };
         }
     }
 
@@ -153,11 +187,13 @@ impl Problem {
             lora_b: magnitudes(&self.lora_b),
             dlora_a: magnitudes(&self.dlora_a),
             dlora_b: magnitudes(&self.dlora_b),
+            dropout: self.dropout.clone(),
             ..*self
         }
     }
 
     fn reference(&self, a: &impl Arith) -> Reference {
+        let keep = self.dropout.as_ref().map(|zeros| zeros.keep(self.dims.in_features));
         let layer = Layer {
             dims: self.dims,
             weight: &self.weight,
@@ -166,6 +202,7 @@ impl Problem {
             lora_b: &self.lora_b,
             rank: self.rank,
             scale: f64::from(self.scale),
+            keep: keep.as_deref(),
         };
         let forward = oracle::forward(a, layer, &self.x);
         let inputs = (&*self.x, &*forward.h, &*self.dy);
@@ -173,9 +210,16 @@ impl Problem {
         Reference { forward, gradients }
     }
 
-    fn tensors(&self, device: &Device) -> Checked<Tensors> {
+    pub(super) fn tensors(&self, device: &Device) -> Checked<Tensors> {
         let Dims { rows, in_features, out_features } = self.dims;
+        let dropout = match &self.dropout {
+            None => None,
+            Some(Zeros { dropout, sequences, positions }) => {
+                Some((*dropout, data::integers(device, sequences)?, data::integers(device, positions)?))
+            }
+        };
         Ok(Tensors {
+            dropout,
             x: data::tensor(device, &self.x, [rows, in_features], self.dtype)?,
             dy: data::tensor(device, &self.dy, [rows, out_features], self.dtype)?,
             weight: weight(device, &self.weight, [out_features, in_features], self.weight_dtype)?,
@@ -191,7 +235,7 @@ impl Problem {
         Ok((dlora_a, data::tensor(device, &self.dlora_b, [out_features, self.rank], DType::F32)?))
     }
 
-    fn run(&self, device: &Device) -> Checked<Results> {
+    pub(super) fn run(&self, device: &Device) -> Checked<Results> {
         let tensors = self.tensors(device)?;
         let (mut dlora_a, mut dlora_b) = self.accumulators(device)?;
         let adapter = tensors.adapter(self.scale);
@@ -206,8 +250,11 @@ impl Problem {
 }
 
 impl Tensors {
-    fn adapter(&self, scale: f32) -> Adapter<'_> {
-        Adapter { lora_a: &self.lora_a, lora_b: &self.lora_b, scale }
+    pub(super) fn adapter(&self, scale: f32) -> Adapter<'_> {
+        let rows = |(dropout, sequences, positions)| RowDropout { dropout, sequences, positions };
+        let dropout =
+            self.dropout.as_ref().map(|(dropout, sequences, positions)| rows((*dropout, sequences, positions)));
+        Adapter { lora_a: &self.lora_a, lora_b: &self.lora_b, scale, dropout }
     }
 
     fn backward<'a>(&'a self, h: &'a Tensor, scale: f32) -> Backward<'a> {
@@ -217,7 +264,7 @@ impl Tensors {
 }
 
 /// Budget of every result, accumulation on top of what was there, repeatability.
-fn layer(device: &Device, case: &Case, problem: &Problem) -> Checked {
+pub(super) fn layer(device: &Device, case: &Case, problem: &Problem) -> Checked {
     let Dims { rows, in_features, out_features } = problem.dims;
     let (dtype, rank) = (problem.dtype, problem.rank);
     let exact = problem.reference(&Exact);

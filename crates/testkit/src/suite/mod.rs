@@ -11,6 +11,7 @@ pub mod embedding;
 pub mod glu;
 pub mod linear;
 pub mod linear_cross_entropy;
+pub mod lora_dropout;
 pub mod lora_linear;
 pub mod reduce;
 pub mod rms_norm;

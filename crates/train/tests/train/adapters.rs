@@ -4,7 +4,7 @@ use unsloth_autograd::{Matrix, Parameter, Tape, Var, Vector};
 use unsloth_core::{Category, Device};
 use unsloth_train::{Error, Linear, LoraConfig};
 
-const CONFIG: LoraConfig = LoraConfig { rank: 16, alpha: 8.0 };
+const CONFIG: LoraConfig = LoraConfig::new(16, 8.0);
 
 fn linear(device: &Device, out_features: usize, in_features: usize) -> Linear {
     let values: Vec<f32> = (0..out_features * in_features).map(|i| (0.3 * i as f32).sin()).collect();
@@ -54,12 +54,12 @@ fn a_fresh_adapter_changes_nothing() {
     let mut layer = linear(&device, 24, 40);
     let x: Vec<f32> = (0..5 * 40).map(|i| (0.11 * i as f32).cos()).collect();
     let x = Var::constant(device.from_slice(&x, [5, 40], Category::Activations).unwrap());
-    let y = |layer: &Linear| layer.forward(&Tape::inference(), &x).unwrap().tensor().to_vec::<f32>().unwrap();
+    let y = |layer: &Linear| layer.forward(&Tape::inference(), &x, None).unwrap().tensor().to_vec::<f32>().unwrap();
     let base = y(&layer);
     layer.add_adapter(&CONFIG, 0, 0).unwrap();
     let adapter = layer.adapter.clone().unwrap();
     assert!(adapter.lora_b.value().to_vec::<f32>().unwrap().iter().all(|&b| b == 0.0));
-    assert_eq!(adapter.scale, 0.5);
+    assert_eq!(adapter.config.scale(), 0.5);
     let adapted = y(&layer);
     let largest = base.iter().fold(0.0f32, |largest, v| largest.max(v.abs()));
     for (base, adapted) in base.iter().zip(&adapted) {
@@ -92,16 +92,16 @@ fn rejects_bad_adapters() {
     let device = unsloth_cpu::device();
     for (rank, out_features, in_features) in [(0, 24, 40), (25, 24, 40), (9, 24, 8)] {
         let mut layer = linear(&device, out_features, in_features);
-        let error = layer.add_adapter(&LoraConfig { rank, alpha: 1.0 }, 0, 0).unwrap_err();
+        let error = layer.add_adapter(&LoraConfig::new(rank, 1.0), 0, 0).unwrap_err();
         let max_rank = out_features.min(in_features);
         assert_eq!(error.to_string(), format!("layers.3.q_proj: rank = {rank}, must be 1 to {max_rank}"));
         assert!(layer.adapter.is_none());
     }
     let mut layer = linear(&device, 24, 40);
-    let error = layer.add_adapter(&LoraConfig { rank: 2, alpha: f32::NAN }, 0, 0).unwrap_err();
+    let error = layer.add_adapter(&LoraConfig::new(2, f32::NAN), 0, 0).unwrap_err();
     assert_eq!(error.to_string(), "alpha = NaN, must be finite");
-    layer.add_adapter(&LoraConfig { rank: 24, alpha: 1.0 }, 0, 0).unwrap();
+    layer.add_adapter(&LoraConfig::new(24, 1.0), 0, 0).unwrap();
     let error = layer.add_adapter(&CONFIG, 0, 0).unwrap_err();
     assert!(matches!(error, Error::AdapterExists { .. }), "{error}");
-    assert_eq!(LoraConfig { rank: 0, alpha: 1.0 }.validate().unwrap_err().to_string(), "rank = 0, must be at least 1");
+    assert_eq!(LoraConfig::new(0, 1.0).validate().unwrap_err().to_string(), "rank = 0, must be at least 1");
 }

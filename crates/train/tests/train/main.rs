@@ -4,6 +4,7 @@
 
 mod accumulation;
 mod adapters;
+mod dropout;
 mod kv_cache;
 mod model;
 mod optimizer;

@@ -5,7 +5,9 @@ use unsloth_autograd::{
     ops::{self, NormOptions},
 };
 use unsloth_core::{Category, DType, Device, Result, Tensor, ops::cross_entropy::LossSpec};
-use unsloth_train::{AdamWConfig, Batch, Document, Linear, LoraConfig, Model, Schedule, ScheduleKind, TrainerConfig};
+use unsloth_train::{
+    AdamWConfig, Batch, Document, DrawRows, Linear, LoraConfig, Model, Schedule, ScheduleKind, TrainerConfig,
+};
 
 /// Sizes of a model.
 #[derive(Clone, Copy)]
@@ -43,7 +45,7 @@ impl TinyModel {
         let trainable = |name: &str, value: Tensor| Matrix::Trainable(Parameter::new(name, value));
         let base = Matrix::Frozen(device.prepare_weight(matrix(inner_size, hidden_size, 3.0)).unwrap());
         let mut linear = Linear::new("linear", base, Some(Vector::Frozen(vector(4.0, 0.5, 0.0))));
-        linear.add_adapter(&LoraConfig { rank, alpha: 3.0 * rank as f32 }, 0, 0).unwrap();
+        linear.add_adapter(&LoraConfig::new(rank, 3.0 * rank as f32), 0, 0).unwrap();
         let adapter = linear.adapter.as_ref().unwrap();
         adapter.lora_a.update(|a| a.write(&values(rank * hidden_size, 6.0, 0.5, 0.0))).unwrap();
         adapter.lora_b.update(|b| b.write(&values(inner_size * rank, 7.0, 0.1, 0.0))).unwrap();
@@ -54,6 +56,12 @@ impl TinyModel {
             norm: Vector::Trainable(Parameter::new("norm", vector(5.0, 0.1, 1.0))),
             head: trainable("head", matrix(vocab_size, inner_size, 2.0)),
         }
+    }
+
+    /// The same model whose adapter drops a share of its input.
+    pub(crate) fn with_dropout(mut self, dropout: f32) -> Self {
+        self.linear.adapter.as_mut().unwrap().config.dropout = dropout;
+        self
     }
 
     pub(crate) fn parameter(&self, name: &str) -> Parameter {
@@ -70,7 +78,7 @@ impl TinyModel {
 impl Model for TinyModel {
     fn loss(&self, tape: &Tape, batch: &Batch, loss: LossSpec) -> Result<Var> {
         let x = ops::embedding(tape, &self.table, &batch.ids, DType::F32)?;
-        let x = self.linear.forward(tape, &x)?;
+        let x = self.linear.forward(tape, &x, DrawRows::new(batch)?.as_ref())?;
         let x = ops::rms_norm(tape, &x, &self.norm, NormOptions { eps: 1e-5, weight_offset: 0.0 })?;
         ops::linear_cross_entropy(tape, &x, &self.head, &batch.targets, loss)
     }
@@ -120,6 +128,7 @@ pub(crate) fn config() -> TrainerConfig {
         adamw: AdamWConfig { beta1: 0.8, beta2: 0.95, eps: 1e-6, weight_decay: 0.1 },
         schedule: Schedule { kind: ScheduleKind::Cosine, learning_rate: 2e-2, warmup_steps: 3, total_steps: 20 },
         max_grad_norm: Some(0.8),
+        seed: 0,
     }
 }
 

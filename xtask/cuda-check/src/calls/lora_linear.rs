@@ -26,7 +26,7 @@ pub(super) fn calls(caller: &mut Caller) -> Result<()> {
                 let lora_b = caller.tensor(adapter_dtype, [out_features, rank])?;
                 let mut dlora_a = caller.tensor(DType::F32, [rank, in_features])?;
                 let mut dlora_b = caller.tensor(DType::F32, [out_features, rank])?;
-                let adapter = Adapter { lora_a: &lora_a, lora_b: &lora_b, scale: 2.0 };
+                let adapter = Adapter { lora_a: &lora_a, lora_b: &lora_b, scale: 2.0, dropout: None };
                 let inputs = Backward { dy: &dy, x: &x, h: &h, weight: &weight, adapter, needs_dx: true };
                 let gradients = ParameterGradients { dlora_a: Some(&mut dlora_a), dlora_b: Some(&mut dlora_b) };
                 let size = format!("{rows} x {in_features} -> {out_features}, rank {rank}");
