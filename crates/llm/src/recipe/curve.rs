@@ -9,6 +9,9 @@ const SIZE: (u32, u32) = (900, 480);
 /// More points than this would make the file large and show nothing more.
 const MAX_POINTS: usize = 1000;
 
+/// The library takes a size for the height of a line; letters come out at two thirds of it.
+const FONT: (&str, u32) = ("sans-serif", 19);
+
 const LOSS: RGBColor = RGBColor(158, 188, 218);
 const SMOOTH: RGBColor = RGBColor(31, 89, 156);
 const EVAL: RGBColor = RGBColor(200, 80, 40);
@@ -36,10 +39,11 @@ fn chart<'a>(area: &Area<'a>, losses: &Points, eval_losses: &Points) -> Result<(
     let (steps, range) = bounds(losses.iter().chain(eval_losses));
     let mut chart = ChartBuilder::on(area)
         .margin(14)
-        .x_label_area_size(36)
-        .y_label_area_size(56)
+        .x_label_area_size(44)
+        .y_label_area_size(64)
         .build_cartesian_2d(steps, range)?;
-    chart.configure_mesh().light_line_style(WHITE).x_desc("step").y_desc("loss").draw()?;
+    let mut mesh = chart.configure_mesh();
+    mesh.light_line_style(WHITE).x_desc("step").y_desc("loss").label_style(FONT).axis_desc_style(FONT).draw()?;
     let line = |color: RGBColor| move |(x, y)| PathElement::new(vec![(x, y), (x + 18, y)], color.stroke_width(2));
     chart.draw_series(LineSeries::new(thinned(losses), LOSS))?.label("training").legend(line(LOSS));
     chart
@@ -51,7 +55,10 @@ fn chart<'a>(area: &Area<'a>, losses: &Points, eval_losses: &Points) -> Result<(
         chart.draw_series(LineSeries::new(thinned(eval_losses), EVAL.stroke_width(1)))?;
         chart.draw_series(dots)?.label("evaluation").legend(line(EVAL));
     }
-    chart.configure_series_labels().border_style(BLACK.mix(0.3)).background_style(WHITE.mix(0.8)).draw()
+    // Losses fall: the corner is empty.
+    let mut legend = chart.configure_series_labels();
+    legend.position(SeriesLabelPosition::UpperRight).label_font(FONT);
+    legend.border_style(BLACK.mix(0.3)).background_style(WHITE.mix(0.8)).draw()
 }
 
 /// Ranges of steps and losses that hold all points, with some room above and below.
