@@ -136,12 +136,12 @@ impl TrainOptions {
     /// [`Error::InvalidOption`] for a missing `model`, `data` or `output` and for a name that is not known; whether numbers are
     /// in range is left to [`TrainConfig::validate`].
     pub fn config(self) -> Result<TrainConfig> {
+        let (start, adamw) = (self.start(), self.adamw());
         let path = |field, path: Option<PathBuf>| path.map_or_else(|| invalid(field, "missing", "given"), Ok);
         let model = path("model", self.model)?;
         let data = self.data.map_or_else(|| invalid("data", "missing", "given"), |data| Ok(data.into()))?;
         let defaults = TrainConfig::new(model, data, path("output", self.output)?);
         let targets = |names: OneOrMany<String>| Vec::from(names).join(",").parse();
-        let narrow = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
         let length = match (self.steps, self.epochs) {
             (Some(steps), _) => RunLength::Steps(steps),
             (None, epochs) => epochs.map_or(defaults.length, RunLength::Epochs),
@@ -149,6 +149,10 @@ impl TrainOptions {
         let warmup = match (self.warmup_steps, self.warmup_ratio) {
             (Some(steps), _) => Warmup::Steps(steps),
             (None, ratio) => ratio.map_or(defaults.warmup, Warmup::Ratio),
+        };
+        let eval = match (self.eval_data, self.eval_split) {
+            (Some(files), _) => Some(EvalSource::Files(files.into())),
+            (None, share) => share.map(EvalSource::Split),
         };
         Ok(TrainConfig {
             method: self.method.unwrap_or(defaults.method),
@@ -170,31 +174,38 @@ impl TrainOptions {
             learning_rate: self.learning_rate.unwrap_or(defaults.learning_rate),
             schedule: self.schedule.unwrap_or(defaults.schedule),
             warmup,
-            adamw: AdamWConfig {
-                beta1: narrow(self.beta1, defaults.adamw.beta1),
-                beta2: narrow(self.beta2, defaults.adamw.beta2),
-                eps: narrow(self.adam_eps, defaults.adamw.eps),
-                weight_decay: narrow(self.weight_decay, defaults.adamw.weight_decay),
-            },
+            adamw,
             max_grad_norm: match self.max_grad_norm {
                 None => defaults.max_grad_norm,
                 Some(norm) => Some(norm as f32).filter(|&norm| norm != f32::INFINITY),
             },
             checkpointing: self.checkpointing.map_or(Ok(defaults.checkpointing), |text| text.parse())?,
-            start: match (self.resume, self.overwrite) {
-                (Some(true), _) => Start::Resume,
-                (_, Some(true)) => Start::Overwrite,
-                _ => Start::New,
-            },
+            start,
             save_every: self.save_every,
             keep_last: self.keep_last.unwrap_or(defaults.keep_last),
-            eval: match (self.eval_data, self.eval_split) {
-                (Some(files), _) => Some(EvalSource::Files(files.into())),
-                (None, share) => share.map(EvalSource::Split),
-            },
+            eval,
             eval_every: self.eval_every,
             ..defaults
         })
+    }
+
+    fn start(&self) -> Start {
+        match (self.resume, self.overwrite) {
+            (Some(true), _) => Start::Resume,
+            (_, Some(true)) => Start::Overwrite,
+            _ => Start::New,
+        }
+    }
+
+    fn adamw(&self) -> AdamWConfig {
+        let defaults = AdamWConfig::default();
+        let narrow = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
+        AdamWConfig {
+            beta1: narrow(self.beta1, defaults.beta1),
+            beta2: narrow(self.beta2, defaults.beta2),
+            eps: narrow(self.adam_eps, defaults.eps),
+            weight_decay: narrow(self.weight_decay, defaults.weight_decay),
+        }
     }
 
     /// The options of a run, each said aloud, with absolute paths: they describe it from any folder.
