@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use cubecl::{device::Device as _, ir::DeviceProperties, prelude::*, server::Handle, stream_id::StreamId};
+use cubecl::{device::Device as _, prelude::*, server::Handle, stream_id::StreamId};
 use unsloth_common::LaunchError;
 use unsloth_core::{AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Result, Tensor, Usage};
 use unsloth_memory::{Charge, Ledger};
@@ -107,7 +107,8 @@ impl<R: Runtime> CubeBackend<R> {
         Ok(())
     }
 
-    pub(crate) fn properties(&self) -> &DeviceProperties {
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    pub(crate) fn properties(&self) -> &cubecl::ir::DeviceProperties {
         self.client.properties()
     }
 

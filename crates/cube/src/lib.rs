@@ -14,6 +14,7 @@ mod cuda;
 mod elementwise;
 mod embedding;
 mod glu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod info;
 mod linear;
 mod linear_cross_entropy;
@@ -28,6 +29,7 @@ mod vulkan;
 pub use backend::{CubeBackend, CubeOptions};
 #[cfg(feature = "cuda")]
 pub use cuda::cuda;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub use info::devices;
 #[cfg(feature = "wgpu")]
 pub use vulkan::{Adapter, adapters, vulkan, wgpu};

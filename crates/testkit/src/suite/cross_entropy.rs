@@ -64,8 +64,9 @@ pub fn check(device: &Device) -> Checked {
 
 type Hazard = fn(&Device, &Case) -> Checked;
 
-const HAZARDS: [(&str, Hazard); 4] = [
+const HAZARDS: [(&str, Hazard); 5] = [
     ("large_bf16_inputs", large_bf16_inputs),
+    ("nan_reaches_the_loss", nan_reaches_the_loss),
     ("ignored_rows_are_not_read", ignored_rows_are_not_read),
     ("rejects_targets_outside_the_vocabulary", rejects_targets),
     ("rejects_operands", rejects_operands),
@@ -244,6 +245,22 @@ fn large_bf16_inputs(device: &Device, case: &Case) -> Checked {
     let loss = cross_entropy::forward(&pairs, &targets, LossSpec::mean(1))?.loss;
     let exact = [1031.0 * 2f64.ln()];
     check_tensor(case, "sum of losses", &loss, Expected { exact: &exact, naive: &exact, floor })
+}
+
+/// A model that has broken down shows in its loss: a maximum or an exponential may drop a NaN.
+fn nan_reaches_the_loss(device: &Device, case: &Case) -> Checked {
+    let targets = data::integers(device, &[3, 7])?;
+    for dtype in device.float_dtypes() {
+        // In the first vector of a row, in its tail, and at the target.
+        for place in [0, 64, 65 + 64, 3] {
+            let mut values = Data::new(44).normal(2 * 65, 3.0, dtype);
+            values[place] = f64::NAN;
+            let logits = data::tensor(device, &values, [2, 65], dtype)?;
+            let loss = data::read(&cross_entropy::forward(&logits, &targets, LossSpec::mean(2))?.loss)?[0];
+            expect::holds(case, &format!("a NaN at {place} gives a loss of {loss}, {dtype}"), loss.is_nan())?;
+        }
+    }
+    Ok(())
 }
 
 /// Rows without a target may hold anything, NaN included.
