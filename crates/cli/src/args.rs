@@ -38,7 +38,7 @@ impl DeviceArgs {
 /// Which model, in which arithmetic.
 #[derive(Args)]
 pub(crate) struct ModelArgs {
-    /// Folder of the model: config.json and safetensors, as Hugging Face has them
+    /// Folder of the model: config.json and safetensors, as Hugging Face has them; with feature `hub` also its name there
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
     /// Type of activations

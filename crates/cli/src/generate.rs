@@ -13,6 +13,7 @@ use unsloth_rs::{
         Error,
         chat_template::ChatTemplate,
         generate::{GenerateOptions, StopReason, generate},
+        hub::{self, Parts},
         sampler::Sampling,
         text_stream::TextStream,
         tokenizer::Tokenizer,
@@ -107,7 +108,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let sampling = Sampling::from(args.sampling);
     sampling.validate()?;
     let device = args.device.open()?;
-    let folder = &args.model.model;
+    let folder = &hub::folder(&args.model.model, Parts::All)?;
     // Ids can be continued without a tokenizer, text cannot.
     let has_text = args.prompt.prompt.is_some() || args.prompt.chat.is_some();
     let has_tokenizer = has_text || Tokenizer::exists(folder);

@@ -83,6 +83,20 @@ fn missing_model_folder() {
     run.fails("", &["config.json", "No such file"]);
 }
 
+#[cfg(not(feature = "hub"))]
+#[test]
+fn a_name_on_the_hub_without_the_feature() {
+    let rule = "`org/no-such-folder` is not a folder";
+    let feature = "cargo build --release --features hub";
+    unsloth(line("generate --model org/no-such-folder --prompt a", &[])).failed_with(&[rule, feature]);
+    unsloth(line("plan --model org/no-such-folder --seq 8", &[])).failed_with(&[rule, feature]);
+    let run = Run::new();
+    unsloth(line("eval --model org/no-such-folder --data {}", &[&run.data])).failed_with(&[rule, feature]);
+    let args = line("train --model org/no-such-folder --data {} --output {}", &[&run.data, &run.output]);
+    unsloth(args).failed_with(&[rule, feature]);
+    assert!(!run.output.exists(), "something was written");
+}
+
 #[test]
 fn missing_weights() {
     let run = Run::new();

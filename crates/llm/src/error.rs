@@ -61,6 +61,23 @@ pub enum Error {
         /// `model_type`, or the class name where that is what differs.
         name: String,
     },
+    /// A model is given by its name on the Hugging Face Hub, which this build does not reach.
+    #[error(
+        "`{name}` is not a folder, and models by their names on the Hugging Face Hub need a build with the feature `hub` (cargo build --release --features hub)"
+    )]
+    HubFeature {
+        /// The name given.
+        name: String,
+    },
+    /// A model could not be taken from the Hugging Face Hub.
+    #[error("`{name}` is not a folder, and cannot be taken from the Hugging Face Hub")]
+    Hub {
+        /// The name given.
+        name: String,
+        /// What failed: the connection, the Hub's answer, the cache.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A folder holds no weights in a form that is read.
     #[error("`{}`: neither `model.safetensors` nor `model.safetensors.index.json` found", path.display())]
     NoWeights {

@@ -15,6 +15,7 @@ pub mod export;
 mod family;
 mod fields;
 pub mod generate;
+pub mod hub;
 pub mod initial;
 mod json;
 mod layer;

@@ -16,6 +16,7 @@ use crate::{
     Error, Result, atomic,
     decoder::{Decoder, Targets},
     fields::{Fields, Neutral, NeutralField, decimal, read_object},
+    hub,
     tensor_file::{self, Entry},
     weights::{Checkpoint, Wanted, WeightSource},
 };
@@ -243,7 +244,7 @@ fn saved_config(model: &Decoder, lora: LoraConfig) -> SavedConfig {
     SavedConfig {
         alpha_pattern: BTreeMap::new(),
         auto_mapping: None,
-        base_model_name_or_path: model.folder().map(|folder| folder.display().to_string()),
+        base_model_name_or_path: model.folder().map(hub::shown),
         bias: "none",
         fan_in_fan_out: false,
         inference_mode: true,

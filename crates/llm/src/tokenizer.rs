@@ -7,6 +7,20 @@ use std::{
 
 use crate::{Error, Result};
 
+/// What a tokenizer may consist of, across the families and versions of transformers.
+pub(crate) const TOKENIZER_FILES: [&str; 10] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
+];
+
 /// The tokenizer of a Hugging Face folder.
 pub struct Tokenizer {
     path: PathBuf,

@@ -21,6 +21,11 @@ use unsloth_core::{Category, DType, Device, HostBytes, Shape, Tensor, ops::eleme
 
 use crate::{Error, Result, fields::read_object};
 
+/// File with all weights of a model.
+pub(crate) const SINGLE: &str = "model.safetensors";
+/// File that says which file has which weights.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
 /// Where a model takes its weights from.
 pub trait WeightSource {
     /// Type that a tensor is stored in; a float.
@@ -105,8 +110,7 @@ impl Checkpoint {
     /// [`Error::NoWeights`]; otherwise as [`Checkpoint::open_file`], and [`Error::Json`], [`Error::MissingShard`] or
     /// [`Error::MisplacedTensor`] where index and shards disagree.
     pub fn open(folder: &Path) -> Result<Self> {
-        let single = folder.join("model.safetensors");
-        let index = folder.join("model.safetensors.index.json");
+        let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
         if single.is_file() {
             Self::open_file(&single)
         } else if index.is_file() {
@@ -264,6 +268,12 @@ fn map_file(path: &Path, index: usize) -> Result<(MappedFile, BTreeMap<String, E
     };
     let entries = metadata.tensors().into_iter().map(entry).collect();
     Ok((MappedFile { path: path.to_owned(), bytes: Arc::new(map) }, entries))
+}
+
+/// The shards that an index file names.
+#[cfg(feature = "hub")]
+pub(crate) fn shards(path: &Path) -> Result<BTreeSet<String>> {
+    Ok(weight_map(path)?.into_values().collect())
 }
 
 /// Tensor names and the shard that holds each, from an index file.

@@ -27,6 +27,10 @@ const RULES: [(&str, Rule); 6] = [
     ("links in documents", links::check),
 ];
 
+/// The features that the workspace is not checked with, on the crates that have them.
+const FEATURES: &str =
+    "clippy --package unsloth-llm --package unsloth-cli --features hub,parquet --all-targets -- -D warnings";
+
 pub(crate) fn run(root: &Path) -> Result<()> {
     let mut num_violations = 0;
     for (name, rule) in RULES {
@@ -38,6 +42,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     ensure!(num_violations == 0, "{num_violations} violations of the rules for the tree");
     cargo::run(root, &["fmt", "--all", "--check"], &[])?;
     cargo::run(root, &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
+    cargo::run(root, &FEATURES.split(' ').collect::<Vec<_>>(), &[])?;
     cargo::run(root, &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])?;
     if cargo::has_subcommand(root, "deny") {
         cargo::run(root, &["deny", "check", "licenses", "bans", "sources"], &[])?;

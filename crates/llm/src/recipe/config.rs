@@ -68,7 +68,8 @@ pub enum EvalSource {
 /// A training run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainConfig {
-    /// Folder with the model as Hugging Face has it; its weights are not read from it with [`Method::Scratch`].
+    /// Folder with the model as Hugging Face has it, or its name there ([`crate::hub`]); its weights are not read with
+    /// [`Method::Scratch`].
     pub model: PathBuf,
     /// JSONL files, read one after another; at least one.
     pub data: Vec<PathBuf>,

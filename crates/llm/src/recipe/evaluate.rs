@@ -11,13 +11,14 @@ use crate::{
     Error, Result,
     dataset::{Dataset, ReadOptions, Report, TrainOn},
     decoder::Decoder,
+    hub::{self, Parts},
     packing::at_least,
 };
 
 /// An evaluation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EvalConfig {
-    /// Folder with the model as Hugging Face has it.
+    /// Folder with the model as Hugging Face has it, or its name there ([`hub`]).
     pub model: PathBuf,
     /// Folder of an adapter to apply.
     pub adapter: Option<PathBuf>,
@@ -63,6 +64,7 @@ pub struct Evaluation {
 /// As [`EvalConfig::validate`]; whatever loading model, adapter and data refuses; [`Error::NonFiniteLoss`].
 pub fn evaluate(device: &Device, config: &EvalConfig) -> Result<Evaluation> {
     config.validate()?;
+    let config = &EvalConfig { model: hub::folder(&config.model, Parts::All)?, ..config.clone() };
     let model = load_model(device, &config.model, config.adapter.as_deref(), config.dtype)?;
     let max_seq_len = max_seq_len(config.max_seq_len, &model);
     let options = ReadOptions {

@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use super::config::invalid;
-use crate::{Error, Result};
+use crate::{Error, Result, hub::Parts};
 
 /// What of a model is trained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +28,14 @@ impl Method {
             Method::Lora => "lora",
             Method::Full => "full",
             Method::Scratch => "scratch",
+        }
+    }
+
+    /// What of the model's folder is read.
+    pub(super) fn parts(self) -> Parts {
+        match self {
+            Method::Lora | Method::Full => Parts::All,
+            Method::Scratch => Parts::WithoutWeights,
         }
     }
 

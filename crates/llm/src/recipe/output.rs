@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{RunError, Start, TrainConfig, TrainOptions, config::invalid, curve, metrics::Metrics};
-use crate::{Error, Result, atomic};
+use crate::{Error, Result, atomic, tokenizer::TOKENIZER_FILES};
 
 /// Folder of the checkpoints.
 pub(super) const CHECKPOINTS: &str = "checkpoints";
@@ -19,20 +19,6 @@ const RESULTS: [&str; 4] = [CHECKPOINTS, METRICS, "adapter_model.safetensors", "
 
 /// What else describes the run that a folder holds.
 const DESCRIPTIONS: [&str; 3] = [CONFIG, CURVE, "adapter_config.json"];
-
-/// What a tokenizer may consist of, across the families and versions of transformers.
-const TOKENIZER_FILES: [&str; 10] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/tool_use.jinja",
-];
 
 /// A folder known to be writable. If the run ends before it has written anything, a folder made for it is removed again.
 pub(super) struct OutputFolder {

@@ -15,6 +15,7 @@ use crate::{
     Error, Result,
     config::DecoderConfig,
     decoder::{Decoder, LoadOptions, Targets},
+    hub::{self, Parts},
     packing::at_least,
     weights::ShapesOnly,
 };
@@ -25,7 +26,8 @@ const NUM_STEPS: usize = 2;
 /// What of a training run its memory depends on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlanConfig {
-    /// Folder with `config.json`. Of weights, if there are any, only the headers are read.
+    /// Folder with `config.json`, or a name on the Hub ([`hub`]), from where weights are not fetched. Of weights, if there are any, only
+    /// the headers are read.
     pub model: PathBuf,
     /// Type of activations.
     pub dtype: DType,
@@ -129,6 +131,7 @@ impl PlanConfig {
 /// if the run does not fit the device's budget.
 pub fn plan(device: &Device, config: &PlanConfig) -> Result<Usage> {
     config.validate()?;
+    let config = &PlanConfig { model: hub::folder(&config.model, Parts::WithoutWeights)?, ..config.clone() };
     let schedule =
         Schedule { kind: ScheduleKind::Constant, learning_rate: 0.0, warmup_steps: 0, total_steps: NUM_STEPS };
     let trainer = TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), seed: 0 };

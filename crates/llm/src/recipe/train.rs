@@ -26,7 +26,7 @@ use super::{
 use crate::{
     Error, Result,
     decoder::{Decoder, LoadOptions, Targets},
-    export,
+    export, hub,
     packing::{Batches, Position},
     peft,
 };
@@ -59,6 +59,7 @@ pub fn train(
         Start::Resume => Some(find_checkpoint(config, &options)?),
         Start::New | Start::Overwrite => None,
     };
+    let config = &TrainConfig { model: hub::folder(&config.model, config.method.parts())?, ..config.clone() };
     let model = prepare_model(device, config)?;
     let data = Data::read(config, &model)?;
     let mut batches = Batches::new(&data.train, data.batching)?;
