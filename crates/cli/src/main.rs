@@ -8,6 +8,7 @@ mod devices;
 mod eval;
 mod generate;
 mod plan;
+mod quickstart;
 mod train;
 
 use std::{io::Write, process::ExitCode};
@@ -18,6 +19,8 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(name = "unsloth", version, about, max_term_width = 100)]
 enum Command {
+    /// Train a small language model from nothing, then an adapter for it, within minutes and without any download.
+    Quickstart(quickstart::Args),
     /// List the devices of this machine that --device can name.
     Devices(devices::Args),
     /// Train a low-rank adapter for a Hugging Face model, or all of its weights, on chats, texts or tokens.
@@ -33,6 +36,7 @@ enum Command {
 fn main() -> ExitCode {
     let done = |()| ExitCode::SUCCESS;
     let result = match Command::parse() {
+        Command::Quickstart(args) => quickstart::run(args).map(done),
         Command::Devices(args) => devices::run(args).map(done),
         Command::Train(args) => train::run(*args),
         Command::Eval(args) => eval::run(args).map(done),

@@ -6,6 +6,8 @@ use std::{
     path::Path,
 };
 
+use serde::Serialize;
+
 use crate::{Error, Result};
 
 /// Writes to a temporary file in the same folder, flushes it to the disk and renames it to `path`.
@@ -27,4 +29,11 @@ pub(crate) fn replace(path: &Path, make: impl FnOnce(&Path) -> io::Result<()>) -
         let _ = fs::remove_file(partial);
         Error::io("write", path)(source)
     })
+}
+
+/// Writes a value as indented JSON, as [`write`] does.
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(Error::json(path))?;
+    bytes.push(b'\n');
+    write(path, &bytes)
 }

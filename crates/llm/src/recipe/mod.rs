@@ -10,6 +10,7 @@ mod metrics;
 mod options;
 mod output;
 mod plan;
+pub mod quickstart;
 mod train;
 
 use std::path::Path;
