@@ -10,16 +10,21 @@ use unsloth_common::{Launch, LaunchError};
 
 use crate::{
     block::{
-        Problem, Scoring, Sizes, accumulate, filled, horizontal_sum, load, problem, products, score, store, unit, zeros,
+        Form, Problem, Scoring, Seen, Sizes, accumulate, filled, horizontal_sum, load, place, problem, products,
+        put_products, score, store, zeros,
     },
     shape::Shape,
     tile::{Need, Tile},
 };
 
 /// Keys and values stay; queries and their gradients pass by; P and ds are weights.
-const KEYS_NEED: Need = Need { held: 2, streamed: 2, weights: 2, reduces: false };
+///
+/// Two rows of a unit, here and below: with four, products and sums take more registers than leave room for three cubes.
+const KEYS_NEED: Need =
+    Need { held: 2, streamed: 2, weights: 2, sums: 2, rows: 2, per_held: 0, per_streamed: 4, per_unit: 0 };
 /// Queries and their gradients stay; keys and values pass by; ds are weights.
-const QUERIES_NEED: Need = Need { held: 2, streamed: 2, weights: 1, reduces: false };
+const QUERIES_NEED: Need =
+    Need { held: 2, streamed: 2, weights: 1, sums: 1, rows: 2, per_held: 4, per_streamed: 0, per_unit: 0 };
 
 /// Buffers of the backward pass.
 #[derive(Clone, Copy, Debug)]
@@ -188,31 +193,58 @@ fn queries<R: Runtime, E: Float>(
     Ok(())
 }
 
-/// `P` and `ds` of one pair that is seen.
+/// `P`, and what `dout v^T - D` is multiplied by to give `ds`: the same but for the slope of the softcap. Zeros if not seen.
 #[cube]
-fn pair(product: f32, dp: f32, of_row: (f32, f32), scoring: &Scoring, #[comptime] capped: bool) -> (f32, f32) {
-    let (lse, row_sum) = of_row;
+fn pair(product: f32, lse: f32, seen: bool, scoring: &Scoring, #[comptime] capped: bool) -> (f32, f32) {
     let s = score(product, scoring, capped);
-    let p = f32::exp(s - lse);
-    let mut ds = p * (dp - row_sum);
+    let p = select(seen, f32::exp(s - lse), 0.0);
+    let mut slope = p;
     if comptime!(capped) {
         let part = s / scoring.softcap;
-        ds *= 1.0 - part * part;
+        slope *= 1.0 - part * part;
     }
-    (p, ds)
+    (p, slope)
 }
 
-/// Statistics of a query row: `lse` and `D`, zeros for a row that does not exist.
+/// What is known of the query rows of a tile, `[count]` each, in shared memory.
+#[derive(CubeType)]
+struct QueryTile {
+    seen: Seen,
+    lse: SharedMemory<f32>,
+    row_sums: SharedMemory<f32>,
+}
+
 #[cube]
-fn statistics(lse: &Array<f32>, row_sums: &Array<f32>, problem: &Problem, row: usize, tokens: usize) -> (f32, f32) {
-    let mut row_lse = 0.0f32;
-    let mut row_sum = 0.0f32;
-    if row < problem.queries.len {
-        let at = problem.queries.statistic(row, tokens);
-        row_lse = lse[at];
-        row_sum = row_sums[at];
+impl QueryTile {
+    fn new(#[comptime] count: usize) -> QueryTile {
+        QueryTile { seen: Seen::new(count), lse: SharedMemory::new(count), row_sums: SharedMemory::new(count) }
     }
-    (row_lse, row_sum)
+
+    /// Reads rows `start .. start + count`, one per unit; zeros for a row that does not exist.
+    fn load(
+        &mut self,
+        lse: &Array<f32>,
+        row_sums: &Array<f32>,
+        problem: &Problem,
+        start: usize,
+        tokens: usize,
+        #[comptime] count: usize,
+    ) {
+        let row = UNIT_POS as usize;
+        if row < count {
+            self.seen.find(problem, row, start + row);
+            let mut row_lse = 0.0f32;
+            let mut row_sum = 0.0f32;
+            let queries = problem.queries();
+            if start + row < queries.len {
+                let at = queries.statistic(start + row, tokens);
+                row_lse = lse[at];
+                row_sum = row_sums[at];
+            }
+            self.lse[row] = row_lse;
+            self.row_sums[row] = row_sum;
+        }
+    }
 }
 
 /// `dk` and `dv`. Grid: x = block of keys, y = key head, z = sequence.
@@ -233,56 +265,58 @@ fn keys_kernel<E: Float, N: Size>(
     #[comptime] capped: bool,
     #[comptime] tile: Tile,
 ) {
-    let problem = problem(bounds_q, bounds_k, &sizes, &scoring, false);
-    let (held_unit, streamed_unit) = unit(tile);
+    let problem =
+        problem(bounds_q, bounds_k, &sizes, &scoring, comptime!(Form { holds_keys: true, cached: false }), tile);
     let start = CUBE_POS_X as usize * comptime!(tile.held());
     let (vectors, tokens) = (sizes.vectors as usize, sizes.tokens_q as usize);
-    if start < problem.keys.len {
+    if start < problem.keys().len {
         let mut k_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.held() * tile.stride()));
         let mut v_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.held() * tile.stride()));
         let mut q_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.streamed() * tile.stride()));
         let mut dout_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.streamed() * tile.stride()));
         let mut p_tile = SharedMemory::<f32>::new(comptime!(tile.held() * tile.weights_stride()));
         let mut ds_tile = SharedMemory::<f32>::new(comptime!(tile.held() * tile.weights_stride()));
-        load::<E, N>(k, &mut k_tile, &problem.keys, start, vectors, comptime!(tile.held()), tile);
-        load::<E, N>(v, &mut v_tile, &problem.keys, start, vectors, comptime!(tile.held()), tile);
+        load::<E, N>(k, &mut k_tile, &problem.keys(), start, vectors, comptime!(tile.held()), tile);
+        load::<E, N>(v, &mut v_tile, &problem.keys(), start, vectors, comptime!(tile.held()), tile);
+        let mut query_tile = QueryTile::new(tile.streamed());
         let mut dk_sums = zeros::<N>(tile);
         let mut dv_sums = zeros::<N>(tile);
-        let last = min(start + comptime!(tile.held()), problem.keys.len) - 1;
-        let (first_query, end_query) = problem.mask.queries(start, last);
-        let group = problem.queries.group;
-        let end = end_query * group;
-        let mut first = first_query * group;
-        while first < end {
+        let (first_row, _) = problem.streamed();
+        let mut first = first_row;
+        while first < problem.streamed().1 {
+            load::<E, N>(q, &mut q_tile, &problem.queries(), first, vectors, comptime!(tile.streamed()), tile);
+            load::<E, N>(dout, &mut dout_tile, &problem.queries(), first, vectors, comptime!(tile.streamed()), tile);
+            query_tile.load(lse, row_sums, &problem, first, tokens, tile.streamed());
             sync_cube();
-            load::<E, N>(q, &mut q_tile, &problem.queries, first, vectors, comptime!(tile.streamed()), tile);
-            load::<E, N>(dout, &mut dout_tile, &problem.queries, first, vectors, comptime!(tile.streamed()), tile);
-            sync_cube();
-            let dots = products::<N>(&k_tile, &q_tile, vectors, tile);
+            put_products::<N>(&k_tile, &q_tile, &mut p_tile, vectors, tile);
+            for i in 0..comptime!(tile.held_rows).runtime() {
+                #[unroll]
+                for j in 0..tile.streamed_rows {
+                    let (key, row, at) = place(i, j, tile);
+                    let seen = query_tile.seen.has(row, start + key);
+                    let (p, slope) = pair(p_tile[at], query_tile.lse[row], seen, &scoring, capped);
+                    p_tile[at] = p;
+                    ds_tile[at] = slope;
+                }
+            }
             let dps = products::<N>(&v_tile, &dout_tile, vectors, tile);
             #[unroll]
-            for j in 0..tile.streamed_rows {
-                let col = streamed_unit + j * tile.streamed_units;
-                let row = first + col;
-                let of_row = statistics(lse, row_sums, &problem, row, tokens);
+            for i in 0..tile.held_rows {
                 #[unroll]
-                for i in 0..tile.held_rows {
-                    let key = held_unit + i * tile.held_units;
-                    let at = i * tile.streamed_rows + j;
-                    let (p, ds) = pair(dots[at], dps[at], of_row, &scoring, capped);
-                    let seen = row < end && problem.mask.sees(row / group, start + key);
-                    p_tile[key * comptime!(tile.weights_stride()) + col] = select(seen, p, 0.0);
-                    ds_tile[key * comptime!(tile.weights_stride()) + col] = select(seen, ds, 0.0);
+                for j in 0..tile.streamed_rows {
+                    let (_, row, at) = place(i, j, tile);
+                    ds_tile[at] *= dps[i * tile.streamed_rows + j] - query_tile.row_sums[row];
                 }
             }
             sync_cube();
-            let count = min(end - first, comptime!(tile.streamed()));
+            let count = min(problem.streamed().1 - first, tile.streamed());
             accumulate::<N>(&mut dv_sums, &p_tile, &dout_tile, count, tile);
             accumulate::<N>(&mut dk_sums, &ds_tile, &q_tile, count, tile);
             first += comptime!(tile.streamed());
+            sync_cube();
         }
-        store::<E, N>(&dk_sums, &filled(scoring.scale, tile), dk, &problem.keys, start, vectors, tile);
-        store::<E, N>(&dv_sums, &filled(1.0, tile), dv, &problem.keys, start, vectors, tile);
+        store::<E, N>(&dk_sums, &filled(scoring.scale, tile), dk, &problem.keys(), start, vectors, tile);
+        store::<E, N>(&dv_sums, &filled(1.0, tile), dv, &problem.keys(), start, vectors, tile);
     }
 }
 
@@ -303,48 +337,52 @@ fn queries_kernel<E: Float, N: Size>(
     #[comptime] capped: bool,
     #[comptime] tile: Tile,
 ) {
-    let problem = problem(bounds_q, bounds_k, &sizes, &scoring, false);
-    let (held_unit, streamed_unit) = unit(tile);
+    let problem =
+        problem(bounds_q, bounds_k, &sizes, &scoring, comptime!(Form { holds_keys: false, cached: false }), tile);
     let start = CUBE_POS_X as usize * comptime!(tile.held());
     let (vectors, tokens) = (sizes.vectors as usize, sizes.tokens_q as usize);
-    if start < problem.queries.len {
+    if start < problem.queries().len {
         let mut q_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.held() * tile.stride()));
         let mut dout_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.held() * tile.stride()));
         let mut k_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.streamed() * tile.stride()));
         let mut v_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.streamed() * tile.stride()));
         let mut ds_tile = SharedMemory::<f32>::new(comptime!(tile.held() * tile.weights_stride()));
-        load::<E, N>(q, &mut q_tile, &problem.queries, start, vectors, comptime!(tile.held()), tile);
-        load::<E, N>(dout, &mut dout_tile, &problem.queries, start, vectors, comptime!(tile.held()), tile);
+        load::<E, N>(q, &mut q_tile, &problem.queries(), start, vectors, comptime!(tile.held()), tile);
+        load::<E, N>(dout, &mut dout_tile, &problem.queries(), start, vectors, comptime!(tile.held()), tile);
+        let mut query_tile = QueryTile::new(tile.held());
+        query_tile.load(lse, row_sums, &problem, start, tokens, tile.held());
         let mut sums = zeros::<N>(tile);
-        let group = problem.queries.group;
-        let last = min(start + comptime!(tile.held()), problem.queries.len) - 1;
-        let (first_key, end) = problem.mask.keys(start / group, last / group);
+        let (first_key, _) = problem.streamed();
         let mut first = first_key;
-        while first < end {
+        while first < problem.streamed().1 {
+            load::<E, N>(k, &mut k_tile, &problem.keys(), first, vectors, comptime!(tile.streamed()), tile);
+            load::<E, N>(v, &mut v_tile, &problem.keys(), first, vectors, comptime!(tile.streamed()), tile);
             sync_cube();
-            load::<E, N>(k, &mut k_tile, &problem.keys, first, vectors, comptime!(tile.streamed()), tile);
-            load::<E, N>(v, &mut v_tile, &problem.keys, first, vectors, comptime!(tile.streamed()), tile);
-            sync_cube();
-            let dots = products::<N>(&q_tile, &k_tile, vectors, tile);
+            put_products::<N>(&q_tile, &k_tile, &mut ds_tile, vectors, tile);
+            for i in 0..comptime!(tile.held_rows).runtime() {
+                #[unroll]
+                for j in 0..tile.streamed_rows {
+                    let (row, key, at) = place(i, j, tile);
+                    let seen = query_tile.seen.has(row, first + key);
+                    let (_, slope) = pair(ds_tile[at], query_tile.lse[row], seen, &scoring, capped);
+                    ds_tile[at] = slope;
+                }
+            }
             let dps = products::<N>(&dout_tile, &v_tile, vectors, tile);
             #[unroll]
             for i in 0..tile.held_rows {
-                let row = held_unit + i * tile.held_units;
-                let of_row = statistics(lse, row_sums, &problem, start + row, tokens);
                 #[unroll]
                 for j in 0..tile.streamed_rows {
-                    let col = streamed_unit + j * tile.streamed_units;
-                    let at = i * tile.streamed_rows + j;
-                    let (_p, ds) = pair(dots[at], dps[at], of_row, &scoring, capped);
-                    let seen = first + col < end && problem.mask.sees((start + row) / group, first + col);
-                    ds_tile[row * comptime!(tile.weights_stride()) + col] = select(seen, ds, 0.0);
+                    let (row, _, at) = place(i, j, tile);
+                    ds_tile[at] *= dps[i * tile.streamed_rows + j] - query_tile.row_sums[row];
                 }
             }
             sync_cube();
-            let count = min(end - first, comptime!(tile.streamed()));
+            let count = min(problem.streamed().1 - first, tile.streamed());
             accumulate::<N>(&mut sums, &ds_tile, &k_tile, count, tile);
             first += comptime!(tile.streamed());
+            sync_cube();
         }
-        store::<E, N>(&sums, &filled(scoring.scale, tile), dq, &problem.queries, start, vectors, tile);
+        store::<E, N>(&sums, &filled(scoring.scale, tile), dq, &problem.queries(), start, vectors, tile);
     }
 }

@@ -19,6 +19,8 @@ pub(crate) const LOWEST: f32 = -3.0e38;
 pub(crate) struct Sizes {
     pub(crate) num_heads: u32,
     pub(crate) num_kv_heads: u32,
+    /// Query heads per key head.
+    pub(crate) group: u32,
     pub(crate) tokens_q: u32,
     /// Keys from one sequence's to the next's in a cache.
     pub(crate) capacity: u32,
@@ -78,10 +80,10 @@ pub(crate) struct Mask {
 
 #[cube]
 impl Mask {
-    pub(crate) fn sees(&self, query: usize, key: usize) -> bool {
+    /// First and last key that a query sees; the last comes before the first if it sees none.
+    pub(crate) fn seen_by(&self, query: usize) -> (i32, i32) {
         let position = query as i32 + self.first;
-        let key = key as i32;
-        key <= position + self.right && key >= position - self.left
+        (max(position - self.left, 0), min(position + self.right, self.seq_k - 1))
     }
 
     /// First key, and one past the last key, that some query of `from ..= to` sees.
@@ -99,39 +101,132 @@ impl Mask {
     }
 }
 
+/// First query token, number of queries, first key and number of keys of the sequence; first streamed row and one past the last.
+pub(crate) const FACTS: usize = 6;
+
 /// One sequence and key head.
+///
+/// What is known of the sequence lies in shared memory and is read where it is used. In registers it would be alive from the
+/// first to the last line beside the sums, and a compiler that wants room for one more cube spills just such values.
 #[derive(CubeType, Clone, Copy)]
 pub(crate) struct Problem {
-    pub(crate) queries: Rows,
-    pub(crate) keys: Rows,
-    pub(crate) mask: Mask,
+    facts: SharedMemory<i32>,
+    sizes: Sizes,
+    scoring: Scoring,
 }
 
-/// The problem of this cube: key head in y, sequence in z. `bounds_k` holds offsets, or lengths when the keys lie in a cache.
+#[cube]
+impl Problem {
+    pub(crate) fn queries(&self) -> Rows {
+        let group = self.sizes.group as usize;
+        Rows {
+            first: self.facts[0] as usize,
+            len: self.facts[1] as usize * group,
+            heads: self.sizes.num_heads as usize,
+            head: CUBE_POS_Y as usize * group,
+            group,
+        }
+    }
+
+    pub(crate) fn keys(&self) -> Rows {
+        Rows {
+            first: self.facts[2] as usize,
+            len: self.facts[3] as usize,
+            heads: self.sizes.num_kv_heads as usize,
+            head: CUBE_POS_Y as usize,
+            group: 1usize.runtime(),
+        }
+    }
+
+    /// First row that passes by, and one past the last: those that see, or are seen from, a row of the block.
+    pub(crate) fn streamed(&self) -> (usize, usize) {
+        (self.facts[4] as usize, self.facts[5] as usize)
+    }
+
+    pub(crate) fn mask(&self) -> Mask {
+        let (seq_q, seq_k) = (self.facts[1], self.facts[3]);
+        Mask { first: seq_k - seq_q, left: self.scoring.left, right: self.scoring.right, seq_q, seq_k }
+    }
+}
+
+/// The problem of this cube: block of held rows in x, key head in y, sequence in z. `bounds_k` holds offsets, or lengths when the
+/// keys lie in a cache. Every unit calls it.
 #[cube]
 pub(crate) fn problem(
     bounds_q: &Array<i32>,
     bounds_k: &Array<i32>,
     sizes: &Sizes,
     scoring: &Scoring,
-    #[comptime] cached: bool,
+    #[comptime] form: Form,
+    #[comptime] tile: Tile,
 ) -> Problem {
-    let (kv_head, seq) = (CUBE_POS_Y as usize, CUBE_POS_Z as usize);
-    let (num_heads, num_kv_heads) = (sizes.num_heads as usize, sizes.num_kv_heads as usize);
-    let group = num_heads / num_kv_heads;
-    let first_q = bounds_q[seq];
-    let seq_q = bounds_q[seq + 1] - first_q;
-    let (first_k, seq_k) = if comptime!(cached) {
-        (seq * sizes.capacity as usize, bounds_k[seq])
-    } else {
-        (bounds_k[seq] as usize, bounds_k[seq + 1] - bounds_k[seq])
-    };
-    let queries =
-        Rows { first: first_q as usize, len: seq_q as usize * group, heads: num_heads, head: kv_head * group, group };
-    let keys =
-        Rows { first: first_k, len: seq_k as usize, heads: num_kv_heads, head: kv_head, group: 1usize.runtime() };
-    let mask = Mask { first: seq_k - seq_q, left: scoring.left, right: scoring.right, seq_q, seq_k };
-    Problem { queries, keys, mask }
+    let mut facts = SharedMemory::<i32>::new(FACTS);
+    let problem = Problem { facts, sizes: *sizes, scoring: *scoring };
+    if UNIT_POS == 0 {
+        let seq = CUBE_POS_Z as usize;
+        let first_q = bounds_q[seq];
+        facts[0] = first_q;
+        facts[1] = bounds_q[seq + 1] - first_q;
+        let (first_k, seq_k) = if comptime!(form.cached) {
+            (seq as i32 * sizes.capacity as i32, bounds_k[seq])
+        } else {
+            (bounds_k[seq], bounds_k[seq + 1] - bounds_k[seq])
+        };
+        facts[2] = first_k;
+        facts[3] = seq_k;
+        let group = sizes.group as usize;
+        let start = CUBE_POS_X as usize * comptime!(tile.held());
+        let end = start + comptime!(tile.held());
+        // A block without rows has no use for its range.
+        let (from, to) = if comptime!(form.holds_keys) {
+            let (from, to) = problem.mask().queries(start, min(end, problem.keys().len) - 1);
+            (from * group, to * group)
+        } else {
+            problem.mask().keys(start / group, (min(end, problem.queries().len) - 1) / group)
+        };
+        facts[4] = from as i32;
+        facts[5] = to as i32;
+    }
+    sync_cube();
+    problem
+}
+
+/// What a kernel's blocks are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Form {
+    /// Keys stay and queries pass by, else queries stay.
+    pub(crate) holds_keys: bool,
+    /// Keys lie in a cache.
+    pub(crate) cached: bool,
+}
+
+/// First and last key that each query row of a tile sees, `[count]` each. In shared memory, because it takes a division to find.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Seen {
+    first: SharedMemory<i32>,
+    last: SharedMemory<i32>,
+}
+
+#[cube]
+impl Seen {
+    /// For a tile of `count` rows.
+    pub(crate) fn new(#[comptime] count: usize) -> Seen {
+        Seen { first: SharedMemory::new(count), last: SharedMemory::new(count) }
+    }
+
+    /// Finds the keys of row `row` of the tile, which is query row `at`; a row that does not exist sees none.
+    pub(crate) fn find(&mut self, problem: &Problem, row: usize, at: usize) {
+        let queries = problem.queries();
+        let (first, last) = problem.mask().seen_by(at / queries.group);
+        self.first[row] = first;
+        self.last[row] = select(at < queries.len, last, -1);
+    }
+
+    /// Whether row `row` of the tile sees `key`.
+    pub(crate) fn has(&self, row: usize, key: usize) -> bool {
+        let key = key as i32;
+        key >= self.first[row] && key <= self.last[row]
+    }
 }
 
 /// Position of this unit along the held rows and along the streamed rows.
@@ -171,7 +266,7 @@ pub(crate) fn load<E: Float, N: Size>(
     }
 }
 
-/// Products of this unit's held rows with its streamed rows, `[held_rows, streamed_rows]`.
+/// Products of this unit's held rows with its streamed rows, `[held_rows, streamed_rows]`, in registers.
 #[cube]
 pub(crate) fn products<N: Size>(
     held: &SharedMemory<Vector<f32, N>>,
@@ -203,6 +298,35 @@ pub(crate) fn products<N: Size>(
         }
     }
     sums
+}
+
+/// Puts [`products`] into this unit's places of `to`, `[held, streamed]`.
+#[cube]
+pub(crate) fn put_products<N: Size>(
+    held: &SharedMemory<Vector<f32, N>>,
+    streamed: &SharedMemory<Vector<f32, N>>,
+    to: &mut SharedMemory<f32>,
+    vectors: usize,
+    #[comptime] tile: Tile,
+) {
+    let sums = products::<N>(held, streamed, vectors, tile);
+    #[unroll]
+    for i in 0..tile.held_rows {
+        #[unroll]
+        for j in 0..tile.streamed_rows {
+            let (_, _, at) = place(i, j, tile);
+            to[at] = sums[i * tile.streamed_rows + j];
+        }
+    }
+}
+
+/// Held row, streamed row and place in `[held, streamed]` of a pair of this unit.
+#[cube]
+pub(crate) fn place(i: usize, j: usize, #[comptime] tile: Tile) -> (usize, usize, usize) {
+    let (held_unit, streamed_unit) = unit(tile);
+    let row = held_unit + i * tile.held_units;
+    let col = streamed_unit + j * tile.streamed_units;
+    (row, col, row * comptime!(tile.weights_stride()) + col)
 }
 
 /// Sum over the components of a vector, first to last.

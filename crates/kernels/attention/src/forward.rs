@@ -7,13 +7,17 @@ use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{Launch, LaunchError};
 
 use crate::{
-    block::{LOWEST, Problem, Scoring, Sizes, accumulate, filled, load, problem, products, score, store, unit, zeros},
+    block::{
+        Form, LOWEST, Problem, Scoring, Seen, Sizes, accumulate, filled, load, place, problem, put_products, score,
+        store, unit, zeros,
+    },
     shape::Shape,
     tile::{Need, Tile},
 };
 
 /// Queries stay; keys, then values, pass by.
-const NEED: Need = Need { held: 1, streamed: 1, weights: 1, reduces: true };
+const NEED: Need =
+    Need { held: 1, streamed: 1, weights: 1, sums: 1, rows: 4, per_held: 4, per_streamed: 0, per_unit: 2 };
 
 /// Buffers of the forward pass.
 #[derive(Clone, Copy, Debug)]
@@ -159,17 +163,18 @@ fn forward_kernel<E: Float, N: Size>(
     #[comptime] capped: bool,
     #[comptime] tile: Tile,
 ) {
-    let problem = problem(bounds_q, bounds_k, &sizes, &scoring, false);
+    let problem =
+        problem(bounds_q, bounds_k, &sizes, &scoring, comptime!(Form { holds_keys: false, cached: false }), tile);
     let start = CUBE_POS_X as usize * comptime!(tile.held());
     let vectors = sizes.vectors as usize;
-    if start < problem.queries.len {
+    if start < problem.queries().len {
         let rows = attend::<E, N>(q, k, v, out, &problem, start, &scoring, vectors, capped, tile);
         let (held_unit, streamed_unit) = unit(tile);
         #[unroll]
         for i in 0..tile.held_rows {
             let row = start + held_unit + i * tile.held_units;
-            if streamed_unit == 0 && row < problem.queries.len {
-                let at = problem.queries.statistic(row, sizes.tokens_q as usize);
+            if streamed_unit == 0 && row < problem.queries().len {
+                let at = problem.queries().statistic(row, sizes.tokens_q as usize);
                 let (greatest, total) = (rows.greatest[i], rows.total[i]);
                 lse[at] = select(total == 0.0, minus_infinity, greatest + f32::ln(total));
             }
@@ -191,9 +196,9 @@ fn cached_kernel<E: Float, N: Size>(
     #[comptime] capped: bool,
     #[comptime] tile: Tile,
 ) {
-    let problem = problem(bounds_q, lens, &sizes, &scoring, true);
+    let problem = problem(bounds_q, lens, &sizes, &scoring, comptime!(Form { holds_keys: false, cached: true }), tile);
     let start = CUBE_POS_X as usize * comptime!(tile.held());
-    if start < problem.queries.len {
+    if start < problem.queries().len {
         attend::<E, N>(q, k, v, out, &problem, start, &scoring, sizes.vectors as usize, capped, tile);
     }
 }
@@ -203,8 +208,20 @@ fn cached_kernel<E: Float, N: Size>(
 struct RowStatistics {
     /// Greatest score seen.
     greatest: Array<f32>,
-    /// Sum of `exp(score - greatest)`; while tiles pass by, of this unit's columns.
+    /// Sum of `exp(score - greatest)`.
     total: Array<f32>,
+}
+
+/// Statistics of the cube's rows while tiles pass by. In shared memory: a unit needs them once per tile, and registers are for
+/// what it needs in every step.
+#[derive(CubeType)]
+struct Running {
+    /// Greatest score of each row, `[2, held]`: the units of a row read one half while the first of them writes the other.
+    greatest: SharedMemory<f32>,
+    /// Greatest score in this tile of each row and unit, `[held, streamed_units]`.
+    most: SharedMemory<f32>,
+    /// Sum of `exp(score - greatest)` of each row and unit, `[held, streamed_units]`.
+    total: SharedMemory<f32>,
 }
 
 /// Output of the query rows from `start` on, and their statistics.
@@ -224,123 +241,152 @@ fn attend<E: Float, N: Size>(
     let mut q_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.held() * tile.stride()));
     let mut kv_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.streamed() * tile.stride()));
     let mut weights = SharedMemory::<f32>::new(comptime!(tile.held() * tile.weights_stride()));
-    let mut reduced = SharedMemory::<f32>::new(comptime!(tile.held() * tile.streamed_units));
-    let mut rows = RowStatistics { greatest: filled(LOWEST, tile), total: filled(0.0, tile) };
-    let mut sums = zeros::<N>(tile);
-    load::<E, N>(q, &mut q_tile, &problem.queries, start, vectors, comptime!(tile.held()), tile);
-    let group = problem.queries.group;
-    let last = min(start + comptime!(tile.held()), problem.queries.len) - 1;
-    let (first_key, end) = problem.mask.keys(start / group, last / group);
-    let mut first = first_key;
-    while first < end {
-        sync_cube();
-        load::<E, N>(k, &mut kv_tile, &problem.keys, first, vectors, comptime!(tile.streamed()), tile);
-        sync_cube();
-        let mut scores = products::<N>(&q_tile, &kv_tile, vectors, tile);
-        mask(&mut scores, &mut reduced, problem, (start, first, end), scoring, capped, tile);
-        sync_cube();
-        load::<E, N>(v, &mut kv_tile, &problem.keys, first, vectors, comptime!(tile.streamed()), tile);
-        exponentials::<N>(&scores, &reduced, &mut rows, &mut sums, &mut weights, end - first, tile);
-        sync_cube();
-        accumulate::<N>(&mut sums, &weights, &kv_tile, min(end - first, comptime!(tile.streamed())), tile);
-        first += comptime!(tile.streamed());
+    let mut running = start_rows(tile);
+    let mut seen = Seen::new(tile.held());
+    let unit = UNIT_POS as usize;
+    if unit < tile.held() {
+        seen.find(problem, unit, start + unit);
     }
-    sum_units(&mut rows.total, &mut reduced, end - first_key, tile);
+    let mut sums = zeros::<N>(tile);
+    load::<E, N>(q, &mut q_tile, &problem.queries(), start, vectors, comptime!(tile.held()), tile);
+    let (first_key, _) = problem.streamed();
+    let mut first = first_key;
+    let mut half = 0usize.runtime();
+    while first < problem.streamed().1 {
+        load::<E, N>(k, &mut kv_tile, &problem.keys(), first, vectors, comptime!(tile.streamed()), tile);
+        sync_cube();
+        put_products::<N>(&q_tile, &kv_tile, &mut weights, vectors, tile);
+        mask(&mut weights, &mut running.most, &seen, first, scoring, capped, tile);
+        sync_cube();
+        load::<E, N>(v, &mut kv_tile, &problem.keys(), first, vectors, comptime!(tile.streamed()), tile);
+        let keys = min(problem.streamed().1 - first, tile.streamed());
+        exponentials::<N>(half, &mut running, &mut sums, &mut weights, keys, tile);
+        sync_cube();
+        let keys = min(problem.streamed().1 - first, tile.streamed());
+        accumulate::<N>(&mut sums, &weights, &kv_tile, keys, tile);
+        first += comptime!(tile.streamed());
+        half = 1 - half;
+        // Before the loop asks for the end of the range again, so that none keeps it in a register.
+        sync_cube();
+    }
+    let rows = finish_rows(&mut running, half, tile);
     let mut factors = Array::<f32>::new(tile.held_rows);
     #[unroll]
     for i in 0..tile.held_rows {
         // Nothing seen: zeros, not 0 / 0. NaN stays NaN.
         factors[i] = select(rows.total[i] == 0.0, 0.0, 1.0 / rows.total[i]);
     }
-    store::<E, N>(&sums, &factors, out, &problem.queries, start, vectors, tile);
+    store::<E, N>(&sums, &factors, out, &problem.queries(), start, vectors, tile);
     rows
 }
 
-/// Turns products into scores, [`LOWEST`] where masked, and leaves the greatest of each row and unit in `reduced`.
+/// Turns products into scores, [`LOWEST`] where masked, and leaves the greatest of each row and unit in `greatest`.
 #[cube]
 fn mask(
-    scores: &mut Array<f32>,
-    reduced: &mut SharedMemory<f32>,
-    problem: &Problem,
-    at: (usize, usize, usize),
+    scores: &mut SharedMemory<f32>,
+    greatest: &mut SharedMemory<f32>,
+    seen: &Seen,
+    first: usize,
     scoring: &Scoring,
     #[comptime] capped: bool,
     #[comptime] tile: Tile,
 ) {
-    let (start, first, end) = at;
     let (held_unit, streamed_unit) = unit(tile);
-    let (rows, cols) = comptime!((tile.held_rows, tile.streamed_rows));
-    #[unroll]
-    for i in 0..rows {
-        let row = held_unit + i * tile.held_units;
-        let query = (start + row) / problem.queries.group;
+    for i in 0..comptime!(tile.held_rows).runtime() {
         let mut most = LOWEST.runtime();
         #[unroll]
-        for j in 0..cols {
-            let key = first + streamed_unit + j * tile.streamed_units;
-            let seen = key < end && problem.mask.sees(query, key);
-            scores[i * cols + j] = select(seen, score(scores[i * cols + j], scoring, capped), LOWEST);
-            most = max(most, scores[i * cols + j]);
+        for j in 0..tile.streamed_rows {
+            let (row, col, at) = place(i, j, tile);
+            let s = select(seen.has(row, first + col), score(scores[at], scoring, capped), LOWEST);
+            scores[at] = s;
+            most = max(most, s);
         }
-        reduced[row * tile.streamed_units + streamed_unit] = most;
+        greatest[(held_unit + i * tile.held_units) * tile.streamed_units + streamed_unit] = most;
     }
 }
 
-/// Turns scores into weights relative to the new maxima, and rescales what was summed before.
+/// Turns the scores in `weights` into weights relative to the new maxima, and rescales what was summed before. The old maxima are
+/// in the given half of `running.greatest`.
 #[cube]
 fn exponentials<N: Size>(
-    scores: &Array<f32>,
-    reduced: &SharedMemory<f32>,
-    statistics: &mut RowStatistics,
+    half: usize,
+    running: &mut Running,
     sums: &mut Array<Vector<f32, N>>,
     weights: &mut SharedMemory<f32>,
     keys: usize,
     #[comptime] tile: Tile,
 ) {
     let (held_unit, streamed_unit) = unit(tile);
-    let (rows, cols) = comptime!((tile.held_rows, tile.streamed_rows));
     #[unroll]
-    for i in 0..rows {
+    for i in 0..tile.held_rows {
         let row = held_unit + i * tile.held_units;
-        let mut most = statistics.greatest[i];
+        let before = running.greatest[half * comptime!(tile.held()) + row];
+        let mut most = before;
         for u in 0..min(keys, tile.streamed_units) {
-            most = max(most, reduced[row * tile.streamed_units + u]);
+            most = max(most, running.most[row * tile.streamed_units + u]);
         }
-        let rescale = f32::exp(statistics.greatest[i] - most);
-        let mut total = statistics.total[i] * rescale;
-        statistics.greatest[i] = most;
+        let rescale = f32::exp(before - most);
         #[unroll]
         for t in 0..tile.vectors {
             sums[i * tile.vectors + t] = sums[i * tile.vectors + t] * Vector::new(rescale);
         }
+        let mut total = running.total[row * tile.streamed_units + streamed_unit] * rescale;
         #[unroll]
-        for j in 0..cols {
-            let s = scores[i * cols + j];
+        for j in 0..tile.streamed_rows {
+            let (_, _, at) = place(i, j, tile);
+            let s = weights[at];
             // What is masked stays out even where nothing was seen yet and the difference is 0.
             let p = select(s <= LOWEST, 0.0, f32::exp(s - most));
             total += p;
-            weights[row * comptime!(tile.weights_stride()) + streamed_unit + j * tile.streamed_units] = p;
+            weights[at] = p;
         }
-        statistics.total[i] = total;
+        running.total[row * tile.streamed_units + streamed_unit] = total;
+        if streamed_unit == 0 {
+            running.greatest[(1 - half) * comptime!(tile.held()) + row] = most;
+        }
     }
 }
 
-/// Replaces each unit's part of a sum over the units of a row by the whole; only as many units as `keys` have a part.
+/// Statistics of rows that have seen nothing, in the first half. A barrier comes before anything reads what another unit writes here.
 #[cube]
-fn sum_units(parts: &mut Array<f32>, reduced: &mut SharedMemory<f32>, keys: usize, #[comptime] tile: Tile) {
+fn start_rows(#[comptime] tile: Tile) -> Running {
     let (held_unit, streamed_unit) = unit(tile);
-    sync_cube();
+    let mut greatest = SharedMemory::<f32>::new(comptime!(2 * tile.held()));
+    let most = SharedMemory::<f32>::new(comptime!(tile.held() * tile.streamed_units));
+    let mut total = SharedMemory::<f32>::new(comptime!(tile.held() * tile.streamed_units));
     #[unroll]
     for i in 0..tile.held_rows {
-        reduced[(held_unit + i * tile.held_units) * tile.streamed_units + streamed_unit] = parts[i];
-    }
-    sync_cube();
-    #[unroll]
-    for i in 0..tile.held_rows {
-        let mut sum = 0.0f32;
-        for u in 0..min(keys, tile.streamed_units) {
-            sum += reduced[(held_unit + i * tile.held_units) * tile.streamed_units + u];
+        let row = held_unit + i * tile.held_units;
+        total[row * tile.streamed_units + streamed_unit] = 0.0;
+        if streamed_unit == 0 {
+            greatest[row] = LOWEST;
         }
-        parts[i] = sum;
     }
+    Running { greatest, most, total }
+}
+
+/// Statistics of this unit's rows over all keys.
+#[cube]
+fn finish_rows(running: &mut Running, half: usize, #[comptime] tile: Tile) -> RowStatistics {
+    let (held_unit, _) = unit(tile);
+    // For rows that no tile passed by.
+    sync_cube();
+    // A unit sums one row, for all: four at a time would need many registers beside the sums of channels.
+    let row = UNIT_POS as usize;
+    if row < tile.held() {
+        let mut sum = 0.0f32;
+        for u in 0..comptime!(tile.streamed_units).runtime() {
+            sum += running.total[row * tile.streamed_units + u];
+        }
+        running.greatest[(1 - half) * comptime!(tile.held()) + row] = sum;
+    }
+    sync_cube();
+    let mut rows = RowStatistics { greatest: filled(LOWEST, tile), total: filled(0.0, tile) };
+    #[unroll]
+    for i in 0..tile.held_rows {
+        let row = held_unit + i * tile.held_units;
+        rows.greatest[i] = running.greatest[half * comptime!(tile.held()) + row];
+        rows.total[i] = running.greatest[(1 - half) * comptime!(tile.held()) + row];
+    }
+    rows
 }

@@ -80,6 +80,7 @@ impl Shape {
         SizesLaunch::new(
             self.num_heads as u32,
             self.num_kv_heads as u32,
+            self.group() as u32,
             self.tokens_q as u32,
             self.max_seqlen_k as u32,
             (self.head_dim / width) as u32,

@@ -2,10 +2,12 @@
 
 use cubecl::ir::DeviceProperties;
 
+use crate::block::FACTS;
+
 /// Up to this much shared memory a cube may take all that the device offers.
 const SMALL_SHARED_BYTES: usize = 48 * 1024;
 
-/// Numbers that a unit sums in registers, at most, for each tile of sums: more would leave too few cubes at a time, or spill.
+/// Numbers that a unit sums in registers, at most: more would leave too few cubes at a time, or spill.
 const MAX_SUMS: usize = 32;
 
 /// What a kernel keeps in shared memory and registers.
@@ -17,8 +19,16 @@ pub(crate) struct Need {
     pub(crate) streamed: usize,
     /// Tiles of weights, one number per held and streamed row.
     pub(crate) weights: usize,
-    /// Whether the units of a row combine their scores: one number per held row and unit.
-    pub(crate) reduces: bool,
+    /// Tiles of sums, in registers.
+    pub(crate) sums: usize,
+    /// Held rows of a unit, at most.
+    pub(crate) rows: usize,
+    /// Numbers of each held row.
+    pub(crate) per_held: usize,
+    /// Numbers of each streamed row.
+    pub(crate) per_streamed: usize,
+    /// Numbers of each held row and unit.
+    pub(crate) per_unit: usize,
 }
 
 /// A block of `held` rows stays with a cube, blocks of `streamed` rows pass by.
@@ -63,16 +73,21 @@ impl Tile {
         };
         // What a device lends to one cube is about what a multiprocessor has: leave room for a second cube.
         let usable = (shared_bytes / 2).max(shared_bytes.min(SMALL_SHARED_BYTES));
+        // Where channels come one at a time a unit has twice as many places to know, and four rows of them are too many.
+        let rows = if width == 1 { need.rows.min(2) } else { need.rows };
         let fits = |tile: &Self| {
-            tile.units() <= units && tile.shared_bytes(need, width) <= usable && tile.sums(width) <= MAX_SUMS
+            tile.units() <= units
+                && tile.shared_bytes(need, width) <= usable
+                && tile.held_rows <= rows
+                && tile.sums(need, width) <= MAX_SUMS
         };
         let smallest = tile(CANDIDATES[CANDIDATES.len() - 1]);
         CANDIDATES.into_iter().map(tile).find(fits).unwrap_or(smallest)
     }
 
-    /// Numbers that a unit sums for each tile of sums.
-    fn sums(&self, width: usize) -> usize {
-        self.held_rows * self.vectors * width
+    /// Numbers that a unit sums.
+    fn sums(&self, need: Need, width: usize) -> usize {
+        need.sums * self.held_rows * self.vectors * width
     }
 
     pub(crate) fn units(&self) -> usize {
@@ -103,8 +118,9 @@ impl Tile {
     pub(crate) fn shared_bytes(&self, need: Need, width: usize) -> usize {
         let rows = need.held * self.held() + need.streamed * self.streamed();
         let weights = need.weights * self.held() * self.weights_stride();
-        let reduced = if need.reduces { self.held() * self.streamed_units } else { 0 };
-        (rows * self.stride() * width + weights + reduced) * size_of::<f32>()
+        let numbers = (need.per_held + need.per_unit * self.streamed_units) * self.held();
+        let numbers = numbers + need.per_streamed * self.streamed() + FACTS;
+        (rows * self.stride() * width + weights + numbers) * size_of::<f32>()
     }
 }
 
@@ -113,9 +129,9 @@ mod tests {
     use super::*;
 
     const NEEDS: [Need; 3] = [
-        Need { held: 1, streamed: 1, weights: 1, reduces: true },
-        Need { held: 2, streamed: 2, weights: 1, reduces: false },
-        Need { held: 2, streamed: 2, weights: 2, reduces: false },
+        Need { held: 1, streamed: 1, weights: 1, sums: 1, rows: 4, per_held: 4, per_streamed: 0, per_unit: 2 },
+        Need { held: 2, streamed: 2, weights: 1, sums: 1, rows: 2, per_held: 4, per_streamed: 0, per_unit: 0 },
+        Need { held: 2, streamed: 2, weights: 2, sums: 2, rows: 2, per_held: 0, per_streamed: 4, per_unit: 0 },
     ];
 
     /// From the least that a Vulkan driver with compute offers in practice to an H100.
@@ -128,7 +144,9 @@ mod tests {
                         let tile = Tile::within(shared_bytes, 256, need, (head_dim, width));
                         let case = format!("{shared_bytes} {head_dim} {width} {need:?} {tile:?}");
                         assert!(tile.shared_bytes(need, width) <= shared_bytes, "{case}");
-                        assert!(tile.sums(width) <= MAX_SUMS, "{case}");
+                        assert!(tile.sums(need, width) <= MAX_SUMS, "{case}");
+                        // What is known of a row is found by a unit of its own.
+                        assert!(tile.held().max(tile.streamed()) <= tile.units(), "{case}");
                         assert!(tile.vectors * tile.streamed_units * width >= head_dim, "{case}");
                     }
                 }
