@@ -23,6 +23,12 @@ pub(crate) struct Arguments {
     /// Where the report goes.
     #[arg(long, value_name = "PATH", default_value = "target/cuda-check.json")]
     json: String,
+    /// Where the generated CUDA C++ goes, one file per instantiation and architecture.
+    #[arg(long, value_name = "DIR")]
+    sources: Option<PathBuf>,
+    /// Write docs/cuda-kernels.md, which is otherwise compared.
+    #[arg(long, conflicts_with = "filter")]
+    write: bool,
     /// Only operators whose name contains this.
     #[arg(default_value = "")]
     filter: String,
@@ -53,6 +59,13 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     let mut command = vec!["run", "--quiet", "--package", "cuda-check", "--", "--nvrtc", &library];
     for folder in &include {
         command.extend(["--include", folder]);
+    }
+    let sources = arguments.sources.as_ref().map(|folder| folder.display().to_string());
+    if let Some(folder) = &sources {
+        command.extend(["--sources", folder]);
+    }
+    if arguments.write {
+        command.push("--write");
     }
     command.extend(["--json", &arguments.json, &arguments.filter]);
     cargo::run(root, &command, &[])

@@ -2,7 +2,9 @@
 
 use std::{
     collections::{BTreeMap, HashMap, btree_map::Entry},
+    fs,
     panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
     sync::atomic::{AtomicUsize, Ordering},
     thread,
 };
@@ -66,8 +68,17 @@ struct Job {
     launched: Launched,
 }
 
-/// Compiles each instantiation once per architecture; `launches` are in the order of [`ARCHITECTURES`].
-pub(crate) fn compile(nvrtc: &Nvrtc, launches: Vec<Vec<Launch>>) -> Vec<Kernel> {
+impl Job {
+    /// As `attention.forward.forward_kernel-3.sm_80.cu`.
+    fn file_name(&self, kernels: &[Kernel]) -> String {
+        let (kernel, architecture) = self.at;
+        format!("{}-{kernel}.{}.cu", kernels[kernel].name.replace("::", "."), ARCHITECTURES[architecture].target)
+    }
+}
+
+/// Compiles each instantiation once per architecture; `launches` are in the order of [`ARCHITECTURES`]. The generated code is
+/// kept in the folder `sources`.
+pub(crate) fn compile(nvrtc: &Nvrtc, launches: Vec<Vec<Launch>>, sources: Option<&Path>) -> Vec<Kernel> {
     let (mut kernels, jobs) = instantiations(launches);
     let targets: Vec<Target> = ARCHITECTURES
         .iter()
@@ -80,7 +91,8 @@ pub(crate) fn compile(nvrtc: &Nvrtc, launches: Vec<Vec<Launch>>) -> Vec<Kernel> 
     let work = || {
         let mut done = Vec::new();
         while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let compiled = match compile_one(nvrtc, &targets[job.at.1], &job.launched) {
+            let source = sources.map(|folder| folder.join(job.file_name(&kernels)));
+            let compiled = match compile_one(nvrtc, &targets[job.at.1], &job.launched, source.as_deref()) {
                 Ok(uses) => Compiled::Uses(uses),
                 Err(error) => Compiled::Fails { error: format!("{error:#}") },
             };
@@ -123,13 +135,16 @@ fn instantiations(launches: Vec<Vec<Launch>>) -> (Vec<Kernel>, Vec<Job>) {
     (kernels, jobs.into_iter().map(|(at, launched)| Job { at, launched }).collect())
 }
 
-fn compile_one(nvrtc: &Nvrtc, target: &Target, launched: &Launched) -> Result<Uses> {
+fn compile_one(nvrtc: &Nvrtc, target: &Target, launched: &Launched, source: Option<&Path>) -> Result<Uses> {
     let Launched { kernel, mode } = launched;
     // CubeCL's expansion panics on what it cannot express.
     let generate = || kernel.compile(&mut Default::default(), &target.options, *mode, kernel.address_type());
     let generated = catch_unwind(AssertUnwindSafe(generate))
         .map_err(|_| anyhow!("the code generator panicked; its message is above"))?
         .map_err(|error| anyhow!("{error}"))?;
+    if let Some(path) = source {
+        fs::write(path, &generated.source).with_context(|| path.display().to_string())?;
+    }
     let repr = generated.repr.context("the code generator gave no kernel")?;
     let (units, limits) = (generated.cube_dim.num_elems(), &target.properties.hardware);
     ensure!(units <= limits.max_units_per_cube, "{units} units in a cube, at most {}", limits.max_units_per_cube);

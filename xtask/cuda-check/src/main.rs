@@ -2,10 +2,12 @@
 //!
 //! The operators run through the contract on a device that notes launches instead of running them; each noted kernel goes through
 //! CubeCL's CUDA code generator and NVRTC, for every architecture in [`architecture::ARCHITECTURES`]. A kernel that does not
-//! compile or spills registers, a call that the library refuses, and a kernel that no call launches are failures.
+//! compile, spills registers or has a low occupancy without a reason in [`occupancy::LISTED`], a call that the library refuses, and
+//! a kernel that no call launches are failures.
 
 use std::{
     collections::BTreeSet,
+    fs,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Instant,
@@ -17,8 +19,10 @@ use clap::Parser;
 mod architecture;
 mod calls;
 mod compile;
+mod document;
 mod kernels;
 mod nvrtc;
+mod occupancy;
 mod offline;
 mod report;
 
@@ -36,6 +40,12 @@ struct Arguments {
     /// Where the report goes.
     #[arg(long)]
     json: PathBuf,
+    /// Where the generated CUDA C++ goes, one file per instantiation and architecture.
+    #[arg(long)]
+    sources: Option<PathBuf>,
+    /// Write docs/cuda-kernels.md, which is otherwise compared.
+    #[arg(long)]
+    write: bool,
     /// Only operators whose name contains this.
     #[arg(default_value = "")]
     filter: String,
@@ -53,8 +63,12 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<()> {
-    let Arguments { nvrtc, include, json, filter } = arguments;
+    let Arguments { nvrtc, include, json, sources, write, filter } = arguments;
     let start = Instant::now();
+    ensure!(!write || filter.is_empty(), "--write: the document holds every operator, not only those with `{filter}`");
+    if let Some(folder) = &sources {
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
     let (mut launches, mut refused) = (Vec::new(), Vec::new());
     for architecture in &ARCHITECTURES {
         let outcome = calls::outcome(architecture, &filter)?;
@@ -63,19 +77,28 @@ fn run(arguments: Arguments) -> Result<()> {
     }
     let nvrtc = nvrtc::Nvrtc::load(&nvrtc, include)?;
     let (major, minor) = nvrtc.version();
-    let compiled = compile::compile(&nvrtc, launches);
+    let compiled = compile::compile(&nvrtc, launches, sources.as_deref());
 
     let names: BTreeSet<String> = compiled.iter().map(|kernel| kernel.name.clone()).collect();
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).context("no repository above this crate")?;
     let declared = if filter.is_empty() { kernels::declared(root)? } else { BTreeSet::new() };
-    let problems = report::problems(&compiled, &refused, &(&declared - &names));
+    let mut problems = report::problems(&compiled, &refused, &(&declared - &names));
+    let version = format!("{major}.{minor}");
+    if filter.is_empty() {
+        problems.extend(occupancy::unneeded(&compiled));
+        if write {
+            document::write(root, &compiled, &version)?;
+        } else {
+            problems.extend(document::problem(root, &compiled, &version)?);
+        }
+    }
     print!("{}", report::table(&compiled));
     print!("\n{}", report::summary(&compiled));
-    report::write(&json, &format!("{major}.{minor}"), &compiled, &problems)?;
+    report::write(&json, &version, &compiled, &problems)?;
 
     let targets = ARCHITECTURES.each_ref().map(|architecture| architecture.target).join(" and ");
     let (count, num_kernels, seconds) = (compiled.len(), names.len(), start.elapsed().as_secs());
-    println!("\n{count} instantiations of {num_kernels} kernels, {targets}, NVRTC {major}.{minor}, {seconds} s");
+    println!("\n{count} instantiations of {num_kernels} kernels, {targets}, NVRTC {version}, {seconds} s");
     println!("written to {}", json.display());
     problems.iter().for_each(|problem| println!("  {problem}"));
     ensure!(problems.is_empty(), "{} problems", problems.len());

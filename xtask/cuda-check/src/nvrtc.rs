@@ -2,6 +2,7 @@
 
 use std::{
     ffi::{CStr, CString, c_char, c_int, c_void},
+    fs,
     path::{Path, PathBuf},
     ptr,
 };
@@ -30,6 +31,8 @@ pub(crate) struct Nvrtc {
     include: Vec<PathBuf>,
     /// Unloaded last: the functions above are its.
     _library: Library,
+    /// What NVRTC loads by name at its first use.
+    _builtins: Vec<Library>,
 }
 
 /// What the assembler says that a kernel needs.
@@ -50,8 +53,9 @@ impl Nvrtc {
     /// If the library does not load, or lacks a function of NVRTC 12 or later.
     pub(crate) fn load(library: &Path, include: Vec<PathBuf>) -> Result<Self> {
         #[allow(unsafe_code, reason = "loading a library runs its initialisers")]
-        // SAFETY: the caller names NVRTC, whose initialisers have no preconditions.
-        let loaded = unsafe { Library::new(library) }.with_context(|| format!("loading {}", library.display()))?;
+        // SAFETY: the caller names NVRTC, whose initialisers have no preconditions; nor have those of what lies beside it.
+        let load = |path: &Path| unsafe { Library::new(path) }.with_context(|| format!("loading {}", path.display()));
+        let loaded = load(library)?;
         #[allow(unsafe_code, reason = "a symbol has the type that its documentation says")]
         fn symbol<T: Copy>(library: &Library, name: &str) -> Result<T> {
             // SAFETY: every `T` below is the prototype of the function of that name in nvrtc.h.
@@ -66,6 +70,7 @@ impl Nvrtc {
             destroy: symbol(&loaded, "nvrtcDestroyProgram")?,
             include,
             _library: loaded,
+            _builtins: builtins(library)?.iter().map(|path| load(path)).collect::<Result<_>>()?,
         })
     }
 
@@ -119,6 +124,19 @@ impl Nvrtc {
         let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy().into_owned();
         Ok((compiled == 0, log))
     }
+}
+
+/// NVRTC's builtins beside it. Some versions look for them only where the system looks for libraries: not in Python's packages. One
+/// that is loaded is found.
+fn builtins(library: &Path) -> Result<Vec<PathBuf>> {
+    let folder = library.parent().context("a library without a folder")?;
+    let entries = fs::read_dir(folder).with_context(|| folder.display().to_string())?;
+    let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    let is_builtins = |path: &PathBuf| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("libnvrtc-builtins.so"))
+    };
+    paths.retain(is_builtins);
+    Ok(paths)
 }
 
 /// Reads what `ptxas -v` prints.

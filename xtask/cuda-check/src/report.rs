@@ -13,10 +13,8 @@ use serde_json::json;
 use crate::{
     architecture::{ARCHITECTURES, Occupancy},
     compile::{Compiled, Kernel, Uses},
+    occupancy,
 };
-
-/// Below this, in percent, an instantiation is counted as low.
-const LOW_OCCUPANCY: f32 = 50.0;
 
 /// One line per instantiation.
 pub(crate) fn table(kernels: &[Kernel]) -> String {
@@ -60,10 +58,14 @@ pub(crate) fn problems(kernels: &[Kernel], refused: &[String], not_launched: &BT
         for (architecture, compiled) in &kernel.on {
             match compiled {
                 Compiled::Fails { error } => problems.push(format!("{name} on {architecture} ({call}): {error}")),
-                Compiled::Uses(Uses { usage, .. }) if usage.spill_bytes > 0 => {
-                    problems.push(format!("{name} on {architecture} ({call}): spills {} bytes", usage.spill_bytes));
+                Compiled::Uses(Uses { usage, occupancy, .. }) => {
+                    if usage.spill_bytes > 0 {
+                        problems.push(format!("{name} on {architecture} ({call}): spills {} bytes", usage.spill_bytes));
+                    }
+                    if let Some(problem) = occupancy::problem(name, *occupancy) {
+                        problems.push(format!("{name} on {architecture} ({call}): {problem}"));
+                    }
                 }
-                Compiled::Uses(_) => {}
             }
         }
     }
@@ -72,14 +74,7 @@ pub(crate) fn problems(kernels: &[Kernel], refused: &[String], not_launched: &BT
 
 /// One line per kernel and architecture: the most that an instantiation uses, and the least occupancy.
 pub(crate) fn summary(kernels: &[Kernel]) -> String {
-    let mut worst: BTreeMap<(&str, &str), Worst> = BTreeMap::new();
-    for kernel in kernels {
-        for (architecture, compiled) in &kernel.on {
-            if let Compiled::Uses(uses) = compiled {
-                worst.entry((kernel.name.as_str(), *architecture)).or_default().add(uses);
-            }
-        }
-    }
+    let worst = worst(kernels);
     let mut text = format!(
         "  all  <50%  regs  spill  stack  shared  least occupancy      {:<8}kernel (the most over all instantiations)\n",
         ""
@@ -95,24 +90,37 @@ pub(crate) fn summary(kernels: &[Kernel]) -> String {
     text
 }
 
+/// By name of the kernel and of the architecture.
+pub(crate) fn worst(kernels: &[Kernel]) -> BTreeMap<(&str, &'static str), Worst> {
+    let mut worst: BTreeMap<(&str, &'static str), Worst> = BTreeMap::new();
+    for kernel in kernels {
+        for (architecture, compiled) in &kernel.on {
+            if let Compiled::Uses(uses) = compiled {
+                worst.entry((kernel.name.as_str(), *architecture)).or_default().add(uses);
+            }
+        }
+    }
+    worst
+}
+
 /// Of the instantiations of one kernel on one architecture.
 #[derive(Default)]
-struct Worst {
-    count: usize,
-    /// Those with less than [`LOW_OCCUPANCY`].
+pub(crate) struct Worst {
+    pub(crate) count: usize,
+    /// Those with less than [`occupancy::LOW`].
     low: usize,
-    registers: u32,
-    spill_bytes: u32,
-    stack_bytes: u32,
-    shared_bytes: usize,
-    least: Option<Occupancy>,
+    pub(crate) registers: u32,
+    pub(crate) spill_bytes: u32,
+    pub(crate) stack_bytes: u32,
+    pub(crate) shared_bytes: usize,
+    pub(crate) least: Option<Occupancy>,
 }
 
 impl Worst {
     fn add(&mut self, uses: &Uses) {
         let Uses { usage, shared_bytes, occupancy } = uses;
         self.count += 1;
-        self.low += usize::from(occupancy.percent < LOW_OCCUPANCY);
+        self.low += usize::from(occupancy.percent < occupancy::LOW);
         self.registers = self.registers.max(usage.registers);
         self.spill_bytes = self.spill_bytes.max(usage.spill_bytes);
         self.stack_bytes = self.stack_bytes.max(usage.stack_bytes);

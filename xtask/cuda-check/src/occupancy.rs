@@ -1,0 +1,59 @@
+//! Kernels that may leave more than half of a multiprocessor's planes empty, and why.
+
+use std::collections::BTreeSet;
+
+use crate::{
+    architecture::Occupancy,
+    compile::{Compiled, Kernel},
+};
+
+/// In percent: below this a kernel has to be in [`LISTED`].
+pub(crate) const LOW: f32 = 50.0;
+
+/// A kernel of low occupancy.
+pub(crate) struct Listed {
+    /// As `attention::forward::forward_kernel`.
+    pub(crate) kernel: &'static str,
+    /// In percent: less than this fails all the same.
+    pub(crate) least: f32,
+    /// What the kernel keeps instead of more planes.
+    pub(crate) reason: &'static str,
+}
+
+/// Every kernel that is below [`LOW`] in some instantiation on some architecture.
+pub(crate) static LISTED: [Listed; 4] = [
+    Listed { kernel: "attention::forward::forward_kernel", least: 25.0, reason: FORWARD },
+    Listed { kernel: "attention::forward::cached_kernel", least: 25.0, reason: FORWARD },
+    Listed { kernel: "attention::backward::keys_kernel", least: 25.0, reason: BACKWARD },
+    Listed { kernel: "attention::backward::queries_kernel", least: 25.0, reason: BACKWARD },
+];
+
+const FORWARD: &str = "a tile of queries and one of keys in shared memory, up to 32 sums of a unit in registers: each number that is \
+    loaded is used for several products, and fewer rows would be loaded more often";
+const BACKWARD: &str = "two tiles of queries and two of keys in shared memory, up to 32 sums of a unit in registers: the scores are \
+    computed anew beside the gradients, and fewer rows would be loaded more often";
+
+/// What is wrong with the occupancy of one instantiation of `kernel`.
+pub(crate) fn problem(kernel: &str, occupancy: Occupancy) -> Option<String> {
+    let Occupancy { percent, limit } = occupancy;
+    match LISTED.iter().find(|listed| listed.kernel == kernel) {
+        _ if percent >= LOW => None,
+        None => Some(format!("occupancy {percent:.1}% (limit: {limit}), and no reason in cuda-check's occupancy.rs")),
+        Some(listed) if percent < listed.least => {
+            Some(format!("occupancy {percent:.1}% (limit: {limit}), less than the {}% listed", listed.least))
+        }
+        Some(_) => None,
+    }
+}
+
+/// Entries of [`LISTED`] that nothing needs.
+pub(crate) fn unneeded(kernels: &[Kernel]) -> Vec<String> {
+    let low = |kernel: &Kernel| {
+        kernel.on.values().any(|on| matches!(on, Compiled::Uses(uses) if uses.occupancy.percent < LOW))
+    };
+    let low: BTreeSet<&str> = kernels.iter().filter(|kernel| low(kernel)).map(|kernel| kernel.name.as_str()).collect();
+    let unneeded = LISTED.iter().filter(|listed| !low.contains(listed.kernel));
+    unneeded
+        .map(|listed| format!("{}: listed in cuda-check's occupancy.rs, but not below {LOW}%", listed.kernel))
+        .collect()
+}
