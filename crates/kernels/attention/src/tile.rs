@@ -7,7 +7,7 @@ use crate::block::FACTS;
 /// Up to this much shared memory a cube may take all that the device offers.
 const SMALL_SHARED_BYTES: usize = 48 * 1024;
 
-/// Numbers that a unit sums in registers, at most: more would leave too few cubes at a time, or spill.
+/// Numbers that a unit sums in registers: more would leave too few cubes at a time, or spill.
 const MAX_SUMS: usize = 32;
 
 /// What a kernel keeps in shared memory and registers.
@@ -75,14 +75,16 @@ impl Tile {
         let usable = (shared_bytes / 2).max(shared_bytes.min(SMALL_SHARED_BYTES));
         // Where channels come one at a time a unit has twice as many places to know, and four rows of them are too many.
         let rows = if width == 1 { need.rows.min(2) } else { need.rows };
-        let fits = |tile: &Self| {
+        let fits = |tile: &Self, sums: usize| {
             tile.units() <= units
                 && tile.shared_bytes(need, width) <= usable
                 && tile.held_rows <= rows
-                && tile.sums(need, width) <= MAX_SUMS
+                && tile.sums(need, width) <= sums
         };
         let smallest = tile(CANDIDATES[CANDIDATES.len() - 1]);
-        CANDIDATES.into_iter().map(tile).find(fits).unwrap_or(smallest)
+        // Long heads leave little shared memory nothing but narrow tiles, whose units have more channels each.
+        let first = |sums: usize| CANDIDATES.into_iter().map(tile).find(|tile| fits(tile, sums));
+        first(MAX_SUMS).or_else(|| first(need.sums * MAX_SUMS)).unwrap_or(smallest)
     }
 
     /// Numbers that a unit sums.
@@ -144,7 +146,9 @@ mod tests {
                         let tile = Tile::within(shared_bytes, 256, need, (head_dim, width));
                         let case = format!("{shared_bytes} {head_dim} {width} {need:?} {tile:?}");
                         assert!(tile.shared_bytes(need, width) <= shared_bytes, "{case}");
-                        assert!(tile.sums(need, width) <= MAX_SUMS, "{case}");
+                        let is_small = shared_bytes < 128 * 1024 && head_dim > 128;
+                        let most = if is_small { need.sums * MAX_SUMS } else { MAX_SUMS };
+                        assert!(tile.sums(need, width) <= most, "{case}");
                         // What is known of a row is found by a unit of its own.
                         assert!(tile.held().max(tile.streamed()) <= tile.units(), "{case}");
                         assert!(tile.vectors * tile.streamed_units * width >= head_dim, "{case}");
