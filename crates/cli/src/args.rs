@@ -129,9 +129,34 @@ pub(crate) fn describe(name: &str, data: &Report) -> String {
     line
 }
 
+/// A text as a shell takes it.
+pub(crate) fn quoted(text: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "/._-+:@%,=".contains(c);
+    if !text.is_empty() && text.chars().all(is_plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::ByteSize;
+    use super::{ByteSize, quoted};
+
+    #[test]
+    fn texts_are_quoted_where_a_shell_would_take_them_apart() {
+        let cases = [
+            ("out/a-1.toml", "out/a-1.toml"),
+            ("my out/c", "'my out/c'"),
+            ("it's", r"'it'\''s'"),
+            ("$x", "'$x'"),
+            ("\"Hi!\"", "'\"Hi!\"'"),
+            ("", "''"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(quoted(text), expected);
+        }
+    }
 
     #[test]
     fn sizes_in_binary_and_decimal_units() {

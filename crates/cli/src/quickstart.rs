@@ -9,7 +9,7 @@ use unsloth_rs::recipe::{
 };
 
 use crate::{
-    args::{ByteSize, DeviceArgs},
+    args::{ByteSize, DeviceArgs, quoted},
     note,
 };
 
@@ -150,10 +150,10 @@ fn summary(report: &QuickstartReport) -> Result<String> {
     writeln!(text, "Loss curves: {output}/model/loss.svg, {output}/adapter/loss.svg")?;
     text += "\nTry next:\n";
     let program = std::env::args().next().unwrap_or_else(|| "unsloth".into());
-    let question = "Tom was a little boy. Tom went to the park. There he found a red ball. Then Tom met Mia. They played together. He was so happy. Where did Tom go?";
+    let question = report.after.answered.first().map_or("Who are you?", |answered| &answered.prompt);
     let commands = [
         format!("generate --model {output}/model --prompt \"Once there was a boy\" --temperature 0.5"),
-        format!("generate --model {output}/model --adapter {output}/adapter --chat \"{question}\""),
+        format!("generate --model {output}/model --adapter {output}/adapter --chat {}", quoted(question)),
         format!("eval --model {output}/model --adapter {output}/adapter --data {output}/data/held-out.jsonl"),
         format!("train --model {output}/model --data {output}/data/questions.jsonl --output my-adapter"),
     ];

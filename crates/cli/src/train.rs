@@ -23,7 +23,7 @@ use unsloth_rs::recipe::{End, Summary, train};
 pub(crate) use self::args::Args;
 use self::progress::Progress;
 use crate::{
-    args::{ByteSize, DeviceArgs},
+    args::{ByteSize, DeviceArgs, quoted},
     note,
 };
 
@@ -87,31 +87,10 @@ fn describe_stop(summary: &Summary, checkpoint: Option<&Path>) -> String {
         return "stopped before a step was taken; the output folder is as it was".to_owned();
     };
     let (step, output) = (summary.steps, &summary.output);
-    let config = quoted(&output.join("config.toml"));
+    let config = quoted(&output.join("config.toml").display().to_string());
     format!(
         "stopped after step {step}, saved in {}; what has been learnt so far is in {}\ngo on with: unsloth train --config {config} --resume",
         checkpoint.display(),
         output.display()
     )
-}
-
-/// A path as a shell takes it.
-fn quoted(path: &Path) -> String {
-    let text = path.display().to_string();
-    let is_plain = |c: char| c.is_alphanumeric() || "/._-+:@%,=".contains(c);
-    if text.chars().all(is_plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::quoted;
-
-    #[test]
-    fn paths_are_quoted_where_a_shell_would_take_them_apart() {
-        let cases =
-            [("out/a-1.toml", "out/a-1.toml"), ("my out/c", "'my out/c'"), ("it's", r"'it'\''s'"), ("$x", "'$x'")];
-        for (path, expected) in cases {
-            assert_eq!(quoted(path.as_ref()), expected);
-        }
-    }
 }
