@@ -5,6 +5,8 @@ use std::{any::Any, ops::Range, sync::Arc};
 use unsloth_core::{AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Result, Usage};
 use unsloth_memory::{Charge, HostBlock, HostPool, Ledger};
 
+use crate::matmul::Isa;
+
 /// How a CPU backend is made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuOptions {
@@ -12,6 +14,8 @@ pub struct CpuOptions {
     pub num_threads: Option<usize>,
     /// Most bytes that may be held at once, adopted (memory-mapped) weights included; `None` means no limit.
     pub budget_bytes: Option<u64>,
+    /// Instructions that the products of linear layers and the loss are made of; `None` means the fastest that the processor has.
+    pub isa: Option<Isa>,
     /// Fills buffers of arbitrary contents with NaN, so that a test sees an element that nobody wrote.
     pub fill_arbitrary_with_nan: bool,
 }
@@ -20,12 +24,14 @@ pub struct CpuOptions {
 pub struct CpuBackend {
     pool: Arc<HostPool>,
     threads: Option<rayon::ThreadPool>,
+    isa: Isa,
     fill_arbitrary_with_nan: bool,
 }
 
 impl CpuBackend {
     /// # Errors
-    /// [`Error::InvalidSpec`] for zero threads; [`Error::Launch`] if the system refuses to start them.
+    /// [`Error::InvalidSpec`] for zero threads or an instruction set that the processor lacks; [`Error::Launch`] if the system
+    /// refuses to start the threads.
     pub fn new(options: CpuOptions) -> Result<Self> {
         let threads = match options.num_threads {
             Some(0) => {
@@ -37,14 +43,25 @@ impl CpuBackend {
             })?),
             None => None,
         };
+        let isa = Isa::choose(options.isa)?;
         let pool = HostPool::new(Ledger::new("cpu", options.budget_bytes));
-        Ok(Self { pool, threads, fill_arbitrary_with_nan: options.fill_arbitrary_with_nan })
+        Ok(Self { pool, threads, isa, fill_arbitrary_with_nan: options.fill_arbitrary_with_nan })
     }
 
     /// All cores, no budget.
     pub(crate) fn with_defaults() -> Self {
         let pool = HostPool::new(Ledger::new("cpu", None));
-        Self { pool, threads: None, fill_arbitrary_with_nan: false }
+        Self { pool, threads: None, isa: Isa::fastest(), fill_arbitrary_with_nan: false }
+    }
+
+    /// Threads that operators called now would use: this backend's, or those of the pool that the caller runs in.
+    pub(crate) fn num_threads(&self) -> usize {
+        self.threads.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads)
+    }
+
+    /// Instructions that the products of linear layers and the loss are made of.
+    pub fn isa(&self) -> Isa {
+        self.isa
     }
 
     /// Runs `work` on this backend's threads.

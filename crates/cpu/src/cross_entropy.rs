@@ -2,16 +2,15 @@
 
 use rayon::prelude::*;
 use unsloth_core::{
-    Category, DType, Error, Result, Tensor,
+    Category, DType, Error, FloatElement, Result, Tensor,
     ops::cross_entropy::{CrossEntropy, Forward, IGNORE_INDEX, LossSpec, Spec},
 };
 
 use crate::{
     access::{dispatch_float, output, read, take_or_copy, write},
     backend::CpuBackend,
-    gemm::narrow_columns,
     linear::blocks,
-    simd::{exp, tanh},
+    simd::{self, exp, tanh},
 };
 
 /// Lanes that a row is reduced in: fixed, so the result does not depend on the instruction set's width.
@@ -137,15 +136,20 @@ impl CrossEntropy for CpuBackend {
             for chunk in blocks(spec.tokens, (CHUNK / spec.vocab_size).max(1)) {
                 let elements = chunk.start * spec.vocab_size..chunk.end * spec.vocab_size;
                 let mut scratch = self.workspace(elements.len())?;
-                dispatch_float!(spec.dtype, T => crate::gemm::widen::<T>(&read(logits)[elements], &mut scratch));
-                let rows = scratch.par_chunks_mut(spec.vocab_size).zip(&targets[chunk.clone()]);
-                let outputs = nll[chunk.clone()].par_iter_mut().zip(&mut lse[chunk]);
-                rows.zip(outputs).for_each(|((row, &target), (nll, lse))| {
-                    let loss = match usize::try_from(target) {
-                        Ok(target) => row_loss(row, target, &spec.loss),
-                        Err(_) => RowLoss::default(),
-                    };
-                    (*nll, *lse) = (loss.nll, loss.lse);
+                dispatch_float!(spec.dtype, T => {
+                    let logits = read::<T>(logits)[elements].par_chunks(spec.vocab_size);
+                    let rows = scratch.par_chunks_mut(spec.vocab_size).zip(logits).zip(&targets[chunk.clone()]);
+                    let outputs = nll[chunk.clone()].par_iter_mut().zip(&mut lse[chunk]);
+                    rows.zip(outputs).for_each(|(((row, logits), &target), (nll, lse))| {
+                        let loss = match usize::try_from(target) {
+                            Ok(target) => {
+                                simd::widen(logits, row);
+                                row_loss(row, target, &spec.loss)
+                            }
+                            Err(_) => RowLoss::default(),
+                        };
+                        (*nll, *lse) = (loss.nll, loss.lse);
+                    });
                 });
             }
             Ok(())
@@ -165,16 +169,16 @@ impl CrossEntropy for CpuBackend {
                 for chunk in blocks(spec.tokens, (CHUNK / vocab).max(1)) {
                     let part = &mut dlogits[chunk.start * vocab..chunk.end * vocab];
                     let mut scratch = self.workspace(part.len())?;
-                    crate::gemm::widen(part, &mut scratch);
-                    let rows = scratch.par_chunks_mut(vocab).zip(&targets[chunk.clone()]);
-                    rows.zip(&lse[chunk]).for_each(|((row, &target), &lse)| match usize::try_from(target) {
+                    let rows = part.par_chunks_mut(vocab).zip(scratch.par_chunks_mut(vocab)).zip(&targets[chunk.clone()]);
+                    rows.zip(&lse[chunk]).for_each(|(((dlogits, row), &target), &lse)| match usize::try_from(target) {
                         Ok(target) => {
+                            simd::widen(dlogits, row);
                             transform(row, &spec.loss);
                             row_gradient(row, target, lse, &spec.loss);
+                            simd::narrow(row, dlogits);
                         }
-                        Err(_) => row.fill(0.0),
+                        Err(_) => dlogits.fill(T::from_f32(0.0)),
                     });
-                    narrow_columns(&scratch, vocab, part, vocab, 0);
                 }
             });
             Ok(())

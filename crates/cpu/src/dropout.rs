@@ -11,8 +11,7 @@ use unsloth_core::{
 use crate::{
     access::{dispatch_float, read},
     backend::{CpuBackend, Workspace},
-    gemm::widen,
-    simd::vectorised,
+    simd::{self, vectorised},
 };
 
 /// Blocks of four random numbers that are drawn side by side.
@@ -79,8 +78,13 @@ impl CpuBackend {
     pub(crate) fn dropped(&self, x: &Tensor, rows: Range<usize>, mask: &Mask<'_>) -> Result<Workspace> {
         let width = x.shape()[1];
         let mut values = self.workspace(rows.len() * width)?;
-        dispatch_float!(x.dtype(), T => widen::<T>(&read(x)[rows.start * width..rows.end * width], &mut values));
-        mask.zero(rows, (0, width), &mut values);
+        self.run(|| {
+            dispatch_float!(x.dtype(), T => {
+                let x = read::<T>(x)[rows.start * width..rows.end * width].par_chunks(width.max(1));
+                values.par_chunks_mut(width.max(1)).zip(x).for_each(|(to, from)| simd::widen(from, to));
+            });
+            mask.zero(rows, (0, width), &mut values);
+        });
         Ok(values)
     }
 }

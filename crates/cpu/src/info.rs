@@ -25,6 +25,7 @@ fn instruction_sets() -> Vec<&'static str> {
         ("fma", is_x86_feature_detected!("fma")),
         ("f16c", is_x86_feature_detected!("f16c")),
         ("avx512f", is_x86_feature_detected!("avx512f")),
+        ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
     ];
     sets.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
 }

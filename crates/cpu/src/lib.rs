@@ -20,12 +20,13 @@ mod cross_entropy;
 mod dropout;
 mod elementwise;
 mod embedding;
-mod gemm;
 mod glu;
 mod info;
 mod linear;
 mod linear_cross_entropy;
 mod lora_linear;
+mod matmul;
+mod parallel;
 mod reduce;
 mod rms_norm;
 mod rope;
@@ -33,6 +34,7 @@ mod simd;
 
 pub use backend::{CpuBackend, CpuOptions};
 pub use info::info;
+pub use matmul::Isa;
 
 /// A CPU device with default options: all cores, no budget.
 pub fn device() -> unsloth_core::Device {

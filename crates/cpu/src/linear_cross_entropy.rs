@@ -13,8 +13,9 @@ use crate::{
     access::{dispatch_float, output, read, write},
     backend::{CpuBackend, Workspace},
     cross_entropy::{check_targets, mean_loss, row_gradient, row_loss},
-    gemm::{Into, Mat, MatMut, matmul},
     linear::{blocks, dense},
+    matmul::{Elements, Into, Mat, MatMut, Sum, Term},
+    simd,
 };
 
 /// f32 elements of a chunk's logits: 32 MiB, or [`MIN_ROWS`] rows where that is more.
@@ -23,37 +24,36 @@ const CHUNK: usize = 8 << 20;
 const MIN_ROWS: usize = 128;
 
 impl CpuBackend {
-    /// Loss and gradients of the rows `rows` of `x`: losses to `nll`, `dx` rows to `dx`.
-    fn loss_chunk(&self, call: &Call<'_>, rows: &[Row], nll: &mut [f32], dweight: Option<&mut [f32]>) -> Result<Dx> {
+    /// Loss and gradients of the rows `rows` of `x`: losses to `nll`, `dx` rows to the result.
+    fn loss_chunk<T: FloatElement>(
+        &self,
+        call: &Call<'_>,
+        rows: &[Row],
+        nll: &mut [f32],
+        dweight: Option<&mut [f32]>,
+    ) -> Result<Dx> {
         let (hidden, vocab) = (call.spec.hidden_size, call.spec.vocab_size);
+        let weight = Mat::of(call.weight);
         let mut x = self.workspace(rows.len() * hidden)?;
-        dispatch_float!(call.spec.dtype, T => gather::<T>(read(call.x), rows, &mut x));
-        let wide_x = Mat::new(&x, rows.len(), hidden, hidden);
+        let gathered = &mut bytemuck::cast_slice_mut::<f32, T>(&mut x)[..rows.len() * hidden];
+        gather(read(call.x), rows, gathered);
+        let narrow_x = Mat::new(Elements::from_slice(gathered), rows.len(), hidden, hidden);
         let mut logits = self.workspace(rows.len() * vocab)?;
-        let block = self.weight_rows(call.weight);
-        for part in blocks(vocab, block) {
-            let w = self.widened(call.weight, part.start * hidden..part.end * hidden)?;
-            let target = MatMut::new(&mut logits[part.start..], rows.len(), part.len(), vocab);
-            let w = Mat::new(&w, part.len(), hidden, hidden);
-            matmul(1.0, wide_x, w.t(), target, Into::Overwrite);
-        }
+        let target = MatMut::new(&mut logits, rows.len(), vocab, vocab);
+        self.product(Sum::new(&[Term::new(narrow_x, weight)], Into::Overwrite), target)?;
         let wants_gradient = call.spec.needs_dx || dweight.is_some();
-        losses(&mut logits, rows, nll, &call.spec.loss, wants_gradient);
+        self.run(|| losses(&mut logits, rows, nll, &call.spec.loss, wants_gradient));
+        let dlogits = Mat::f32(&logits, rows.len(), vocab);
         if let Some(dweight) = dweight {
-            let dlogits = Mat::new(&logits, rows.len(), vocab, vocab);
-            matmul(1.0, dlogits.t(), wide_x, MatMut::new(dweight, vocab, hidden, hidden), Into::Add);
+            let target = MatMut::new(dweight, vocab, hidden, hidden);
+            self.product(Sum::new(&[Term::new(dlogits.t(), narrow_x.t())], Into::Add), target)?;
         }
         if !call.spec.needs_dx {
             return Ok(None);
         }
         // The gathered input has served its purpose: its buffer takes the gradient.
-        for part in blocks(vocab, block) {
-            let w = self.widened(call.weight, part.start * hidden..part.end * hidden)?;
-            let dlogits = Mat::new(&logits[part.start..], rows.len(), part.len(), vocab);
-            let into = if part.start == 0 { Into::Overwrite } else { Into::Add };
-            let target = MatMut::new(&mut x, rows.len(), hidden, hidden);
-            matmul(1.0, dlogits, Mat::new(&w, part.len(), hidden, hidden), target, into);
-        }
+        let target = MatMut::new(&mut x, rows.len(), hidden, hidden);
+        self.product(Sum::new(&[Term::new(dlogits, weight.t())], Into::Overwrite), target)?;
         Ok(Some(x))
     }
 }
@@ -74,24 +74,17 @@ struct Row {
     target: usize,
 }
 
-fn gather<T: FloatElement>(x: &[T], rows: &[Row], to: &mut [f32]) {
+fn gather<T: FloatElement>(x: &[T], rows: &[Row], to: &mut [T]) {
     let hidden = to.len() / rows.len().max(1);
-    if hidden == 0 {
-        return;
+    for (to, row) in to.chunks_exact_mut(hidden.max(1)).zip(rows) {
+        to.copy_from_slice(&x[row.index * hidden..(row.index + 1) * hidden]);
     }
-    to.par_chunks_mut(hidden).zip(rows).for_each(|(to, row)| {
-        for (to, from) in to.iter_mut().zip(&x[row.index * hidden..(row.index + 1) * hidden]) {
-            *to = from.to_f32();
-        }
-    });
 }
 
 fn scatter<T: FloatElement>(from: &[f32], rows: &[Row], dx: &mut [T]) {
     let hidden = from.len() / rows.len().max(1);
     for (from, row) in from.chunks_exact(hidden.max(1)).zip(rows) {
-        for (to, from) in dx[row.index * hidden..(row.index + 1) * hidden].iter_mut().zip(from) {
-            *to = T::from_f32(*from);
-        }
+        simd::narrow(from, &mut dx[row.index * hidden..(row.index + 1) * hidden]);
     }
 }
 
@@ -133,16 +126,15 @@ impl LinearCrossEntropy for CpuBackend {
         };
         let mut nll = self.workspace(rows.len())?;
         let call = Call { spec, x, weight };
-        self.run(|| -> Result<()> {
+        dispatch_float!(spec.dtype, T => {
             for chunk in blocks(rows.len(), (CHUNK / spec.vocab_size).max(MIN_ROWS)) {
                 let rows = &rows[chunk.clone()];
-                let chunk_dx = self.loss_chunk(&call, rows, &mut nll[chunk], dweight.as_deref_mut())?;
+                let chunk_dx = self.loss_chunk::<T>(&call, rows, &mut nll[chunk], dweight.as_deref_mut())?;
                 if let (Some(dx), Some(chunk_dx)) = (&mut dx, chunk_dx) {
-                    dispatch_float!(spec.dtype, T => scatter(&chunk_dx, rows, write::<T>(OP, "dx", dx)?));
+                    scatter(&chunk_dx, rows, write::<T>(OP, "dx", dx)?);
                 }
             }
-            Ok(())
-        })?;
+        });
         let loss = mean_loss(x, &nll, spec.loss.num_targets)?;
         Ok(Forward { loss, dx })
     }

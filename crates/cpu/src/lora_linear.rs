@@ -1,72 +1,83 @@
 //! LoRA linear: the products of rank r around those of [`super::linear`].
 
-use std::ops::Range;
-
 use unsloth_core::{
     Category, DType, Result, Tensor, Weight,
     ops::lora_linear::{Adapter, Backward, Forward, LoraLinear, ParameterGradients, Spec},
 };
 
 use crate::{
-    access::{output, read, write},
+    access::{dispatch_float, output, write},
     backend::CpuBackend,
     dropout::Mask,
-    gemm::{Into, Mat, MatMut, matmul},
-    linear::{LowRank, ROW_BLOCK, Widened, blocks, dense},
+    linear::{blocks, dense},
+    matmul::{Into, Mat, MatMut, Sum, Term},
+    simd,
 };
 
-/// One side of a product of rank r: a tensor `[rows, cols]`, or what dropout leaves of it.
-#[derive(Clone, Copy)]
-struct Side<'a> {
-    tensor: &'a Tensor,
-    mask: Option<&'a Mask<'a>>,
-}
-
-impl Side<'_> {
-    /// Factor that [`CpuBackend::side`] leaves out.
-    fn scale(&self) -> f32 {
-        self.mask.map_or(1.0, Mask::kept_scale)
-    }
-
-    /// Rows at work at once: all where they are read as they are.
-    fn row_block(&self) -> usize {
-        let as_is = self.mask.is_none() && self.tensor.dtype() == DType::F32;
-        if as_is { self.tensor.shape()[0] } else { ROW_BLOCK }
-    }
-}
+/// Rows of which dropout is at work at once.
+const ROW_BLOCK: usize = 512;
 
 impl CpuBackend {
-    fn side<'a>(&self, side: Side<'a>, rows: Range<usize>) -> Result<Widened<'a>> {
-        let cols = side.tensor.shape()[1];
-        match side.mask {
-            None => self.widened(side.tensor, rows.start * cols..rows.end * cols),
-            Some(mask) => Ok(Widened::Scratch(self.dropped(side.tensor, rows, mask)?)),
-        }
-    }
-
-    /// `scale * x R^T` (f32 `[rows, rank]`) for `right = [rank, cols]`, or `scale * x R` for `[cols, rank]`.
-    fn to_rank(&self, x: Side<'_>, right: Mat<'_>, rank: usize, scale: f32) -> Result<Tensor> {
-        let (rows, cols) = (x.tensor.shape()[0], x.tensor.shape()[1]);
-        let mut h = output(x.tensor, DType::F32, [rows, rank], Category::Activations)?;
+    /// `factor * x right^T`, f32 `[rows, rank]`, for `right = [rank, cols]` and what dropout leaves of `x`.
+    fn to_rank(&self, x: &Tensor, mask: Option<&Mask<'_>>, right: Mat<'_>, factor: f32) -> Result<Tensor> {
+        let (rows, rank) = Term::new(Mat::of(x), right).shape();
+        let mut h = output(x, DType::F32, [rows, rank], Category::Activations)?;
         let target = write::<f32>("lora_linear", "h", &mut h)?;
-        for row in blocks(rows, x.row_block()) {
-            let wide = self.side(x, row.clone())?;
-            let target = MatMut::new(&mut target[row.start * rank..row.end * rank], row.len(), rank, rank);
-            matmul(scale * x.scale(), Mat::new(&wide, row.len(), cols, cols), right, target, Into::Overwrite);
+        let Some(mask) = mask else {
+            let term = Term { factor, left: Mat::of(x), right };
+            self.product(Sum::new(&[term], Into::Overwrite), MatMut::new(target, rows, rank, rank))?;
+            return Ok(h);
+        };
+        for block in blocks(rows, ROW_BLOCK) {
+            let left = self.dropped(x, block.clone(), mask)?;
+            let left = Mat::f32(&left, block.len(), x.shape()[1]);
+            let term = Term { factor: factor * mask.kept_scale(), left, right };
+            let target = &mut target[block.start * rank..block.end * rank];
+            self.product(Sum::new(&[term], Into::Overwrite), MatMut::new(target, block.len(), rank, rank))?;
         }
         Ok(h)
     }
 
-    /// `dlora_a += dh^T x` for an f32 `dh`, `[rows, rank]`.
-    fn accumulate_a(&self, dh: &Tensor, x: Side<'_>, dlora_a: &mut [f32]) -> Result<()> {
-        let (rank, cols) = (dh.shape()[1], x.tensor.shape()[1]);
-        for row in blocks(dh.shape()[0], x.row_block()) {
-            let wide = self.side(x, row.clone())?;
-            let left = Mat::new(&read::<f32>(dh)[row.start * rank..row.end * rank], row.len(), rank, rank);
-            let right = Mat::new(&wide, row.len(), cols, cols);
-            matmul(x.scale(), left.t(), right, MatMut::new(dlora_a, rank, cols, cols), Into::Add);
+    /// `dlora_a += dh^T x` for what dropout leaves of `x`.
+    fn accumulate_a(&self, dh: &Tensor, x: &Tensor, mask: Option<&Mask<'_>>, dlora_a: &mut [f32]) -> Result<()> {
+        let Some(mask) = mask else {
+            return self.accumulate_product(dh, x, 1.0, dlora_a);
+        };
+        let (rank, cols) = (dh.shape()[1], x.shape()[1]);
+        for block in blocks(dh.shape()[0], ROW_BLOCK) {
+            let right = self.dropped(x, block.clone(), mask)?;
+            let right = Mat::f32(&right, block.len(), cols).t();
+            let term = Term { factor: mask.kept_scale(), left: Mat::of(dh).rows(block).t(), right };
+            self.product(Sum::new(&[term], Into::Add), MatMut::new(dlora_a, rank, cols, cols))?;
         }
         Ok(())
+    }
+
+    /// `dx = dy W + drop(dh A)`: the update first, since dropout must not touch what is added to it.
+    fn dropped_back(&self, dy: &Tensor, weight: &Tensor, update: Term<'_>, mask: &Mask<'_>) -> Result<Tensor> {
+        let (rows, cols) = update.shape();
+        let mut dx = output(dy, dy.dtype(), [rows, cols], Category::Activations)?;
+        let fill = |block: std::ops::Range<usize>, target: &mut [f32]| -> Result<()> {
+            let term = Term { factor: mask.kept_scale(), left: update.left.rows(block.clone()), right: update.right };
+            let into = MatMut::new(target, block.len(), cols, cols);
+            self.product(Sum::new(&[term], Into::Overwrite), into)?;
+            self.run(|| mask.zero(block.clone(), (0, cols), target));
+            let term = Term::new(Mat::of(dy).rows(block.clone()), Mat::of(weight).t());
+            self.product(Sum::new(&[term], Into::Add), MatMut::new(target, block.len(), cols, cols))
+        };
+        if dy.dtype() == DType::F32 {
+            fill(0..rows, write::<f32>("lora_linear", "dx", &mut dx)?)?;
+            return Ok(dx);
+        }
+        for block in blocks(rows, ROW_BLOCK) {
+            let elements = block.start * cols..block.end * cols;
+            let mut wide = self.workspace(elements.len())?;
+            fill(block, &mut wide)?;
+            dispatch_float!(dy.dtype(), T => {
+                simd::narrow(&wide, &mut write::<T>("lora_linear", "dx", &mut dx)?[elements]);
+            });
+        }
+        Ok(dx)
     }
 }
 
@@ -84,17 +95,11 @@ impl LoraLinear for CpuBackend {
         adapter: Adapter<'_>,
     ) -> Result<Forward> {
         let weight = dense("lora_linear", weight)?;
-        let (rank, in_features, out_features) = (spec.rank, spec.base.in_features, spec.base.out_features);
         let mask = adapter.dropout.as_ref().map(Mask::new);
-        self.run(|| {
-            let a = self.widened(adapter.lora_a, 0..rank * in_features)?;
-            let dropped = Side { tensor: x, mask: mask.as_ref() };
-            let h = self.to_rank(dropped, Mat::new(&a, rank, in_features, in_features).t(), rank, 1.0)?;
-            let b = self.widened(adapter.lora_b, 0..out_features * rank)?;
-            let low_rank = LowRank { left: read(&h), right: &b, rank, scale: spec.scale, mask: None };
-            let y = self.project(x, weight, bias, Some(low_rank))?;
-            Ok(Forward { y, h })
-        })
+        let h = self.to_rank(x, mask.as_ref(), Mat::of(adapter.lora_a), 1.0)?;
+        let low_rank = Term { factor: spec.scale, left: Mat::of(&h), right: Mat::of(adapter.lora_b) };
+        let y = self.project(x, weight, bias, Some(low_rank))?;
+        Ok(Forward { y, h })
     }
 
     fn lora_linear_backward(
@@ -104,31 +109,27 @@ impl LoraLinear for CpuBackend {
         gradients: ParameterGradients<'_>,
     ) -> Result<Option<Tensor>> {
         const OP: &str = "lora_linear";
-        let (rank, in_features, out_features) = (spec.rank, spec.base.in_features, spec.base.out_features);
         let Backward { dy, x, h, weight, adapter, needs_dx } = inputs;
         let weight = dense(OP, weight)?;
         let mask = adapter.dropout.as_ref().map(Mask::new);
-        self.run(|| {
-            if let Some(dlora_b) = gradients.dlora_b {
-                let dlora_b = write::<f32>(OP, "dlora_b", dlora_b)?;
-                self.accumulate_product((dy, out_features), (h, rank), spec.scale, dlora_b)?;
-            }
-            if gradients.dlora_a.is_none() && !needs_dx {
-                return Ok(None);
-            }
-            let b = self.widened(adapter.lora_b, 0..out_features * rank)?;
-            let whole = Side { tensor: dy, mask: None };
-            let dh = self.to_rank(whole, Mat::new(&b, out_features, rank, rank), rank, spec.scale)?;
-            if let Some(dlora_a) = gradients.dlora_a {
-                let dlora_a = write::<f32>(OP, "dlora_a", dlora_a)?;
-                self.accumulate_a(&dh, Side { tensor: x, mask: mask.as_ref() }, dlora_a)?;
-            }
-            if !needs_dx {
-                return Ok(None);
-            }
-            let a = self.widened(adapter.lora_a, 0..rank * in_features)?;
-            let low_rank = LowRank { left: read(&dh), right: &a, rank, scale: 1.0, mask: mask.as_ref() };
-            self.project_back(dy, weight, Some(low_rank)).map(Some)
-        })
+        if let Some(dlora_b) = gradients.dlora_b {
+            self.accumulate_product(dy, h, spec.scale, write::<f32>(OP, "dlora_b", dlora_b)?)?;
+        }
+        if gradients.dlora_a.is_none() && !needs_dx {
+            return Ok(None);
+        }
+        let dh = self.to_rank(dy, None, Mat::of(adapter.lora_b).t(), spec.scale)?;
+        if let Some(dlora_a) = gradients.dlora_a {
+            self.accumulate_a(&dh, x, mask.as_ref(), write::<f32>(OP, "dlora_a", dlora_a)?)?;
+        }
+        if !needs_dx {
+            return Ok(None);
+        }
+        let update = Term::new(Mat::of(&dh), Mat::of(adapter.lora_a).t());
+        match &mask {
+            None => self.project_back(dy, weight, Some(update)),
+            Some(mask) => self.dropped_back(dy, weight, update, mask),
+        }
+        .map(Some)
     }
 }

@@ -118,7 +118,7 @@ fn fold<const N: usize>(
     args: [&[f32]; N],
     neutral: f32,
     step: impl Fn(f32, [f32; N]) -> f32,
-    combine: impl Fn(f32, f32) -> f32,
+    combine_two: impl Fn(f32, f32) -> f32,
 ) -> f32 {
     let len = args.iter().map(|arg| arg.len()).min().unwrap_or(0);
     let whole = len / LANES * LANES;
@@ -141,6 +141,12 @@ fn fold<const N: usize>(
             partial[lane] = step(partial[lane], tail.map(|tail| tail[lane]));
         }
     }
+    combine(partial, combine_two)
+}
+
+/// Partial results, pairwise.
+#[inline(always)]
+fn combine(mut partial: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -167,6 +173,22 @@ pub(crate) fn sum_of_squares(x: &[f32]) -> f32 {
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     fold([a, b], 0.0, |sum, [a, b]| sum + a * b, |a, b| a + b)
+}
+
+/// [`dot`] with the second factor widened on the way: the same bits.
+#[inline(always)]
+pub(crate) fn dot_bf16(a: &[f32], b: &[half::bf16]) -> f32 {
+    let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut partial = [0.0; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            partial[lane] += a[lane] * b[lane].to_f32();
+        }
+    }
+    for ((partial, a), b) in partial.iter_mut().zip(a_tail).zip(b_tail) {
+        *partial += a * b.to_f32();
+    }
+    combine(partial, |a, b| a + b)
 }
 
 /// `sum(a * b * c)` in a fixed order.
@@ -393,6 +415,8 @@ mod tests {
             assert_eq!(sum(&x), x.iter().sum::<f32>());
             assert_eq!(dot(&x, &y), x.iter().zip(&y).map(|(x, y)| x * y).sum::<f32>());
             assert_eq!(sum_of_squares(&x), dot(&x, &x));
+            let narrow: Vec<half::bf16> = y.iter().map(|&y| half::bf16::from_f32(y)).collect();
+            assert_eq!(dot_bf16(&x, &narrow), dot(&x, &y));
             assert_eq!(dot3(&x, &y, &y), x.iter().zip(&y).map(|(x, y)| x * y * y).sum::<f32>());
             assert_eq!(max(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             let exact: f64 = x.iter().map(|&x| f64::from(x - 3.0).exp()).sum();

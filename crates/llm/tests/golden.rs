@@ -13,6 +13,7 @@ use half::bf16;
 use safetensors::Dtype;
 use unsloth_autograd::{GradStore, Tape};
 use unsloth_core::{DType, Device, Tensor, ops::cross_entropy::LossSpec};
+use unsloth_cpu::{CpuBackend, CpuOptions, Isa};
 use unsloth_llm::{
     config::DecoderConfig,
     decoder::{Decoder, LoadOptions, Targets},
@@ -124,10 +125,18 @@ fn base_model(model: &str) {
     assert!(difference <= 1e-5, "loss differs by {difference}");
 }
 
+/// On every instruction set that the processor has.
 fn adapted_model(model: &str) {
-    let (device, golden) = (unsloth_cpu::device(), Golden::open(model));
-    let decoder = load_adapted(&device, model);
-    let batch = batch(&device, &golden.rows());
+    for isa in Isa::available() {
+        let options = CpuOptions { isa: Some(isa), ..CpuOptions::default() };
+        adapted_model_on(&Device::new(CpuBackend::new(options).unwrap()), model);
+    }
+}
+
+fn adapted_model_on(device: &Device, model: &str) {
+    let golden = Golden::open(model);
+    let decoder = load_adapted(device, model);
+    let batch = batch(device, &golden.rows());
     let difference = max_difference(&logits(&decoder, &batch), &golden_logits(&golden, "logits"));
     assert!(difference <= 2e-4, "logits differ by {difference}");
     let difference = (loss(&decoder, &batch) - golden.f32("loss")[0]).abs();

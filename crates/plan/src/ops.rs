@@ -7,11 +7,10 @@ use unsloth_core::{
         reduce, rms_norm, rope,
     },
 };
-use unsloth_memory::Charge;
 
 use crate::{
     backend::{PlanBackend, output, take_or_copy},
-    scratch,
+    scratch::{self, all_f32},
 };
 
 impl elementwise::Elementwise for PlanBackend {
@@ -151,25 +150,29 @@ impl linear::Linear for PlanBackend {
         spec: &linear::Spec,
         x: &Tensor,
         _weight: &Weight,
-        bias: Option<&Tensor>,
+        _bias: Option<&Tensor>,
     ) -> Result<Tensor> {
         let y = output(x, spec.dtype, [spec.rows, spec.out_features])?;
-        let _scratch = self.workspace(scratch::linear(spec, bias.map(Tensor::dtype)))?;
+        self.product_of_rows(
+            spec.dtype,
+            all_f32([spec.dtype, spec.weight_dtype]),
+            [spec.rows, spec.out_features, spec.in_features],
+        )?;
         Ok(y)
     }
     fn linear_input_gradient(&self, spec: &linear::Spec, dy: &Tensor, _weight: &Weight) -> Result<Tensor> {
         let dx = output(dy, spec.dtype, [spec.rows, spec.in_features])?;
-        let _scratch = self.workspace(scratch::linear_input_gradient(spec))?;
+        self.product(all_f32([spec.dtype, spec.weight_dtype]), [spec.rows, spec.in_features, spec.out_features])?;
         Ok(dx)
     }
     fn linear_weight_gradient(
         &self,
         spec: &linear::Spec,
-        dy: &Tensor,
-        x: &Tensor,
+        _dy: &Tensor,
+        _x: &Tensor,
         _dweight: &mut Tensor,
     ) -> Result<()> {
-        self.accumulate_product((dy, spec.out_features), (x, spec.in_features))
+        self.product(all_f32([spec.dtype]), [spec.out_features, spec.in_features, spec.rows])
     }
     fn linear_bias_gradient(&self, _spec: &linear::Spec, _dy: &Tensor, _dbias: &mut Tensor) -> Result<()> {
         Ok(())
@@ -177,22 +180,14 @@ impl linear::Linear for PlanBackend {
 }
 
 impl PlanBackend {
-    /// Scratch of a product that is summed over the rows of both factors.
-    fn accumulate_product(&self, left: (&Tensor, usize), right: (&Tensor, usize)) -> Result<()> {
-        let widened = |(x, columns): (&Tensor, usize)| scratch::rows(x.dtype(), x.shape().rows(), columns);
-        self.workspace([widened(left), widened(right)]).map(drop)
+    /// Scratch of a product: rows, columns, and the dimension summed over.
+    fn product(&self, all_f32: bool, size: [usize; 3]) -> Result<()> {
+        self.workspace([scratch::product(all_f32, size, self.num_threads)]).map(drop)
     }
 
-    /// The product `[rows, rank]` of `x` with one of the adapter's matrices, with this scratch.
-    fn to_rank(&self, spec: &lora_linear::Spec, x: &Tensor, scratch: usize) -> Result<Tensor> {
-        let h = output(x, DType::F32, [spec.base.rows, spec.rank])?;
-        self.workspace([scratch])?;
-        Ok(h)
-    }
-
-    /// One of the adapter's matrices in f32.
-    fn adapter_matrix(&self, matrix: &Tensor) -> Result<Vec<Charge>> {
-        self.workspace((matrix.dtype() != DType::F32).then(|| matrix.num_elements()))
+    /// Scratch of a product of which few rows are not packed.
+    fn product_of_rows(&self, dtype: DType, all_f32: bool, size: [usize; 3]) -> Result<()> {
+        self.workspace([scratch::product_of_rows(dtype, all_f32, size, self.num_threads)]).map(drop)
     }
 }
 
@@ -206,14 +201,16 @@ impl lora_linear::LoraLinear for PlanBackend {
         spec: &lora_linear::Spec,
         x: &Tensor,
         _weight: &Weight,
-        bias: Option<&Tensor>,
-        adapter: lora_linear::Adapter<'_>,
+        _bias: Option<&Tensor>,
+        _adapter: lora_linear::Adapter<'_>,
     ) -> Result<lora_linear::Forward> {
-        let _a = self.adapter_matrix(adapter.lora_a)?;
-        let h = self.to_rank(spec, x, scratch::lora_input(spec))?;
-        let _b = self.adapter_matrix(adapter.lora_b)?;
-        let y = output(x, spec.base.dtype, [spec.base.rows, spec.base.out_features])?;
-        let _scratch = self.workspace(scratch::linear(&spec.base, bias.map(Tensor::dtype)))?;
+        let lora_linear::Spec { base, rank, .. } = spec;
+        let h = output(x, DType::F32, [base.rows, *rank])?;
+        self.workspace(scratch::lora_input(spec, self.num_threads))?;
+        let y = output(x, base.dtype, [base.rows, base.out_features])?;
+        let depth = if base.rows > scratch::FEW_ROWS { base.in_features.max(*rank) } else { base.in_features };
+        let all_f32 = all_f32([base.dtype, base.weight_dtype, spec.adapter_dtype]);
+        self.product_of_rows(base.dtype, all_f32, [base.rows, base.out_features, depth])?;
         Ok(lora_linear::Forward { y, h })
     }
     fn lora_linear_backward(
@@ -223,25 +220,23 @@ impl lora_linear::LoraLinear for PlanBackend {
         gradients: lora_linear::ParameterGradients<'_>,
     ) -> Result<Option<Tensor>> {
         let lora_linear::Spec { base, rank, .. } = spec;
-        let lora_linear::Backward { dy, h, adapter, needs_dx, .. } = inputs;
+        let lora_linear::Backward { dy, needs_dx, .. } = inputs;
         if gradients.dlora_b.is_some() {
-            self.accumulate_product((dy, base.out_features), (h, *rank))?;
+            self.product(all_f32([base.dtype]), [base.out_features, *rank, base.rows])?;
         }
         if gradients.dlora_a.is_none() && !needs_dx {
             return Ok(None);
         }
-        let _b = self.adapter_matrix(adapter.lora_b)?;
-        let _dh = self.to_rank(spec, dy, scratch::rows(dy.dtype(), base.rows, base.out_features))?;
+        let _dh = output(dy, DType::F32, [base.rows, *rank])?;
+        self.product(all_f32([base.dtype, spec.adapter_dtype]), [base.rows, *rank, base.out_features])?;
         if gradients.dlora_a.is_some() {
-            self.workspace([scratch::lora_input(spec)])?;
+            self.workspace(scratch::lora_input_transposed(spec, self.num_threads))?;
         }
         if !needs_dx {
             return Ok(None);
         }
-        let _a = self.adapter_matrix(adapter.lora_a)?;
         let dx = output(dy, base.dtype, [base.rows, base.in_features])?;
-        let _update = self.workspace([scratch::lora_input_gradient(spec)])?;
-        let _scratch = self.workspace(scratch::linear_input_gradient(base))?;
+        self.workspace(scratch::lora_input_gradient(spec, self.num_threads))?;
         Ok(Some(dx))
     }
 }
@@ -279,11 +274,11 @@ impl linear_cross_entropy::LinearCrossEntropy for PlanBackend {
         x: &Tensor,
         _weight: &Weight,
         _targets: &Tensor,
-        _dweight: Option<&mut Tensor>,
+        dweight: Option<&mut Tensor>,
     ) -> Result<linear_cross_entropy::Forward> {
         let dx = spec.needs_dx.then(|| output(x, spec.dtype, *x.shape())).transpose()?;
         let _losses = self.workspace([scratch::losses(spec)])?;
-        self.workspace(scratch::loss_chunk(spec))?;
+        self.workspace(scratch::loss_chunk(spec, dweight.is_some(), self.num_threads))?;
         Ok(linear_cross_entropy::Forward { loss: output(x, DType::F32, [1])?, dx })
     }
 }

@@ -15,10 +15,15 @@ const LOGITS: usize = 8 << 20;
 const MIN_ROWS: usize = 128;
 /// Elements of a widened chunk of given logits.
 const GIVEN_LOGITS: usize = 1 << 20;
-/// Elements of a widened weight block.
-const WEIGHT_BLOCK: usize = 1 << 20;
-/// Rows that share a widened weight block.
-const ROW_BLOCK: usize = 512;
+/// Rows and columns of a task of a product, at most; rows of its left factor, and elements of the dimension summed over, that
+/// are packed at a time.
+const PRODUCT: Product = Product { rows: 504, cols: 480, strip: 96, depth: 256 };
+/// Rows of which dropout is at work at once.
+const DROPOUT_ROWS: usize = 512;
+/// Products of fewer multiplications run on one thread.
+const SMALL_PRODUCT: usize = 64 * 64 * 64;
+/// Up to this many rows are not packed.
+pub(crate) const FEW_ROWS: usize = 2;
 /// Parts of the rows that a norm's weight gradient is summed in, at most, and rows of a part, at least.
 const NORM_PARTS: (usize, usize) = (64, 8);
 
@@ -61,53 +66,82 @@ pub(crate) fn attention_cached(spec: &ops::attention::Spec, seq_q: &Sequences, n
     [tiles, slabs(num_rows * spec.num_heads, num_threads) * (3 * spec.head_dim + K_BLOCK)]
 }
 
-/// Elements of a block that is widened because its type is not f32.
-fn widened(dtype: DType, elements: usize) -> usize {
-    if dtype == DType::F32 { 0 } else { elements }
+struct Product {
+    rows: usize,
+    cols: usize,
+    strip: usize,
+    depth: usize,
 }
 
-/// How many of `total` rows (or columns), each of `across` elements, of a weight are at work at once.
-fn weight_block(dtype: DType, total: usize, across: usize) -> usize {
-    if dtype == DType::F32 { total } else { (WEIGHT_BLOCK / across.max(1)).clamp(64, 4096).min(total) }
+/// Whether a product is one of f32 alone, which takes no scratch.
+pub(crate) fn all_f32<const N: usize>(dtypes: [DType; N]) -> bool {
+    dtypes.iter().all(|&dtype| dtype == DType::F32)
 }
 
-/// `y = x W^T + bias`: widened rows of `x`, of the weight, of the result, and the bias.
-pub(crate) fn linear(spec: &ops::linear::Spec, bias: Option<DType>) -> [usize; 4] {
-    let (rows, out) = (spec.rows.min(ROW_BLOCK), weight_block(spec.weight_dtype, spec.out_features, spec.in_features));
-    [
-        widened(spec.dtype, rows * spec.in_features),
-        widened(spec.weight_dtype, out * spec.in_features),
-        widened(spec.dtype, rows * out),
-        bias.map_or(0, |dtype| widened(dtype, spec.out_features)),
-    ]
+/// Panels and sums of a product `[rows, cols]` that sums over `depth` elements.
+pub(crate) fn product(all_f32: bool, [rows, cols, depth]: [usize; 3], num_threads: usize) -> usize {
+    if all_f32 || rows == 0 || cols == 0 {
+        return 0;
+    }
+    let slabs = if rows * cols * depth < SMALL_PRODUCT { 1 } else { num_threads };
+    let (rows, cols, depth) = (rows.next_multiple_of(24), cols.next_multiple_of(48), depth.min(PRODUCT.depth));
+    let left = (rows.min(PRODUCT.strip) / 6 * 8 * depth).next_multiple_of(16);
+    slabs * (left + cols.min(PRODUCT.cols) * depth + rows.min(PRODUCT.rows) * cols.min(PRODUCT.cols))
 }
 
-/// `dx = dy W`: widened rows of `dy`, columns of the weight, and their product.
-pub(crate) fn linear_input_gradient(spec: &ops::linear::Spec) -> [usize; 3] {
-    let (rows, columns) =
-        (spec.rows.min(ROW_BLOCK), weight_block(spec.weight_dtype, spec.in_features, spec.out_features));
-    [
-        widened(spec.dtype, rows * spec.out_features),
-        widened(spec.weight_dtype, columns * spec.out_features),
-        widened(spec.dtype, rows * columns),
-    ]
+/// [`product`] with a factor that is read by whole rows: few of them are widened instead.
+pub(crate) fn product_of_rows(
+    dtype: DType,
+    all_f32: bool,
+    [rows, cols, depth]: [usize; 3],
+    num_threads: usize,
+) -> usize {
+    match rows > FEW_ROWS || cols == 0 {
+        true => product(all_f32, [rows, cols, depth], num_threads),
+        false if dtype == DType::F32 => 0,
+        false => rows * depth,
+    }
 }
 
-/// Widened rows of a factor `[rows, columns]` of a product with few columns, or of one summed over the rows.
-pub(crate) fn rows(dtype: DType, rows: usize, columns: usize) -> usize {
-    widened(dtype, rows.min(ROW_BLOCK) * columns)
+/// Elements of the rows of which dropout is at work at once, and those rows.
+fn dropped(spec: &ops::lora_linear::Spec) -> (usize, usize) {
+    let rows = spec.base.rows.min(DROPOUT_ROWS);
+    (rows * spec.base.in_features, rows)
 }
 
-/// Rows of the input of a low-rank update as they are multiplied: widened, or without what is dropped.
-pub(crate) fn lora_input(spec: &ops::lora_linear::Spec) -> usize {
-    let elements = spec.base.rows.min(ROW_BLOCK) * spec.base.in_features;
-    if spec.dropout.is_some() { elements } else { widened(spec.base.dtype, elements) }
+/// The input of a low-rank update without what is dropped, and its product with the adapter's first matrix.
+pub(crate) fn lora_input(spec: &ops::lora_linear::Spec, num_threads: usize) -> [usize; 2] {
+    let (base, rank) = (&spec.base, spec.rank);
+    if spec.dropout.is_none() {
+        let all_f32 = all_f32([base.dtype, spec.adapter_dtype]);
+        return [0, product_of_rows(base.dtype, all_f32, [base.rows, rank, base.in_features], num_threads)];
+    }
+    let (elements, rows) = dropped(spec);
+    let all_f32 = all_f32([spec.adapter_dtype]);
+    [elements, product_of_rows(DType::F32, all_f32, [rows, rank, base.in_features], num_threads)]
 }
 
-/// The part of an input gradient that goes through a low-rank update, where some of it is dropped.
-pub(crate) fn lora_input_gradient(spec: &ops::lora_linear::Spec) -> usize {
-    let columns = weight_block(spec.base.weight_dtype, spec.base.in_features, spec.base.out_features);
-    if spec.dropout.is_some() { spec.base.rows.min(ROW_BLOCK) * columns } else { 0 }
+/// The same input, and its product with the gradient of the update.
+pub(crate) fn lora_input_transposed(spec: &ops::lora_linear::Spec, num_threads: usize) -> [usize; 2] {
+    let (elements, rows) = if spec.dropout.is_some() { dropped(spec) } else { (0, spec.base.rows) };
+    let all_f32 = spec.dropout.is_some() || all_f32([spec.base.dtype]);
+    [elements, product(all_f32, [spec.rank, spec.base.in_features, rows], num_threads)]
+}
+
+/// An input gradient in f32 where the update's is dropped from and it is not f32 itself, and the largest of its products.
+pub(crate) fn lora_input_gradient(spec: &ops::lora_linear::Spec, num_threads: usize) -> [usize; 2] {
+    let (base, rank) = (&spec.base, spec.rank);
+    let by_blocks = spec.dropout.is_some() && base.dtype != DType::F32;
+    let (elements, rows) = if by_blocks { dropped(spec) } else { (0, base.rows) };
+    let (of_base, of_update) = (all_f32([base.dtype, base.weight_dtype]), all_f32([spec.adapter_dtype]));
+    let size = |depth| [rows, base.in_features, depth];
+    let products = if spec.dropout.is_some() {
+        let update = product(of_update, size(rank), num_threads);
+        update.max(product(of_base, size(base.out_features), num_threads))
+    } else {
+        product(of_base && of_update, size(base.out_features.max(rank)), num_threads)
+    };
+    [elements, products]
 }
 
 /// The weight with its offset, and the parts of its gradient where that is wanted.
@@ -137,9 +171,13 @@ pub(crate) fn losses(spec: &ops::linear_cross_entropy::Spec) -> usize {
     rows_with_target(spec)
 }
 
-/// Gathered rows of a chunk, its logits, and a block of the weight.
-pub(crate) fn loss_chunk(spec: &ops::linear_cross_entropy::Spec) -> [usize; 3] {
-    let rows = rows_with_target(spec).min((LOGITS / spec.vocab_size).max(MIN_ROWS));
-    let block = weight_block(spec.weight_dtype, spec.vocab_size, spec.hidden_size) * spec.hidden_size;
-    [rows * spec.hidden_size, rows * spec.vocab_size, widened(spec.weight_dtype, block)]
+/// Gathered rows of a chunk, its logits, and the largest of the products' scratch.
+pub(crate) fn loss_chunk(spec: &ops::linear_cross_entropy::Spec, with_dweight: bool, num_threads: usize) -> [usize; 3] {
+    let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
+    let rows = rows_with_target(spec).min((LOGITS / vocab).max(MIN_ROWS));
+    let (x, weight) = (all_f32([spec.dtype]), all_f32([spec.weight_dtype]));
+    let logits = product_of_rows(spec.dtype, x && weight, [rows, vocab, hidden], num_threads);
+    let dweight = if with_dweight { product(x, [vocab, hidden, rows], num_threads) } else { 0 };
+    let dx = if spec.needs_dx { product(weight, [rows, hidden, vocab], num_threads) } else { 0 };
+    [rows * hidden, rows * vocab, logits.max(dweight).max(dx)]
 }

@@ -9,15 +9,14 @@ use unsloth_core::{
 };
 
 use super::{
-    K_BLOCK, Q_BLOCK, Sequence, packed,
-    parallel::Disjoint,
-    take,
+    K_BLOCK, Q_BLOCK, Sequence, packed, take,
     tile::{Head, Left, Product, padded, stride, transpose},
 };
 use crate::{
     CpuBackend,
     access::{read, write},
-    gemm::Into,
+    matmul::Into,
+    parallel::Disjoint,
     simd::{self, vectorised},
 };
 

@@ -2,10 +2,11 @@
 
 use unsloth_core::{Element, FloatElement, KvView, Lengths, Result, Sequences, Tensor, ops::attention::Spec};
 
-use super::{K_BLOCK, Sequence, Visible, forward, parallel::Disjoint, take, tile::Head};
+use super::{K_BLOCK, Sequence, Visible, forward, take, tile::Head};
 use crate::{
     CpuBackend,
     access::{read, write},
+    parallel::Disjoint,
     simd::{self, vectorised},
 };
 

@@ -7,15 +7,14 @@ use std::ops::Range;
 use unsloth_core::{FloatElement, Result, Tensor, ops::attention::Spec};
 
 use super::{
-    K_BLOCK, LANES, Q_BLOCK, Sequence, Visible,
-    parallel::Disjoint,
-    take,
+    K_BLOCK, LANES, Q_BLOCK, Sequence, Visible, take,
     tile::{Head, Left, Product, padded, stride, transpose},
 };
 use crate::{
     CpuBackend,
     access::{read, write},
-    gemm::Into,
+    matmul::Into,
+    parallel::Disjoint,
     simd::{self, vectorised},
 };
 

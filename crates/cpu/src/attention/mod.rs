@@ -6,7 +6,6 @@
 mod backward;
 mod cached;
 mod forward;
-mod parallel;
 mod tile;
 
 use unsloth_core::{

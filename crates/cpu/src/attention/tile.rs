@@ -7,7 +7,7 @@
 use pulp::{Simd, WithSimd};
 use unsloth_core::FloatElement;
 
-use crate::{gemm::Into, simd};
+use crate::{matmul::Into, simd};
 
 /// Every vector width divides it.
 const PAD: usize = 16;

@@ -12,7 +12,7 @@ use unsloth_core::Result;
 use crate::CpuBackend;
 
 /// A slice of which tasks write disjoint ranges, each contiguous but interleaved with the ranges of other tasks.
-pub(super) struct Disjoint<'a, T> {
+pub(crate) struct Disjoint<'a, T> {
     start: *mut T,
     len: usize,
     slice: PhantomData<&'a mut [T]>,
@@ -28,7 +28,7 @@ unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
 unsafe impl<T: Send> Send for Disjoint<'_, T> {}
 
 impl<'a, T> Disjoint<'a, T> {
-    pub(super) fn new(slice: &'a mut [T]) -> Self {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
     }
 
@@ -36,7 +36,7 @@ impl<'a, T> Disjoint<'a, T> {
     /// While the piece lives, no other piece may overlap it.
     #[allow(unsafe_code, reason = "the caller promises that ranges do not overlap")]
     #[allow(clippy::mut_from_ref, reason = "pieces are disjoint by the caller's promise")]
-    pub(super) unsafe fn piece(&self, range: Range<usize>) -> &mut [T] {
+    pub(crate) unsafe fn piece(&self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len, "a task writes inside the slice");
         // SAFETY: the range lies in the slice (asserted), which is borrowed mutably for `'a`; nobody else holds a part of
         // this range (promised by the caller).
@@ -46,20 +46,38 @@ impl<'a, T> Disjoint<'a, T> {
 
 impl CpuBackend {
     /// Runs `work(task, scratch)` for every task, on one thread each, with `scratch_len` f32 of arbitrary contents. There is one
-    /// scratch per thread, taken before the first task, so that memory does not depend on how tasks are scheduled.
-    pub(super) fn for_each_task<Task: Sync>(
+    /// scratch per thread, taken before the first task, so that memory does not depend on how tasks are scheduled. A single
+    /// task runs on the calling thread.
+    pub(crate) fn for_each_task<Task: Sync>(
         &self,
         tasks: &[Task],
         scratch_len: usize,
         work: impl Fn(&Task, &mut [f32]) + Sync,
     ) -> Result<()> {
-        let threads = if tasks.len() < 2 { 1 } else { self.run(rayon::current_num_threads) };
-        let mut scratch = self.workspace(threads * scratch_len)?;
-        if threads == 1 {
+        self.for_each_task_on(if tasks.len() < 2 { 1 } else { self.num_threads() }, tasks, scratch_len, work)
+    }
+
+    /// [`Self::for_each_task`] with scratch for `num_threads`: the calling thread alone, or all of the backend's.
+    pub(crate) fn for_each_task_on<Task: Sync>(
+        &self,
+        num_threads: usize,
+        tasks: &[Task],
+        scratch_len: usize,
+        work: impl Fn(&Task, &mut [f32]) + Sync,
+    ) -> Result<()> {
+        let mut scratch = self.workspace(num_threads * scratch_len)?;
+        if num_threads == 1 {
             tasks.iter().for_each(|task| work(task, &mut scratch[..scratch_len]));
             return Ok(());
         }
-        let slabs = Mutex::new(scratch[..threads * scratch_len].chunks_mut(scratch_len).collect::<Vec<_>>());
+        let mut rest = &mut scratch[..num_threads * scratch_len];
+        let mut slabs = Vec::with_capacity(num_threads);
+        for _ in 0..num_threads {
+            let (slab, others) = std::mem::take(&mut rest).split_at_mut(scratch_len);
+            slabs.push(slab);
+            rest = others;
+        }
+        let slabs = Mutex::new(slabs);
         let free = || slabs.lock().unwrap_or_else(PoisonError::into_inner);
         self.run(|| {
             tasks.par_iter().with_max_len(1).for_each(|task| {

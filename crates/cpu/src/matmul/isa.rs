@@ -1,0 +1,79 @@
+//! Which instructions products are made of: a value, found once.
+
+use unsloth_core::{Error, Result};
+
+/// An instruction set that matrix products with a factor in half precision have a path for; products of f32 alone choose theirs
+/// by themselves. Every path sums in f32 and gives the same bits on every call and for
+/// any number of threads; bits differ between paths, since some fuse the multiplication into the addition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Isa {
+    /// What every processor has, or Neon where that is part of the architecture.
+    Portable,
+    /// AVX2 with FMA.
+    Avx2,
+    /// AVX-512 of x86-64-v4.
+    Avx512,
+    /// AVX-512 and its dot products of bf16 pairs, which products of two bf16 matrices use.
+    Avx512Bf16,
+}
+
+impl Isa {
+    /// From the slowest to the fastest.
+    pub(super) const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+
+    /// Those that this processor has, the fastest last.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+
+    /// Name as in the options of a device.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn is_available(self) -> bool {
+        let has_avx2 = || pulp::x86::V3::try_new().is_some();
+        // The features that the kernels are compiled with.
+        let has_avx512 = || has_avx2() && is_x86_feature_detected!("avx512f");
+        match self {
+            Self::Portable => true,
+            Self::Avx2 => has_avx2(),
+            Self::Avx512 => has_avx512(),
+            Self::Avx512Bf16 => has_avx512() && is_x86_feature_detected!("avx512bf16"),
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn is_available(self) -> bool {
+        self == Self::Portable
+    }
+
+    /// The fastest that this processor has.
+    pub(crate) fn fastest() -> Self {
+        Self::available().last().unwrap_or(Self::Portable)
+    }
+
+    /// The fastest one, or the one asked for.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSpec`] for one that this processor lacks.
+    pub(crate) fn choose(wanted: Option<Self>) -> Result<Self> {
+        match wanted {
+            None => Ok(Self::fastest()),
+            Some(isa) if isa.is_available() => Ok(isa),
+            Some(isa) => Err(Error::InvalidSpec {
+                op: "cpu",
+                field: "isa",
+                value: isa.name().to_owned(),
+                rule: "an instruction set of this processor",
+            }),
+        }
+    }
+}

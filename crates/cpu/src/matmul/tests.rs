@@ -1,0 +1,183 @@
+use unsloth_core::Device;
+
+use super::*;
+use crate::CpuOptions;
+
+fn backend(isa: Isa, num_threads: usize) -> CpuBackend {
+    let options = CpuOptions { isa: Some(isa), num_threads: Some(num_threads), ..CpuOptions::default() };
+    CpuBackend::new(CpuOptions { fill_arbitrary_with_nan: true, ..options }).unwrap()
+}
+
+/// Small integers: every order of summation is exact, and every type holds them.
+fn values(len: usize, modulus: usize) -> Vec<f32> {
+    (0..len).map(|i| (i % modulus) as f32 - (modulus / 2) as f32).collect()
+}
+
+/// The same values in each float type.
+struct Typed(Vec<f32>, Vec<f16>, Vec<bf16>);
+
+impl Typed {
+    fn new(values: Vec<f32>) -> Self {
+        let half = values.iter().map(|&x| f16::from_f32(x)).collect();
+        let bfloat = values.iter().map(|&x| bf16::from_f32(x)).collect();
+        Self(values, half, bfloat)
+    }
+
+    fn elements(&self, dtype: DType) -> Elements<'_> {
+        match dtype {
+            DType::F32 => Elements::F32(&self.0),
+            DType::F16 => Elements::F16(&self.1),
+            _ => Elements::BF16(&self.2),
+        }
+    }
+
+    /// `[lines, depth]`, stored as it is or as its transpose, rows three elements longer than needed.
+    fn mat(&self, dtype: DType, (lines, depth): (usize, usize), transposed: bool) -> Mat<'_> {
+        match transposed {
+            true => Mat::new(self.elements(dtype), depth, lines, lines + 3).t(),
+            false => Mat::new(self.elements(dtype), lines, depth, depth + 3),
+        }
+    }
+}
+
+fn exact(left: Mat<'_>, right: Mat<'_>) -> Vec<f32> {
+    let at = |mat: &Mat<'_>, i: usize, j: usize| {
+        let mut value = [0.0];
+        let index = i * mat.row_stride + j * mat.col_stride;
+        mat.data.slice(index..index + 1).add_to(&mut value);
+        value[0]
+    };
+    let dot = |i, j| (0..left.cols).map(|k| at(&left, i, k) * at(&right, j, k)).sum();
+    (0..left.rows).flat_map(|i| (0..right.rows).map(move |j| (i, j))).map(|(i, j)| dot(i, j)).collect()
+}
+
+/// Every remainder of tiles, panels, strips and blocks, in every layout and pair of types, on every path.
+#[test]
+fn products_equal_plain_loops() {
+    let sizes =
+        [(1, 1, 1), (2, 50, 70), (5, 3, 600), (8, 48, 256), (9, 47, 257), (105, 25, 3), (17, 500, 33), (530, 7, 9)];
+    for (m, n, k) in sizes {
+        let (left, right) = (Typed::new(values((m + 3) * (k + 3), 7)), Typed::new(values((n + 3) * (k + 3), 5)));
+        for transposed in [(false, false), (false, true), (true, false), (true, true)] {
+            let mats = |types: (DType, DType)| {
+                (left.mat(types.0, (m, k), transposed.0), right.mat(types.1, (n, k), transposed.1))
+            };
+            let (wide_left, wide_right) = mats((DType::F32, DType::F32));
+            let expected = exact(wide_left, wide_right);
+            for isa in Isa::available() {
+                let backend = backend(isa, 2);
+                for types in [
+                    (DType::F32, DType::F32),
+                    (DType::F32, DType::BF16),
+                    (DType::BF16, DType::BF16),
+                    (DType::F16, DType::F16),
+                ] {
+                    let (left, right) = mats(types);
+                    let mut result = vec![f32::NAN; m * (n + 1)];
+                    let target = MatMut::new(&mut result, m, n, n + 1);
+                    backend.product(Sum::new(&[Term::new(left, right)], Into::Overwrite), target).unwrap();
+                    for (i, row) in result.chunks(n + 1).enumerate() {
+                        assert_eq!(
+                            row[..n],
+                            expected[i * n..(i + 1) * n],
+                            "{m} {n} {k} {transposed:?} {types:?} {isa:?} {i}"
+                        );
+                        assert!(row[n].is_nan(), "the gap between rows is not touched");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn terms_factors_bias_and_old_contents_add_up() {
+    let bias = Typed::new(values(50, 9));
+    for (m, k) in [(2, 20), (90, 300)] {
+        let n = 50;
+        let (x, w) = (Typed::new(values((m + 3) * (k + 3), 7)), Typed::new(values((n + 3) * (k + 3), 5)));
+        let (h, b) = (Typed::new(values((m + 3) * 8, 3)), Typed::new(values((n + 3) * 8, 5)));
+        for isa in Isa::available() {
+            for dtype in [DType::F32, DType::BF16] {
+                let product = Term::new(x.mat(dtype, (m, k), false), w.mat(dtype, (n, k), false));
+                let (left, right) = (h.mat(DType::F32, (m, 5), false), b.mat(DType::F32, (n, 5), false));
+                let terms = [product, Term { factor: 0.5, left, right }];
+                let sum = Sum { terms: &terms, bias: Some(bias.elements(dtype)), into: Into::Add };
+                let mut result = vec![2.0f32; m * n];
+                backend(isa, 2).product(sum, MatMut::new(&mut result, m, n, n)).unwrap();
+                let (base, update) = (exact(product.left, product.right), exact(left, right));
+                for (i, value) in result.into_iter().enumerate() {
+                    assert_eq!(value, 2.0 + base[i] + 0.5 * update[i] + bias.0[i % n], "{m} {isa:?} {dtype} {i}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_empty_dimension_to_sum_over_gives_zeros() {
+    for m in [1, 20] {
+        let mut result = vec![bf16::NAN; m * 3];
+        let term = Term::new(Mat::f32(&[], m, 0), Mat::f32(&[], 3, 0));
+        backend(Isa::Portable, 1)
+            .product(Sum::new(&[term], Into::Overwrite), MatMut::new(&mut result, m, 3, 3))
+            .unwrap();
+        assert!(result.iter().all(|x| *x == bf16::ZERO));
+    }
+}
+
+/// Neither the threads nor the cut of the result show in the bits, and they differ from f64 by rounding alone.
+#[test]
+fn bits_do_not_depend_on_threads() {
+    let (m, n, k) = (203, 197, 1300);
+    let random = |len: usize, seed: usize| -> Vec<f32> {
+        (0..len).map(|i| ((i * 7919 + seed) % 10_007) as f32 / 5000.0 - 1.0).collect()
+    };
+    let (x, w) = (Typed::new(random((m + 3) * (k + 3), 1)), Typed::new(random((n + 3) * (k + 3), 2)));
+    for isa in Isa::available() {
+        for dtype in [DType::F32, DType::BF16] {
+            let term = Term::new(x.mat(dtype, (m, k), false), w.mat(dtype, (n, k), true));
+            let product = |num_threads| {
+                let mut result = vec![0.0f32; m * n];
+                let sum = Sum::new(std::slice::from_ref(&term), Into::Overwrite);
+                backend(isa, num_threads).product(sum, MatMut::new(&mut result, m, n, n)).unwrap();
+                result
+            };
+            let alone = product(1);
+            for num_threads in [2, 3, 7] {
+                assert!(alone == product(num_threads), "{isa:?} {dtype} {num_threads}");
+            }
+            let value = |typed: &Typed, i: usize| match dtype {
+                DType::F32 => f64::from(typed.0[i]),
+                _ => typed.2[i].to_f64(),
+            };
+            for (i, j) in [(0, 0), (100, 50), (202, 196)] {
+                let dot: f64 = (0..k).map(|p| value(&x, i * (k + 3) + p) * value(&w, p * (n + 3) + j)).sum();
+                assert!((f64::from(alone[i * n + j]) - dot).abs() < 2e-4, "{isa:?} {dtype}: {dot}");
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "a matrix lies in its slice")]
+fn refuses_to_read_outside() {
+    Mat::f32(&[0.0; 3], 2, 2);
+}
+
+#[test]
+#[should_panic(expected = "a result lies in its slice")]
+fn refuses_to_write_outside() {
+    MatMut::new(&mut [0.0; 3], 2, 2, 2);
+}
+
+#[test]
+fn an_instruction_set_is_what_was_asked_for_or_an_error() {
+    assert_eq!(Isa::available().next(), Some(Isa::Portable));
+    for isa in Isa::ALL {
+        match CpuBackend::new(CpuOptions { isa: Some(isa), ..CpuOptions::default() }) {
+            Ok(backend) => assert_eq!(Device::new(backend).name(), "cpu"),
+            Err(error) => assert!(error.to_string().starts_with("cpu: isa = "), "{error}"),
+        }
+    }
+}
