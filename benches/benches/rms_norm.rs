@@ -22,7 +22,7 @@ fn bench(criterion: &mut Criterion) -> anyhow::Result<()> {
             let (weight, dout) = (random(&cpu, [model.hidden_size], dtype, 3)?, random(&cpu, shape, dtype, 4)?);
             let spec = Spec::new(&x, &weight, EPS, 0.0)?;
             let bytes = x.bytes() as u64;
-            group.throughput(Throughput::Bytes(spec.forward_bytes()));
+            group.throughput(Throughput::Bytes(spec.forward_cost(false).bytes));
             group.bench_function(format!("forward/{dtype}"), |b| {
                 b.iter(|| timed(rms_norm::forward(x.clone(), None, &weight, EPS, 0.0)));
             });

@@ -8,7 +8,7 @@
 //! Nothing changes when the step is to be skipped. The decision, the clip factor and `t` stay on the device in a
 //! [`StepState`]; the host reads them when it likes.
 
-use super::check;
+use super::{check, cost::Cost};
 use crate::{Category, DType, Device, Result, Tensor};
 
 /// Hyper-parameters of one step for one group of parameters.
@@ -96,6 +96,13 @@ pub struct Buffers<'a> {
     pub m: &'a mut Tensor,
     /// Second moment, f32.
     pub v: &'a mut Tensor,
+}
+
+impl Buffers<'_> {
+    /// Cost of a step: the gradient in; parameter and moments in and out.
+    pub fn cost(&self) -> Cost {
+        Cost::of(&[self.grad, self.param, self.param, self.m, self.m, self.v, self.v])
+    }
 }
 
 /// AdamW of a backend.

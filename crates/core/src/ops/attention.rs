@@ -7,7 +7,10 @@
 //! - `D = sum_channels(dout * out)`, `dP = dout v^T`, `ds = P * (dP - D)`, with softcap `ds *= 1 - (s / c)^2`
 //! - `dq = scale * ds k`, `dk = scale * ds^T q`, `dv = P^T dout`, the last two summed over the heads of a group
 
-use super::check;
+use super::{
+    check,
+    cost::{Cost, stored},
+};
 use crate::{DType, KvView, Lengths, Result, Sequences, Tensor};
 
 /// Which keys before its own position a query sees.
@@ -55,6 +58,78 @@ pub struct Spec {
     pub options: Options,
     /// Storage type of `q`, `k`, `v`, `out`; scores and statistics are f32.
     pub dtype: DType,
+}
+
+impl Spec {
+    /// Two products per query, head and key that it sees; q, k, v in, out and lse out. Takes the offsets of the sequences, as
+    /// [`Sequences::offsets`] gives them.
+    pub fn forward_cost(&self, offsets_q: &[usize], offsets_k: &[usize]) -> Cost {
+        let (tokens_q, tokens_k) = (last(offsets_q), last(offsets_k));
+        self.products(2, offsets_q, lengths(offsets_k))
+            + self.traffic((2, tokens_q), (2, tokens_k))
+            + self.lse(tokens_q)
+    }
+
+    /// Five products, one of them the scores anew; q, k, v, out, dout and lse in, dq, dk, dv out.
+    pub fn backward_cost(&self, offsets_q: &[usize], offsets_k: &[usize]) -> Cost {
+        let (tokens_q, tokens_k) = (last(offsets_q), last(offsets_k));
+        self.products(5, offsets_q, lengths(offsets_k))
+            + self.traffic((4, tokens_q), (4, tokens_k))
+            + self.lse(tokens_q)
+    }
+
+    /// As the forward pass, over caches that hold `lens` keys, without lse.
+    pub fn cached_cost(&self, offsets_q: &[usize], lens: &[usize]) -> Cost {
+        let keys = lens.iter().sum();
+        self.products(2, offsets_q, lens.iter().copied()) + self.traffic((2, last(offsets_q)), (2, keys))
+    }
+
+    /// Products over the pairs of a query and a key that it sees.
+    fn products(&self, count: u64, offsets_q: &[usize], lens_k: impl Iterator<Item = usize>) -> Cost {
+        let lens_q = lengths(offsets_q);
+        let pairs: u64 = lens_q.zip(lens_k).map(|(seq_q, seq_k)| self.options.pairs(seq_q, seq_k)).sum();
+        Cost { flops: count * 2 * pairs * (self.num_heads * self.head_dim) as u64, bytes: 0 }
+    }
+
+    /// Tensors like q and tensors like k, and the tokens of each.
+    fn traffic(&self, (like_q, tokens_q): (usize, usize), (like_k, tokens_k): (usize, usize)) -> Cost {
+        let heads = like_q * tokens_q * self.num_heads + like_k * tokens_k * self.num_kv_heads;
+        Cost::bytes(stored(heads * self.head_dim, self.dtype))
+    }
+
+    fn lse(&self, tokens_q: usize) -> Cost {
+        Cost::bytes(stored(self.num_heads * tokens_q, DType::F32))
+    }
+}
+
+impl Options {
+    /// Pairs of a query and a key that it sees, of one sequence.
+    fn pairs(&self, seq_q: usize, seq_k: usize) -> u64 {
+        let seen = |query: usize| {
+            // One past the query's own position among the keys; 0 for a query before the first key.
+            let own = (query + 1 + seq_k).saturating_sub(seq_q);
+            let end = if self.causal { own.min(seq_k) } else { seq_k };
+            let start = match self.window {
+                Window::Full => 0,
+                Window::Sliding { left } => own.saturating_sub(left.saturating_add(1)),
+            };
+            end.saturating_sub(start) as u64
+        };
+        (0..seq_q).map(seen).sum()
+    }
+}
+
+fn lengths(offsets: &[usize]) -> impl Iterator<Item = usize> {
+    offsets.windows(2).map(|pair| pair[1] - pair[0])
+}
+
+fn last(offsets: &[usize]) -> usize {
+    offsets.last().copied().unwrap_or(0)
+}
+
+/// Copying rows to a cache: in and out.
+pub fn kv_append_cost(rows: &Tensor) -> Cost {
+    Cost::of(&[rows, rows])
 }
 
 /// Inputs of the forward pass.

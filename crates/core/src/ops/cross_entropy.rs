@@ -10,7 +10,10 @@
 //! Rows whose target is [`IGNORE_INDEX`] give neither loss nor gradient.   Softcap: Gemma 2, arXiv:2408.00118; z-loss: PaLM,
 //! arXiv:2204.02311; smoothing: Szegedy et al. 2015, arXiv:1512.00567.
 
-use super::check;
+use super::{
+    check,
+    cost::{Cost, stored},
+};
 use crate::{DType, Result, Tensor};
 
 /// Target of a row that takes no part in the loss.
@@ -69,6 +72,23 @@ pub struct Spec {
     pub loss: LossSpec,
     /// Storage type of the logits; arithmetic is f32.
     pub dtype: DType,
+}
+
+impl Spec {
+    /// Logits and targets in, lse out.
+    pub fn forward_cost(&self) -> Cost {
+        Cost::bytes(stored(self.tokens * self.vocab_size, self.dtype) + self.rows())
+    }
+
+    /// Logits, targets and lse in, dlogits out.
+    pub fn backward_cost(&self) -> Cost {
+        Cost::bytes(2 * stored(self.tokens * self.vocab_size, self.dtype) + self.rows())
+    }
+
+    /// Bytes of targets and lse.
+    fn rows(&self) -> usize {
+        stored(self.tokens, DType::I32) + stored(self.tokens, DType::F32)
+    }
 }
 
 /// Results of the forward pass.

@@ -1,6 +1,9 @@
 //! Elementwise operators without parameters, casts and copies.
 
-use super::check;
+use super::{
+    check,
+    cost::{Cost, stored},
+};
 use crate::{DType, Result, Tensor};
 
 /// Elementwise operators of a backend. Arithmetic is f32, results are rounded once to the storage type.
@@ -21,6 +24,31 @@ pub trait Elementwise {
     fn copy(&self, x: &Tensor) -> Result<Tensor>;
     /// Sets every element to zero.
     fn fill_zero(&self, x: &mut Tensor) -> Result<()>;
+}
+
+/// Cost of [`add`] and [`mul`]: two operands in, one out.
+pub fn binary_cost(a: &Tensor) -> Cost {
+    Cost::of(&[a, a, a])
+}
+
+/// Cost of [`scale`], [`scale_by`] and [`copy`]: one in, one out.
+pub fn unary_cost(x: &Tensor) -> Cost {
+    Cost::of(&[x, x])
+}
+
+/// Cost of [`accumulate`]: `x` in, the accumulator in and out.
+pub fn accumulate_cost(accumulator: &Tensor, x: &Tensor) -> Cost {
+    Cost::of(&[x, accumulator, accumulator])
+}
+
+/// Cost of [`cast`]: one type in, the other out.
+pub fn cast_cost(x: &Tensor, dtype: DType) -> Cost {
+    Cost::bytes(x.bytes() + stored(x.num_elements(), dtype))
+}
+
+/// Cost of [`fill_zero`]: one out.
+pub fn fill_cost(x: &Tensor) -> Cost {
+    Cost::of(&[x])
 }
 
 fn pair(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {

@@ -2,7 +2,10 @@
 //! - `out[t] = weight[ids[t]]`
 //! - `dweight[ids[t]] += dout[t]`, in the order of `t`
 
-use super::check;
+use super::{
+    check,
+    cost::{Cost, stored},
+};
 use crate::{DType, Result, Tensor, Weight};
 
 /// What defines one lookup.
@@ -18,6 +21,22 @@ pub struct Spec {
     pub weight_dtype: DType,
     /// Storage type of `out`; differs from the table's under mixed precision.
     pub dtype: DType,
+}
+
+impl Spec {
+    /// Ids and their rows in, `out` out.
+    pub fn forward_cost(&self) -> Cost {
+        self.cost(stored(1, self.weight_dtype) + stored(1, self.dtype))
+    }
+
+    /// Ids and `dout` in, their rows of `dweight` in and out; a row once per token.
+    pub fn backward_cost(&self) -> Cost {
+        self.cost(stored(1, self.dtype) + 2 * stored(1, DType::F32))
+    }
+
+    fn cost(&self, bytes_per_element: usize) -> Cost {
+        Cost::bytes(stored(self.tokens, DType::I32) + self.tokens * self.hidden_size * bytes_per_element)
+    }
 }
 
 /// Embedding lookup of a backend.

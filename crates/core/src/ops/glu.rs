@@ -2,7 +2,10 @@
 //! - SwiGLU: `silu(x) = x * sigmoid(x)`; GeGLU: `gelu(x)` with tanh or erf (Hendrycks & Gimpel 2016, arXiv:1606.08415)
 //! - `dgate = dout * up * act'(gate)`, `dup = dout * act(gate)`
 
-use super::check;
+use super::{
+    check,
+    cost::{Cost, stored},
+};
 use crate::{DType, Result, Tensor};
 
 /// Activation of the gate.
@@ -25,6 +28,18 @@ pub struct Spec {
     pub activation: Activation,
     /// Storage type; arithmetic is f32.
     pub dtype: DType,
+}
+
+impl Spec {
+    /// `gate` and `up` in, `out` out.
+    pub fn forward_cost(&self) -> Cost {
+        Cost::bytes(3 * stored(self.elements, self.dtype))
+    }
+
+    /// `dout`, `gate` and `up` in, `dgate` and `dup` out.
+    pub fn backward_cost(&self) -> Cost {
+        Cost::bytes(5 * stored(self.elements, self.dtype))
+    }
 }
 
 /// Gradients of the two inputs.

@@ -4,7 +4,10 @@
 //!
 //! The weight's storage type may differ from the activations'; sums are f32, and the result is rounded once.
 
-use super::check;
+use super::{
+    check,
+    cost::{Cost, stored},
+};
 use crate::{DType, Result, Tensor, Weight};
 
 /// What defines one product.
@@ -23,9 +26,35 @@ pub struct Spec {
 }
 
 impl Spec {
-    /// Multiplications and additions of the forward pass; each gradient costs the same again.
-    pub fn forward_flops(&self) -> u64 {
-        2 * self.rows as u64 * self.in_features as u64 * self.out_features as u64
+    /// `x` and the weight in, `y` out. A bias is left out.
+    pub fn forward_cost(&self) -> Cost {
+        let [x, y] = self.activations();
+        self.product() + Cost::bytes(x + y + stored(self.in_features * self.out_features, self.weight_dtype))
+    }
+
+    /// `dy` and the weight in, `dx` out.
+    pub fn input_gradient_cost(&self) -> Cost {
+        self.forward_cost()
+    }
+
+    /// `dy` and `x` in, `dweight` in and out.
+    pub fn weight_gradient_cost(&self) -> Cost {
+        let [x, y] = self.activations();
+        self.product() + Cost::bytes(x + y + 2 * stored(self.in_features * self.out_features, DType::F32))
+    }
+
+    /// `dy` in, `dbias` in and out.
+    pub fn bias_gradient_cost(&self) -> Cost {
+        Cost::bytes(self.activations()[1] + 2 * stored(self.out_features, DType::F32))
+    }
+
+    fn product(&self) -> Cost {
+        Cost::products(1, [self.rows, self.in_features, self.out_features])
+    }
+
+    /// Bytes of `x` and `y`.
+    pub(super) fn activations(&self) -> [usize; 2] {
+        [self.in_features, self.out_features].map(|columns| stored(self.rows * columns, self.dtype))
     }
 }
 

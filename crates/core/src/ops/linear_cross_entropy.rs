@@ -4,7 +4,11 @@
 //! are made in the forward pass, while a chunk's logits are at hand: recomputing them costs half as much again.
 //! Liger-Kernel (arXiv:2410.10989) and Cut Cross Entropy (arXiv:2411.09009) use the same idea.
 
-use super::{check, cross_entropy::LossSpec};
+use super::{
+    check,
+    cost::{Cost, stored},
+    cross_entropy::LossSpec,
+};
 use crate::{DType, Result, Tensor, Weight};
 
 /// What defines one loss over hidden states.
@@ -24,6 +28,19 @@ pub struct Spec {
     pub dtype: DType,
     /// Storage type of the matrix.
     pub weight_dtype: DType,
+}
+
+impl Spec {
+    /// A product each for logits, dx and dweight; `x`, the matrix and targets in, `dx` out, `dweight` in and out. Every row counts
+    /// as one with a target.
+    pub fn cost(&self, needs_dweight: bool) -> Cost {
+        let products = 1 + u64::from(self.needs_dx) + u64::from(needs_dweight);
+        let (x, matrix) = (self.tokens * self.hidden_size, self.vocab_size * self.hidden_size);
+        let rows = if self.needs_dx { 2 } else { 1 } * stored(x, self.dtype) + stored(self.tokens, DType::I32);
+        let dweight = if needs_dweight { 2 * stored(matrix, DType::F32) } else { 0 };
+        Cost::products(products, [self.tokens, self.hidden_size, self.vocab_size])
+            + Cost::bytes(rows + stored(matrix, self.weight_dtype) + dweight)
+    }
 }
 
 /// Results: the loss, and the gradient it already has.

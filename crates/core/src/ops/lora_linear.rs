@@ -8,7 +8,11 @@
 //! `dh` are f32. Neither the zeros nor `drop(x)` are kept: `u` is a counter-based random number, uniform in `[0, 1)`, which the
 //! backward pass draws again.
 
-use super::{check, linear};
+use super::{
+    check,
+    cost::{Cost, stored},
+    linear,
+};
 use crate::{DType, Error, Result, Tensor, Weight, rng::Philox};
 
 /// What defines one adapted layer.
@@ -24,6 +28,49 @@ pub struct Spec {
     pub adapter_dtype: DType,
     /// Zeros in the update's input.
     pub dropout: Option<Dropout>,
+}
+
+impl Spec {
+    /// That of the base layer; `A` and `B` in, `h` out.
+    pub fn forward_cost(&self) -> Cost {
+        self.base.forward_cost() + self.low_rank(1, 1) + Cost::bytes(self.adapter() + self.h())
+    }
+
+    /// `dy` in, `h` and `x` where something reads them, `B` except for `dB` alone; with `dx` the base layer's matrix and `A` in;
+    /// `dA` and `dB` in and out where they are wanted.
+    pub fn backward_cost(&self, needs_dx: bool, needs_dlora_a: bool, needs_dlora_b: bool) -> Cost {
+        let (through_a, through_b) = (u64::from(needs_dx) + u64::from(needs_dlora_a), u64::from(needs_dlora_b));
+        let needs_dh = needs_dx || needs_dlora_a;
+        let [x, y] = self.base.activations();
+        let given = |is_given: bool, bytes: usize| if is_given { bytes } else { 0 };
+        let gradient =
+            |is_wanted: bool, features: usize| given(is_wanted, 2 * stored(self.rank * features, DType::F32));
+        let matrix = |is_read: bool, features: usize| given(is_read, stored(self.rank * features, self.adapter_dtype));
+        let bytes = given(!needs_dx, y)
+            + given(needs_dlora_a, x)
+            + given(needs_dlora_b, self.h())
+            + matrix(needs_dx, self.base.in_features)
+            + matrix(needs_dh, self.base.out_features)
+            + gradient(needs_dlora_a, self.base.in_features)
+            + gradient(needs_dlora_b, self.base.out_features);
+        let base = if needs_dx { self.base.input_gradient_cost() } else { Cost::default() };
+        base + self.low_rank(through_a, through_b + u64::from(needs_dh)) + Cost::bytes(bytes)
+    }
+
+    /// Products of the size of `x A^T`, and of the size of `h B^T`.
+    fn low_rank(&self, through_a: u64, through_b: u64) -> Cost {
+        let rows = self.base.rows;
+        Cost::products(through_a, [rows, self.rank, self.base.in_features])
+            + Cost::products(through_b, [rows, self.rank, self.base.out_features])
+    }
+
+    fn adapter(&self) -> usize {
+        stored(self.rank * (self.base.in_features + self.base.out_features), self.adapter_dtype)
+    }
+
+    fn h(&self) -> usize {
+        stored(self.base.rows * self.rank, DType::F32)
+    }
 }
 
 /// Which elements of the update's input are zero: element `channel` of a row where

@@ -7,6 +7,7 @@
 pub mod adamw;
 pub mod attention;
 mod check;
+mod cost;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod embedding;
@@ -18,3 +19,5 @@ pub mod reduce;
 pub mod rms_norm;
 pub mod rope;
 pub mod rope_table;
+
+pub use cost::Cost;

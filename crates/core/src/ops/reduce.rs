@@ -1,6 +1,6 @@
 //! Reductions to one device scalar. Fixed order, so the same input gives the same bits.
 
-use super::check;
+use super::{check, cost::Cost};
 use crate::{Result, Tensor};
 
 /// Reductions of a backend; results are f32 `[1]`.
@@ -11,6 +11,11 @@ pub trait Reduce {
     fn all_finite(&self, tensors: &[&Tensor]) -> Result<Tensor>;
     /// Euclidean norm over all elements of all tensors. `tensors` is not empty.
     fn grad_norm(&self, tensors: &[&Tensor]) -> Result<Tensor>;
+}
+
+/// Cost of a reduction: every element in.
+pub fn cost(tensors: &[&Tensor]) -> Cost {
+    Cost::of(tensors)
 }
 
 fn list(op: &'static str, tensors: &[&Tensor]) -> Result<()> {

@@ -4,7 +4,10 @@
 //! - `dx = rstd * (g - xhat * mean(g * xhat)) + dsum`, where `g = dout * (weight + weight_offset)`;
 //!   `dweight += sum_rows(dout * xhat)`. The residual's gradient equals `dx`.
 
-use super::check;
+use super::{
+    check,
+    cost::{Cost, stored},
+};
 use crate::{DType, Result, Tensor};
 
 /// What defines one normalisation.
@@ -38,10 +41,21 @@ impl Spec {
         Ok(Self { rows, hidden_size, eps, weight_offset, dtype: x.dtype(), weight_dtype: weight.dtype() })
     }
 
-    /// Fewest bytes `forward` can move without a residual: `x` and `weight` in, `out` and `rstd` out.
-    pub fn forward_bytes(&self) -> u64 {
-        let row = self.hidden_size * self.dtype.size_bytes();
-        (self.rows * (2 * row + 4) + self.hidden_size * self.weight_dtype.size_bytes()) as u64
+    /// `x` and `weight` in, `out` and `rstd` out; with a residual, that in and `sum` out.
+    pub fn forward_cost(&self, has_residual: bool) -> Cost {
+        self.cost(if has_residual { 4 } else { 2 })
+    }
+
+    /// `dout`, `sum`, `weight` and `rstd` in, `dx` out; `dsum` in where there is one, `dweight` in and out where it is wanted.
+    pub fn backward_cost(&self, has_dsum: bool, needs_dweight: bool) -> Cost {
+        let dweight = if needs_dweight { 2 * stored(self.hidden_size, DType::F32) } else { 0 };
+        self.cost(if has_dsum { 4 } else { 3 }) + Cost::bytes(dweight)
+    }
+
+    /// This many matrices, the weight and the statistics.
+    fn cost(&self, matrices: usize) -> Cost {
+        let matrix = stored(self.rows * self.hidden_size, self.dtype);
+        Cost::bytes(matrices * matrix + stored(self.hidden_size, self.weight_dtype) + stored(self.rows, DType::F32))
     }
 }
 

@@ -7,7 +7,10 @@
 //! [`Layout::Half`] pairs channel `i` with `i + head_dim / 2` (Hugging Face Llama); [`Layout::Interleaved`] pairs `2i` with
 //! `2i + 1` (the original paper, GPT-J). Tables come from [`super::rope_table`].
 
-use super::check;
+use super::{
+    check,
+    cost::{Cost, stored},
+};
 use crate::{DType, Result, Tensor};
 
 /// Which channels form a pair.
@@ -47,6 +50,15 @@ pub struct Spec {
     pub direction: Direction,
     /// Storage type of `q` and `k`. The rotation is computed in f32.
     pub dtype: DType,
+}
+
+impl Spec {
+    /// `q`, `k`, positions and one row of both tables per token in, rotated `q` and `k` out.
+    pub fn cost(&self) -> Cost {
+        let heads = (self.num_heads + self.num_kv_heads) * self.head_dim;
+        let row = stored(1, DType::I32) + stored(self.head_dim, DType::F32);
+        Cost::bytes(2 * stored(self.tokens * heads, self.dtype) + self.tokens * row)
+    }
 }
 
 /// Angles of a rotation.
