@@ -112,33 +112,32 @@ pub(crate) fn update_up_to<const N: usize, T: FloatElement>(values: &mut [T], wo
     narrow(buffer, values);
 }
 
-/// Folds [`LANES`] interleaved partial results and combines them pairwise. `neutral` must not change a partial result.
+/// Folds [`LANES`] interleaved partial results and combines them pairwise. `neutral` must not change a partial result. A `step`
+/// that ignores an argument costs nothing for it. There is no array of arguments: what maps over one is not inlined, and then
+/// nothing here is vectorised.
 #[inline(always)]
-fn fold<const N: usize>(
-    args: [&[f32]; N],
+fn fold(
+    (a, b, c): (&[f32], &[f32], &[f32]),
     neutral: f32,
-    step: impl Fn(f32, [f32; N]) -> f32,
+    step: impl Fn(f32, f32, f32, f32) -> f32,
     combine_two: impl Fn(f32, f32) -> f32,
 ) -> f32 {
-    let len = args.iter().map(|arg| arg.len()).min().unwrap_or(0);
-    let whole = len / LANES * LANES;
+    let ((a, a_tail), (b, b_tail), (c, c_tail)) =
+        (a.as_chunks::<LANES>(), b.as_chunks::<LANES>(), c.as_chunks::<LANES>());
     let mut partial = [neutral; LANES];
-    let mut start = 0;
-    while start < whole {
-        let chunks = args.map(|arg| &arg[start..start + LANES]);
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
         for lane in 0..LANES {
-            partial[lane] = step(partial[lane], chunks.map(|chunk| chunk[lane]));
+            partial[lane] = step(partial[lane], a[lane], b[lane], c[lane]);
         }
-        start += LANES;
     }
     // The tail is padded rather than indexed, so that the partial results stay in registers.
-    if whole < len {
-        let mut tail = [[neutral; LANES]; N];
-        for (tail, arg) in tail.iter_mut().zip(args) {
-            tail[..len - whole].copy_from_slice(&arg[whole..len]);
-        }
+    if !a_tail.is_empty() {
+        let mut tails = [[neutral; LANES]; 3];
+        tails[0][..a_tail.len()].copy_from_slice(a_tail);
+        tails[1][..b_tail.len()].copy_from_slice(b_tail);
+        tails[2][..c_tail.len()].copy_from_slice(c_tail);
         for lane in 0..LANES {
-            partial[lane] = step(partial[lane], tail.map(|tail| tail[lane]));
+            partial[lane] = step(partial[lane], tails[0][lane], tails[1][lane], tails[2][lane]);
         }
     }
     combine(partial, combine_two)
@@ -160,19 +159,19 @@ fn combine(mut partial: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 
 /// Sum in a fixed order.
 #[inline(always)]
 pub(crate) fn sum(x: &[f32]) -> f32 {
-    fold([x], 0.0, |sum, [x]| sum + x, |a, b| a + b)
+    fold((x, x, x), 0.0, |sum, x, _, _| sum + x, |a, b| a + b)
 }
 
 /// `sum(x^2)` in a fixed order.
 #[inline(always)]
 pub(crate) fn sum_of_squares(x: &[f32]) -> f32 {
-    fold([x], 0.0, |sum, [x]| sum + x * x, |a, b| a + b)
+    fold((x, x, x), 0.0, |sum, x, _, _| sum + x * x, |a, b| a + b)
 }
 
 /// `sum(a * b)` in a fixed order.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    fold([a, b], 0.0, |sum, [a, b]| sum + a * b, |a, b| a + b)
+    fold((a, b, b), 0.0, |sum, a, b, _| sum + a * b, |a, b| a + b)
 }
 
 /// [`dot`] with the second factor widened on the way: the same bits.
@@ -194,14 +193,14 @@ pub(crate) fn dot_bf16(a: &[f32], b: &[half::bf16]) -> f32 {
 /// `sum(a * b * c)` in a fixed order.
 #[inline(always)]
 pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
-    fold([a, b, c], 0.0, |sum, [a, b, c]| sum + a * b * c, |a, b| a + b)
+    fold((a, b, c), 0.0, |sum, a, b, c| sum + a * b * c, |a, b| a + b)
 }
 
 /// Largest value; -inf for an empty slice. A NaN is passed over.
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
-    fold([x], f32::NEG_INFINITY, |max, [x]| larger(max, x), larger)
+    fold((x, x, x), f32::NEG_INFINITY, |max, x, _, _| larger(max, x), larger)
 }
 
 /// Replaces each `x` by `exp(x - shift)` and gives the sum of the results.
