@@ -18,6 +18,11 @@ impl Philox {
         Self { key: [low, high ^ op_id.wrapping_mul(0x9E37_79B9)] }
     }
 
+    /// The two words that stand for seed and op id, for a device that draws by itself.
+    pub fn key(&self) -> [u32; 2] {
+        self.key
+    }
+
     /// Four independent words for a counter.
     pub fn block(&self, counter: [u32; 4]) -> [u32; 4] {
         let [c0, c1, c2, c3] = counter;

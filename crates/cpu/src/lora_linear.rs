@@ -82,10 +82,6 @@ impl CpuBackend {
 }
 
 impl LoraLinear for CpuBackend {
-    fn lora_linear_has_dropout(&self) -> bool {
-        true
-    }
-
     fn lora_linear_forward(
         &self,
         spec: &Spec,

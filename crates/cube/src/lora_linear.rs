@@ -3,9 +3,9 @@
 use cubecl::prelude::Runtime;
 use unsloth_core::{
     Category, DType, Result, Tensor, Weight,
-    ops::lora_linear::{Adapter, Backward, Forward, LoraLinear, ParameterGradients, Spec},
+    ops::lora_linear::{Adapter, Backward, Dropout, Forward, LoraLinear, ParameterGradients, RowDropout, Spec},
 };
-use unsloth_linear::{linear, lora_linear as kernels};
+use unsloth_linear::{dropout, linear, lora_linear as kernels};
 
 use crate::{
     access::{dispatch_float, handle, handle_mut},
@@ -17,6 +17,19 @@ const BACKWARD: &str = "lora_linear_backward";
 
 fn shape(spec: &Spec) -> kernels::Shape {
     kernels::Shape { base: base_shape(&spec.base), rank: spec.rank, scale: spec.scale }
+}
+
+fn dropout<'a>(rows: &RowDropout<'a>) -> dropout::RowDropout<'a> {
+    let &RowDropout { dropout: Dropout { probability, stream, step }, sequences, positions } = rows;
+    let dropout = dropout::Dropout { probability, key: stream.key(), step };
+    dropout::RowDropout { dropout, sequences: handle(sequences), positions: handle(positions) }
+}
+
+/// Scratch of a call on rows of the type of `like`.
+fn workspace(spec: &Spec, like: &Tensor) -> Result<Tensor> {
+    let dropped = spec.dropout.is_some();
+    let len = dispatch_float!(spec.base.dtype, X => shape(spec).workspace_len::<X>(dropped));
+    like.device().empty([len], DType::F32, Category::Workspace)
 }
 
 impl<R: Runtime> CubeBackend<R> {
@@ -37,7 +50,14 @@ impl<R: Runtime> CubeBackend<R> {
         let weight = inputs.weight.to_dense()?;
         let to_dx = handle_mut(BACKWARD, "dx", &mut dx)?;
         let base = linear::InputGradient { dy: handle(inputs.dy), weight: handle(&weight), dx: to_dx };
-        let args = kernels::InputGradient { base, dh: handle(dh), lora_a: handle(inputs.adapter.lora_a) };
+        let workspace = workspace(spec, inputs.dy)?;
+        let args = kernels::InputGradient {
+            base,
+            dh: handle(dh),
+            lora_a: handle(inputs.adapter.lora_a),
+            dropout: inputs.adapter.dropout.as_ref().map(dropout),
+            workspace: handle(&workspace),
+        };
         self.launch(BACKWARD, |client| {
             dispatch_float!(spec.base.dtype, X => dispatch_float!(spec.base.weight_dtype, W =>
                 dispatch_float!(spec.adapter_dtype, L =>
@@ -63,8 +83,15 @@ impl<R: Runtime> LoraLinear for CubeBackend<R> {
         let bias_dtype = bias.map_or(spec.base.dtype, Tensor::dtype);
         let to_y = handle_mut(OP, "y", &mut y)?;
         let base = linear::Forward { x: handle(x), weight: handle(&weight), bias: bias.map(handle), y: to_y };
-        let (lora_a, lora_b) = (handle(adapter.lora_a), handle(adapter.lora_b));
-        let args = kernels::Forward { base, lora_a, lora_b, h: handle_mut(OP, "h", &mut h)? };
+        let workspace = workspace(spec, x)?;
+        let args = kernels::Forward {
+            base,
+            lora_a: handle(adapter.lora_a),
+            lora_b: handle(adapter.lora_b),
+            dropout: adapter.dropout.as_ref().map(dropout),
+            h: handle_mut(OP, "h", &mut h)?,
+            workspace: handle(&workspace),
+        };
         self.launch(OP, |client| {
             dispatch_float!(spec.base.dtype, X => dispatch_float!(spec.base.weight_dtype, W =>
                 dispatch_float!(bias_dtype, B => dispatch_float!(spec.adapter_dtype, L =>
@@ -95,7 +122,10 @@ impl<R: Runtime> LoraLinear for CubeBackend<R> {
         let dh = self.rank_gradient(spec, dy, adapter.lora_b)?;
         if let Some(dlora_a) = gradients.dlora_a {
             let dlora_a = handle_mut(BACKWARD, "dlora_a", dlora_a)?;
-            let args = kernels::GradientOfA { dh: handle(&dh), x: handle(x), dlora_a };
+            let workspace = workspace(spec, x)?;
+            let dropout = adapter.dropout.as_ref().map(dropout);
+            let args =
+                kernels::GradientOfA { dh: handle(&dh), x: handle(x), dropout, dlora_a, workspace: handle(&workspace) };
             self.launch(
                 BACKWARD,
                 |client| dispatch_float!(dtype, X => kernels::gradient_of_a::<R, X>(client, shape(spec), args)),

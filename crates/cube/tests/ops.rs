@@ -54,6 +54,11 @@ fn linear_cross_entropy() {
 }
 
 #[test]
+fn lora_dropout() {
+    suite::lora_dropout::run(&device());
+}
+
+#[test]
 fn lora_linear() {
     suite::lora_linear::run(&device());
 }

@@ -192,10 +192,6 @@ impl PlanBackend {
 }
 
 impl lora_linear::LoraLinear for PlanBackend {
-    fn lora_linear_has_dropout(&self) -> bool {
-        true
-    }
-
     fn lora_linear_forward(
         &self,
         spec: &lora_linear::Spec,

@@ -13,7 +13,7 @@ use super::{
     cost::{Cost, stored},
     linear,
 };
-use crate::{DType, Error, Result, Tensor, Weight, rng::Philox};
+use crate::{DType, Result, Tensor, Weight, rng::Philox};
 
 /// What defines one adapted layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -146,10 +146,6 @@ pub struct ParameterGradients<'a> {
 
 /// LoRA layers of a backend.
 pub trait LoraLinear {
-    /// Whether the backend has dropout; one that does not is never given any.
-    fn lora_linear_has_dropout(&self) -> bool {
-        false
-    }
     /// `y` and `h`.
     fn lora_linear_forward(
         &self,
@@ -200,17 +196,13 @@ fn checked_dropout(x: &Tensor, rows: &RowDropout<'_>) -> Result<Dropout> {
     let like: (&[usize], _, _) = (&[x.shape()[0]], DType::I32, x.device());
     check::tensor("lora_linear", "sequences", rows.sequences, like)?;
     check::tensor("lora_linear", "positions", rows.positions, like)?;
-    if !x.device().backend().lora_linear_has_dropout() {
-        return Err(Error::Unsupported { op: "lora_linear", what: "dropout", device: x.device().name() });
-    }
     Ok(rows.dropout)
 }
 
 /// `y = x W^T + bias + scale * (x A^T) B^T`, `x`: `[rows, in_features]`.
 ///
 /// # Errors
-/// Shape, dtype or device mismatch; [`crate::Error::InvalidSpec`] for rank 0 or a probability outside `[0, 1)`;
-/// [`crate::Error::Unsupported`] for dropout on a device that does not have it.
+/// Shape, dtype or device mismatch; [`crate::Error::InvalidSpec`] for rank 0 or a probability outside `[0, 1)`.
 pub fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, adapter: Adapter<'_>) -> Result<Forward> {
     let spec = spec(x, weight, &adapter)?;
     if let Some(bias) = bias {

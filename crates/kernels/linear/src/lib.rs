@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
+pub mod dropout;
 mod few_rows;
 pub mod linear;
 pub mod lora_linear;
 pub mod product;
+mod sums;

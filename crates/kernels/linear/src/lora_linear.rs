@@ -1,17 +1,28 @@
 //! Linear layer with a low-rank update.                                         Hu et al. 2021, arXiv:2106.09685
 //! - `y = x W^T + bias + scale * (x A^T) B^T`, where `A` is `[rank, in_features]` and `B` `[out_features, rank]`
 //! - with `h = x A^T` and `dh = scale * dy B`: `dx = dy W + dh A`; `dA += dh^T x`; `dB += scale * dy^T h`
+//! - with dropout, `drop(x)` takes the place of `x` in `h` and in `dA`, and `drop(dh A)` that of `dh A` in `dx`
 //!
 //! Work: the products of [`crate::product`], smallest first; `W + scale * B A` is never formed. `h` and `dh` are f32, so that nothing is
-//! rounded between two products; `y` and `dx` are written by the base layer and added to by the update.
+//! rounded between two products. `y` and `dx` start as the update, to which the base layer is added: in place in f32, else in a
+//! workspace of some rows at a time, which is then rounded, once. What dropout leaves of `x` passes through the same workspace.
+
+use std::ops::Range;
 
 use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{Launch, LaunchError};
 
 use crate::{
+    dropout::{self, RowDropout},
     linear,
     product::{Args, Form, Matrix, Size, product},
+    sums::{Sums, from_row, is_narrow},
 };
+
+/// f32 elements of a workspace, where [`ROWS`] rows are not more: 32 MiB, which stay in the cache of a large device.
+const CHUNK: usize = 8 << 20;
+/// Rows of a chunk are a multiple of this, so that each chunk of every buffer starts at an address that devices bind.
+const ROWS: usize = 128;
 
 /// Sizes of one adapted layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,6 +35,64 @@ pub struct Shape {
     pub scale: f32,
 }
 
+impl Shape {
+    fn widest(&self) -> usize {
+        self.base.in_features.max(self.base.out_features)
+    }
+
+    fn chunk_rows(&self) -> usize {
+        let rows = CHUNK / self.widest().max(1) / ROWS * ROWS;
+        rows.max(ROWS).min(self.base.rows)
+    }
+
+    /// f32 elements of the workspace of each call, for activations of `X`, with or without dropout; 0 where none is needed.
+    pub fn workspace_len<X: Float>(&self, dropout: bool) -> usize {
+        if dropout || is_narrow::<X>() { self.chunk_rows() * self.widest() } else { 0 }
+    }
+
+    /// The rows that are at work at a time: all, or as many as the workspace holds.
+    fn chunks(&self, in_workspace: bool) -> impl Iterator<Item = Range<usize>> + use<> {
+        let all = self.base.rows;
+        let most = if in_workspace { self.chunk_rows() } else { all }.max(1);
+        (0..all).step_by(most).map(move |first| first..(first + most).min(all))
+    }
+}
+
+/// Some rows of a row-major buffer.
+fn rows_of<R: Runtime, E: Float>(
+    launch: &Launch<'_, R>,
+    (arg, handle): (&'static str, &Handle),
+    rows: &Range<usize>,
+    columns: usize,
+) -> Result<Matrix<R>, LaunchError> {
+    Matrix::new::<E>(launch, arg, &from_row::<E>(handle, rows.start, columns), rows.len() * columns)
+}
+
+/// The dropout of some rows.
+fn dropout_of<R>(all: RowDropout<'_>, rows: &Range<usize>, run: impl FnOnce(RowDropout<'_>) -> R) -> R {
+    let [sequences, positions] = [all.sequences, all.positions].map(|handle| from_row::<i32>(handle, rows.start, 1));
+    run(RowDropout { dropout: all.dropout, sequences: &sequences, positions: &positions })
+}
+
+/// Rows of the update's input, and the factor that they are to be multiplied by: as they are, or what dropout leaves of them.
+fn update_input<R: Runtime, X: Float>(
+    launch: &Launch<'_, R>,
+    (x, columns): (&Handle, usize),
+    rows: &Range<usize>,
+    (dropout, workspace): (Option<RowDropout<'_>>, &Handle),
+) -> Result<(Matrix<R>, f32), LaunchError> {
+    let Some(dropout) = dropout else {
+        return Ok((rows_of::<R, X>(launch, ("x", x), rows, columns)?, 1.0));
+    };
+    let x = from_row::<X>(x, rows.start, columns);
+    dropout_of(dropout, rows, |rows_dropout| {
+        let args = dropout::Args { x: Some(&x), out: workspace, rows: rows_dropout };
+        dropout::zero::<R, X>(launch.client(), (rows.len(), columns), args)
+    })?;
+    let left = Matrix::new::<X>(launch, "workspace", workspace, rows.len() * columns)?;
+    Ok((left, dropout.dropout.kept_scale()))
+}
+
 /// Buffers of the forward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Forward<'a> {
@@ -33,11 +102,15 @@ pub struct Forward<'a> {
     pub lora_a: &'a Handle,
     /// `[out_features, rank]` of `L`
     pub lora_b: &'a Handle,
-    /// f32 `[rows, rank]`, overwritten: `x A^T`.
+    /// What is dropped of the update's input.
+    pub dropout: Option<RowDropout<'a>>,
+    /// f32 `[rows, rank]`, overwritten: `drop(x) A^T`.
     pub h: &'a Handle,
+    /// f32 `[Shape::workspace_len]`, overwritten; any buffer where that is 0.
+    pub workspace: &'a Handle,
 }
 
-/// Launches `h = x A^T`, `y = x W^T + bias + scale * h B^T`. Without a bias `B` is of no consequence.
+/// Launches `h = drop(x) A^T`, `y = x W^T + bias + scale * h B^T`. Without a bias `B` is of no consequence.
 ///
 /// # Errors
 /// [`LaunchError`] for an element type that the device lacks, a buffer that is too small, or a limit exceeded.
@@ -47,27 +120,33 @@ pub fn forward<R: Runtime, X: Float, W: Float, B: Float, L: Float>(
     args: Forward<'_>,
 ) -> Result<(), LaunchError> {
     let launch = Launch::new(client, "lora_linear_forward");
-    let Shape { base: linear::Shape { rows, in_features, out_features }, rank, scale } = shape;
-    let h = || Matrix::new::<f32>(&launch, "h", args.h, rows * rank);
-    let matrices = Args {
-        a: Matrix::new::<X>(&launch, "x", args.base.x, rows * in_features)?,
-        b: Matrix::new::<L>(&launch, "lora_a", args.lora_a, rank * in_features)?,
-        bias: None,
-        out: h()?,
-        scale: 1.0,
-    };
-    let form = Form { a_transposed: false, b_transposed: true, accumulate: false };
-    product(&launch, Size { rows, cols: rank, depth: in_features }, form, matrices)?;
-    linear::forward::<R, X, W, B>(client, shape.base, args.base)?;
-    let matrices = Args {
-        a: h()?,
-        b: Matrix::new::<L>(&launch, "lora_b", args.lora_b, out_features * rank)?,
-        bias: None,
-        out: Matrix::new::<X>(&launch, "y", args.base.y, rows * out_features)?,
-        scale,
-    };
-    let form = Form { accumulate: true, ..form };
-    product(&launch, Size { rows, cols: out_features, depth: rank }, form, matrices)
+    let Shape { base: linear::Shape { in_features, out_features, .. }, rank, scale } = shape;
+    let by_columns = Form { a_transposed: false, b_transposed: true, accumulate: false };
+    for rows in shape.chunks(is_narrow::<X>() || args.dropout.is_some()) {
+        let h = || rows_of::<R, f32>(&launch, ("h", args.h), &rows, rank);
+        let (input, kept_scale) =
+            update_input::<R, X>(&launch, (args.base.x, in_features), &rows, (args.dropout, args.workspace))?;
+        let lora_a = Matrix::new::<L>(&launch, "lora_a", args.lora_a, rank * in_features)?;
+        let matrices = Args { a: input, b: lora_a, bias: None, out: h()?, scale: kept_scale };
+        product(&launch, Size { rows: rows.len(), cols: rank, depth: in_features }, by_columns, matrices)?;
+
+        let sums = Sums::<R, X>::new(&launch, ("y", args.base.y), (&rows, out_features), args.workspace);
+        let lora_b = Matrix::new::<L>(&launch, "lora_b", args.lora_b, out_features * rank)?;
+        let matrices = Args { a: h()?, b: lora_b, bias: None, out: sums.matrix()?, scale };
+        product(&launch, Size { rows: rows.len(), cols: out_features, depth: rank }, by_columns, matrices)?;
+        let bias = args.base.bias.map(|bias| Matrix::new::<B>(&launch, "bias", bias, out_features)).transpose()?;
+        let matrices = Args {
+            a: rows_of::<R, X>(&launch, ("x", args.base.x), &rows, in_features)?,
+            b: Matrix::new::<W>(&launch, "weight", args.base.weight, out_features * in_features)?,
+            bias,
+            out: sums.matrix()?,
+            scale: 1.0,
+        };
+        let onto = Form { accumulate: true, ..by_columns };
+        product(&launch, Size { rows: rows.len(), cols: out_features, depth: in_features }, onto, matrices)?;
+        sums.finish()?;
+    }
+    Ok(())
 }
 
 /// Buffers of `dh`.
@@ -112,9 +191,13 @@ pub struct InputGradient<'a> {
     pub dh: &'a Handle,
     /// `[rank, in_features]` of `L`
     pub lora_a: &'a Handle,
+    /// What the forward pass dropped.
+    pub dropout: Option<RowDropout<'a>>,
+    /// f32 `[Shape::workspace_len]`, overwritten; any buffer where that is 0.
+    pub workspace: &'a Handle,
 }
 
-/// Launches `dx = dy W + dh A`.
+/// Launches `dx = dy W + drop(dh A)`.
 ///
 /// # Errors
 /// As [`forward`].
@@ -124,17 +207,37 @@ pub fn input_gradient<R: Runtime, X: Float, W: Float, L: Float>(
     args: InputGradient<'_>,
 ) -> Result<(), LaunchError> {
     let launch = Launch::new(client, "lora_linear_input_gradient");
-    let Shape { base: linear::Shape { rows, in_features, .. }, rank, .. } = shape;
-    linear::input_gradient::<R, X, W>(client, shape.base, args.base)?;
-    let matrices = Args {
-        a: Matrix::new::<f32>(&launch, "dh", args.dh, rows * rank)?,
-        b: Matrix::new::<L>(&launch, "lora_a", args.lora_a, rank * in_features)?,
-        bias: None,
-        out: Matrix::new::<X>(&launch, "dx", args.base.dx, rows * in_features)?,
-        scale: 1.0,
-    };
-    let form = Form { a_transposed: false, b_transposed: false, accumulate: true };
-    product(&launch, Size { rows, cols: in_features, depth: rank }, form, matrices)
+    let Shape { base: linear::Shape { in_features, out_features, .. }, rank, .. } = shape;
+    let by_rows = Form { a_transposed: false, b_transposed: false, accumulate: false };
+    for rows in shape.chunks(is_narrow::<X>() || args.dropout.is_some()) {
+        let sums = Sums::<R, X>::new(&launch, ("dx", args.base.dx), (&rows, in_features), args.workspace);
+        let matrices = Args {
+            a: rows_of::<R, f32>(&launch, ("dh", args.dh), &rows, rank)?,
+            b: Matrix::new::<L>(&launch, "lora_a", args.lora_a, rank * in_features)?,
+            bias: None,
+            out: sums.matrix()?,
+            scale: args.dropout.map_or(1.0, |rows| rows.dropout.kept_scale()),
+        };
+        product(&launch, Size { rows: rows.len(), cols: in_features, depth: rank }, by_rows, matrices)?;
+        if let Some(dropout) = args.dropout {
+            // Before the base layer comes in, of which nothing is dropped.
+            dropout_of(dropout, &rows, |rows_dropout| {
+                let args = dropout::Args { x: None, out: sums.handle(), rows: rows_dropout };
+                dropout::zero::<R, f32>(client, (rows.len(), in_features), args)
+            })?;
+        }
+        let matrices = Args {
+            a: rows_of::<R, X>(&launch, ("dy", args.base.dy), &rows, out_features)?,
+            b: Matrix::new::<W>(&launch, "weight", args.base.weight, out_features * in_features)?,
+            bias: None,
+            out: sums.matrix()?,
+            scale: 1.0,
+        };
+        let onto = Form { accumulate: true, ..by_rows };
+        product(&launch, Size { rows: rows.len(), cols: in_features, depth: out_features }, onto, matrices)?;
+        sums.finish()?;
+    }
+    Ok(())
 }
 
 /// Buffers of the gradient of `A`.
@@ -144,11 +247,15 @@ pub struct GradientOfA<'a> {
     pub dh: &'a Handle,
     /// `[rows, in_features]` of `X`
     pub x: &'a Handle,
+    /// What the forward pass dropped.
+    pub dropout: Option<RowDropout<'a>>,
     /// f32 `[rank, in_features]`, added to.
     pub dlora_a: &'a Handle,
+    /// f32 `[Shape::workspace_len]`, overwritten; any buffer without dropout.
+    pub workspace: &'a Handle,
 }
 
-/// Launches `dA += dh^T x`.
+/// Launches `dA += dh^T drop(x)`.
 ///
 /// # Errors
 /// As [`forward`].
@@ -158,16 +265,21 @@ pub fn gradient_of_a<R: Runtime, X: Float>(
     args: GradientOfA<'_>,
 ) -> Result<(), LaunchError> {
     let launch = Launch::new(client, "lora_linear_gradient_of_a");
-    let Shape { base: linear::Shape { rows, in_features, .. }, rank, .. } = shape;
-    let matrices = Args {
-        a: Matrix::new::<f32>(&launch, "dh", args.dh, rows * rank)?,
-        b: Matrix::new::<X>(&launch, "x", args.x, rows * in_features)?,
-        bias: None,
-        out: Matrix::new::<f32>(&launch, "dlora_a", args.dlora_a, rank * in_features)?,
-        scale: 1.0,
-    };
+    let Shape { base: linear::Shape { in_features, .. }, rank, .. } = shape;
     let form = Form { a_transposed: true, b_transposed: false, accumulate: true };
-    product(&launch, Size { rows: rank, cols: in_features, depth: rows }, form, matrices)
+    for rows in shape.chunks(args.dropout.is_some()) {
+        let (input, kept_scale) =
+            update_input::<R, X>(&launch, (args.x, in_features), &rows, (args.dropout, args.workspace))?;
+        let matrices = Args {
+            a: rows_of::<R, f32>(&launch, ("dh", args.dh), &rows, rank)?,
+            b: input,
+            bias: None,
+            out: Matrix::new::<f32>(&launch, "dlora_a", args.dlora_a, rank * in_features)?,
+            scale: kept_scale,
+        };
+        product(&launch, Size { rows: rank, cols: in_features, depth: rows.len() }, form, matrices)?;
+    }
+    Ok(())
 }
 
 /// Buffers of the gradient of `B`.

@@ -92,10 +92,6 @@ impl<B: Backend> MutantBackend<B> {
 }
 
 impl<B: Backend> LoraLinear for MutantBackend<B> {
-    fn lora_linear_has_dropout(&self) -> bool {
-        self.inner.lora_linear_has_dropout()
-    }
-
     fn lora_linear_forward(
         &self,
         spec: &lora_linear::Spec,
@@ -116,6 +112,11 @@ impl<B: Backend> LoraLinear for MutantBackend<B> {
         let mut adapter = adapter;
         self.change_dropout(&mut spec, &mut adapter, &counters);
         let mut forward = self.inner.lora_linear_forward(&spec, x, weight, bias, adapter)?;
+        if self.has(Mutation::LoraRoundsTwice) {
+            let nothing = weight.device().prepare_weight(zeros_like(&weight.to_dense()?)?)?;
+            let update = self.inner.lora_linear_forward(&spec, x, &nothing, None, adapter)?.y;
+            forward.y = self.inner.add(self.inner.linear_forward(&spec.base, x, weight, bias)?, &update)?;
+        }
         if let (Some(dropout), true) = (spec.dropout, self.has(Mutation::LoraDropoutKeepsMagnitude)) {
             forward.h = mapped(&forward.h, |value| value * f64::from(1.0 - dropout.probability))?;
         }

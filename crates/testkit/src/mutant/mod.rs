@@ -211,6 +211,8 @@ mutations! {
         LoraBackwardDropsScale,
         /// The bias is not added.
         LoraDropsBias,
+        /// The base layer is rounded before the update is added.
+        LoraRoundsTwice,
         /// `dx` lacks the part that goes through the update.
         LoraDropsUpdateInDx,
         /// The gradient of `B` is lost.

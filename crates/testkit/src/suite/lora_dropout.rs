@@ -1,4 +1,4 @@
-//! What [`unsloth_core::ops::lora_linear`] has to show on a device with dropout, which not every device has.
+//! What [`unsloth_core::ops::lora_linear`] has to show with dropout.
 
 use unsloth_core::{
     DType, Device,

@@ -70,8 +70,9 @@ pub fn check(device: &Device) -> Checked {
 
 type Hazard = fn(&Device, &Case) -> Checked;
 
-const HAZARDS: [(&str, Hazard); 3] = [
+const HAZARDS: [(&str, Hazard); 4] = [
     ("gives_only_what_is_wanted", gives_only_what_is_wanted),
+    ("rounds_once", rounds_once),
     ("zero_b_is_the_base_layer", zero_b_is_the_base_layer),
     ("rejects", rejects),
 ];
@@ -318,6 +319,35 @@ fn zero_b_is_the_base_layer(device: &Device, case: &Case) -> Checked {
         layer(device, case, &problem)?;
         let (dlora_a, _) = problem.accumulators(device)?;
         expect::same_bits(case, &format!("dlora_a, {dtype}"), &problem.run(device)?.dlora_a, &dlora_a)?;
+    }
+    Ok(())
+}
+
+/// With small integers every sum is exact in f32, so that `y` and `dx` are the exact results rounded to their type: a base layer or
+/// an update that is rounded before the other is added to it shows in the last place.
+fn rounds_once(device: &Device, case: &Case) -> Checked {
+    for dtype in device.float_dtypes() {
+        let (dims, rank) = (Dims { rows: 9, in_features: 65, out_features: 33 }, 4);
+        let mut problem = Problem::new((dims, rank), dtype, dtype, DType::F32);
+        problem.scale = 1.0;
+        let mut data = Data::new(32);
+        let mut integers = |values: &mut Vec<f64>, bound: usize| {
+            let drawn = data.integers(values.len(), 2 * bound + 1);
+            *values = drawn.into_iter().map(|i| f64::from(i) - bound as f64).collect();
+        };
+        // Base and update of thousands, which neither half type holds to the last digit.
+        integers(&mut problem.x, 31);
+        integers(&mut problem.dy, 31);
+        integers(&mut problem.weight, 31);
+        integers(&mut problem.bias, 31);
+        integers(&mut problem.lora_a, 7);
+        integers(&mut problem.lora_b, 3);
+        let Reference { forward, gradients } = problem.reference(&Exact);
+        let results = problem.run(device)?;
+        let y = data::tensor(device, &forward.y, [dims.rows, dims.out_features], dtype)?;
+        expect::same_bits(case, &format!("y, {dtype}"), &results.y, &y)?;
+        let dx = data::tensor(device, &gradients.dx, [dims.rows, dims.in_features], dtype)?;
+        expect::same_bits(case, &format!("dx, {dtype}"), &results.dx, &dx)?;
     }
     Ok(())
 }

@@ -2,7 +2,8 @@
 
 use unsloth_core::{
     DType, Result,
-    ops::lora_linear::{self, Adapter, Backward, ParameterGradients},
+    ops::lora_linear::{self, Adapter, Backward, Dropout, ParameterGradients, RowDropout},
+    rng::Philox,
 };
 
 use super::{Caller, dtype_pairs};
@@ -27,6 +28,10 @@ pub(super) fn calls(caller: &mut Caller) -> Result<()> {
                 let mut dlora_a = caller.tensor(DType::F32, [rank, in_features])?;
                 let mut dlora_b = caller.tensor(DType::F32, [out_features, rank])?;
                 let adapter = Adapter { lora_a: &lora_a, lora_b: &lora_b, scale: 2.0, dropout: None };
+                let counters = caller.tensor(DType::I32, [rows])?;
+                let dropout = Dropout { probability: 0.1, stream: Philox::new(0, 0), step: 0 };
+                let dropped = RowDropout { dropout, sequences: &counters, positions: &counters };
+                let dropped = Adapter { dropout: Some(dropped), ..adapter };
                 let inputs = Backward { dy: &dy, x: &x, h: &h, weight: &weight, adapter, needs_dx: true };
                 let gradients = ParameterGradients { dlora_a: Some(&mut dlora_a), dlora_b: Some(&mut dlora_b) };
                 let size = format!("{rows} x {in_features} -> {out_features}, rank {rank}");
@@ -34,6 +39,10 @@ pub(super) fn calls(caller: &mut Caller) -> Result<()> {
                     |what: &str| format!("{what} {size} {dtype}, weight {weight_dtype}, adapter {adapter_dtype}");
                 caller.call(detail("forward"), || lora_linear::forward(&x, &weight, Some(&bias), adapter));
                 caller.call(detail("backward"), || lora_linear::backward(inputs, gradients));
+                let inputs = Backward { adapter: dropped, ..inputs };
+                let gradients = ParameterGradients { dlora_a: Some(&mut dlora_a), dlora_b: None };
+                caller.call(detail("forward with dropout"), || lora_linear::forward(&x, &weight, None, dropped));
+                caller.call(detail("backward with dropout"), || lora_linear::backward(inputs, gradients));
             }
         }
     }
