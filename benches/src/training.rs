@@ -34,7 +34,8 @@ pub fn trainer(folder: &Path, device: &Device, options: Options) -> anyhow::Resu
     decoder.set_checkpointing(checkpointing);
     decoder.add_adapters(&LoraConfig::new(rank, 16.0), &Targets::AllLinear, 0)?;
     let schedule = Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-4, warmup_steps: 0, total_steps: 1 };
-    let config = TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), seed: 0 };
+    let adamw = AdamWConfig::default();
+    let config = TrainerConfig { adamw, schedule, max_grad_norm: Some(1.0), loss_scale: None, seed: 0 };
     Ok(Trainer::new(decoder, config)?)
 }
 

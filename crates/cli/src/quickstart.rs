@@ -91,7 +91,7 @@ impl Screen {
                         "  step {step:>4}/{total}  loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s  peak {}",
                         record.loss,
                         record.lr,
-                        record.grad_norm,
+                        record.grad_norm.unwrap_or(f32::INFINITY),
                         record.tokens_per_second,
                         ByteSize(record.peak_bytes),
                     ));

@@ -266,7 +266,6 @@ fn options_out_of_range() {
         ("--warmup-ratio 2", ["warmup_ratio = 2", "[0, 1]"]),
         ("--beta1 1", ["beta1 = 1", "[0, 1)"]),
         ("--max-grad-norm 0", ["max_grad_norm = 0", "positive"]),
-        ("--dtype f16", ["dtype = f16", "f32 or bf16"]),
         ("--threads 0", ["num_threads = 0", "at least 1"]),
         ("--device npu", ["name = npu", "cpu, vulkan:N, wgpu or cuda:N"]),
         ("--device vulkan:99", ["name = vulkan:99", if cfg!(feature = "wgpu") { "device" } else { "--features wgpu" }]),

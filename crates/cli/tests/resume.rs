@@ -166,6 +166,11 @@ fn an_interrupted_run_from_scratch_in_bf16_goes_on_with_the_same_bits() {
 }
 
 #[test]
+fn an_interrupted_run_in_f16_goes_on_with_its_loss_scale() {
+    stopped_run_goes_on("--method full --dtype f16", "INT");
+}
+
+#[test]
 fn a_second_signal_ends_the_run_at_once() {
     let runs = Runs::new("--rank 4");
     // One step over 24000 documents, which takes long enough not to be over before the signals.

@@ -158,6 +158,29 @@ fn bf16_activations_train() {
     assert_ne!(wide, narrow);
 }
 
+/// The scale of the loss is found within a few steps, which are skipped and say so.
+#[test]
+fn f16_activations_train_with_a_loss_scale() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |dtype: &str| {
+        let output = train(&folder, dtype, &format!("--steps 20 --adapter {{}} --schedule constant --dtype {dtype}"));
+        read_metrics(&output)
+    };
+    let (wide, narrow) = (run("f32"), run("f16"));
+    assert!(wide.iter().all(|step| step.get("loss_scale").is_none()));
+    let mut scale = 65_536.0;
+    for step in &narrow {
+        assert_eq!(step["loss_scale"], json!(scale));
+        scale *= if step["grad_norm"].is_null() { 0.5 } else { 1.0 };
+    }
+    let num_skipped = narrow.iter().filter(|step| step["grad_norm"].is_null()).count();
+    assert!(num_skipped < 10, "{num_skipped} of 20 steps were skipped");
+    let (wide, narrow) = (column(&wide, "loss"), column(&narrow, "loss"));
+    // f16 keeps 11 bits: a loss near 8 agrees to about a thousandth, where as many steps have been taken on the same data.
+    assert!((wide[0] - narrow[0]).abs() < 0.02, "{wide:?} {narrow:?}");
+    assert!(narrow[19] < narrow[0] && (wide[19] - narrow[19]).abs() < 0.1, "{wide:?} {narrow:?}");
+}
+
 #[test]
 fn generate_streams_text_or_ids() {
     let root = fixture("tiny-llama");

@@ -151,7 +151,7 @@ fn adapted_model_on(device: &Device, model: &str) {
 
 fn trainer_config() -> TrainerConfig {
     let schedule = Schedule { kind: ScheduleKind::Cosine, learning_rate: 1e-3, warmup_steps: 3, total_steps: 20 };
-    TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), seed: 0 }
+    TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), loss_scale: None, seed: 0 }
 }
 
 fn training_curve(model: &str) {

@@ -1,5 +1,7 @@
 //! Errors of the training loop.
 
+use crate::LossScaleError;
+
 /// Result of every call that steers a run.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -10,6 +12,9 @@ pub enum Error {
     /// An operator or an allocation failed outside a step.
     #[error(transparent)]
     Core(#[from] unsloth_core::Error),
+    /// The loss scaler was called out of turn.
+    #[error(transparent)]
+    LossScale(#[from] LossScaleError),
     /// An operator or an allocation failed within a step.
     #[error("step {step} failed")]
     Step {

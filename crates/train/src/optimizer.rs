@@ -9,7 +9,7 @@ use unsloth_core::{
     },
 };
 
-use crate::{ParameterState, Result, error::invalid};
+use crate::{ParameterState, Result, Unscaled, error::invalid};
 
 /// Hyper-parameters of AdamW; defaults are those of PyTorch.        Loshchilov & Hutter 2017, arXiv:1711.05101
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -122,23 +122,22 @@ impl AdamW {
         Ok(())
     }
 
-    /// Decides on the device about the next [`AdamW::step`]: the factor that clips gradients to `max_grad_norm`, and whether
-    /// to skip because `loss` or a gradient is not finite. Once a step is skipped, all later ones are.
+    /// Decides on the device about the next [`AdamW::step`]: the factor that unscales gradients and clips them to
+    /// `max_grad_norm`, and whether to skip because `norm`, that of the gradients as they are, or anything of `checked` is not
+    /// finite. A loss scaler has checked that already; without one, once a step is skipped, all later ones are.
     ///
     /// # Errors
     /// Device mismatch; a `max_grad_norm` that is not positive; [`unsloth_core::Error::OutOfMemory`].
     pub fn control(
         &mut self,
-        loss: &Tensor,
-        gradients: &GradStore,
+        unscaled: Unscaled,
+        (norm, checked): (&Tensor, &[&Tensor]),
         max_grad_norm: Option<f32>,
     ) -> unsloth_core::Result<()> {
-        let gradients = gradients.tensors();
-        let norm = reduce::grad_norm(&gradients)?;
-        let checked: Vec<&Tensor> = std::iter::once(loss).chain(gradients).collect();
-        let finite = reduce::all_finite(&checked)?;
-        let spec = ControlSpec { max_grad_norm, loss_scale: 1.0, sticky: true };
-        adamw::control(&spec, &norm, &finite, &mut self.state)
+        let Unscaled { loss_scale, finite } = unscaled;
+        let sticky = finite.is_none();
+        let finite = finite.map_or_else(|| reduce::all_finite(checked), Ok)?;
+        adamw::control(&ControlSpec { max_grad_norm, loss_scale, sticky }, norm, &finite, &mut self.state)
     }
 
     /// Changes every parameter by its gradient as [`AdamW::control`] decided, or none if the step is skipped.

@@ -1,18 +1,21 @@
 //! The loop of a run: gradients of micro-batches, one optimiser step, metrics.
 //!
 //! Nothing in a step waits for the device. Whether a step may change parameters is decided there; the host reads a step's
-//! scalars while the next one is under way.
+//! scalars while the next one is under way. Under loss scaling it reads them before: the scale of a step depends on whether the
+//! one before it was finite.
 
 mod state;
 
 use unsloth_autograd::{GradStore, Tape};
 use unsloth_core::{
     Category, DType, Tensor,
-    ops::{adamw::StepState, cross_entropy::LossSpec, elementwise},
+    ops::{adamw::StepState, cross_entropy::LossSpec, elementwise, reduce},
 };
 
-pub use self::state::ParameterState;
-use crate::{AdamW, AdamWConfig, Batch, Draw, Error, Model, Result, Schedule, error::invalid};
+pub use self::state::{ParameterState, RunState};
+use crate::{
+    AdamW, AdamWConfig, Batch, Draw, Error, LossScaleConfig, LossScaler, Model, Result, Schedule, error::invalid,
+};
 
 /// How parameters are changed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,6 +26,8 @@ pub struct TrainerConfig {
     pub schedule: Schedule,
     /// Gradients with a larger norm are scaled down to it; positive.
     pub max_grad_norm: Option<f32>,
+    /// How the loss is scaled, which gradients in f16 need; `None`: not at all.
+    pub loss_scale: Option<LossScaleConfig>,
     /// Of what is drawn at random in a step, such as dropout.
     pub seed: u64,
 }
@@ -33,10 +38,16 @@ impl TrainerConfig {
     pub fn validate(&self) -> Result<()> {
         self.adamw.validate()?;
         self.schedule.validate()?;
+        self.scaler().map(drop)?;
         match self.max_grad_norm {
             Some(max) if !(max > 0.0 && max.is_finite()) => invalid("max_grad_norm", max, "positive and finite"),
             _ => Ok(()),
         }
+    }
+
+    fn scaler(&self) -> Result<LossScaler> {
+        let disabled = LossScaleConfig { enabled: false, ..LossScaleConfig::default() };
+        LossScaler::new(self.loss_scale.unwrap_or(disabled))
     }
 }
 
@@ -49,17 +60,27 @@ pub struct StepMetrics {
     pub loss: f32,
     /// Learning rate.
     pub learning_rate: f32,
-    /// Norm of all gradients, before clipping.
+    /// Norm of all gradients, before clipping; not finite where the step was skipped.
     pub grad_norm: f32,
+    /// What its gradients were multiplied by while they were computed; 1 without loss scaling.
+    pub loss_scale: f32,
+    /// Whether it changed nothing, because a gradient was not finite under its loss scale.
+    pub skipped: bool,
     /// Tokens of the step.
     pub num_tokens: usize,
     /// Tokens that have a target.
     pub num_targets: usize,
 }
 
+/// The trainer's one optimiser, as its loss scaler counts them.
+const OPTIMIZER: usize = 0;
+
+/// Gradients that are not finite under a smaller scale than this are not so because of it: the smallest normal number in f16.
+const MIN_LOSS_SCALE: f32 = 1.0 / 16_384.0;
+
 /// Metrics of a step whose scalars the host has not read yet.
 struct Pending {
-    /// All but `loss` and `grad_norm`, which are still on the device.
+    /// All but `loss`, `grad_norm` and `skipped`, which are still on the device.
     metrics: StepMetrics,
     loss: Tensor,
     /// Copy of the [`StepState`], which the next step overwrites.
@@ -72,8 +93,11 @@ pub struct Trainer<M: Model> {
     config: TrainerConfig,
     gradients: GradStore,
     optimizer: AdamW,
+    scaler: LossScaler,
     /// Steps begun.
     num_steps: usize,
+    /// Of these, the ones that changed nothing.
+    num_skipped: usize,
     pending: Option<Pending>,
     /// The step that failed.
     stopped: Option<usize>,
@@ -93,17 +117,23 @@ impl<M: Model> Trainer<M> {
             return invalid("parameters", 0, "at least one parameter to train");
         }
         let gradients = GradStore::new(&parameters)?;
-        Ok(Self { model, config, gradients, optimizer, num_steps: 0, pending: None, stopped: None })
+        let scaler = config.scaler()?;
+        let (num_steps, num_skipped, pending, stopped) = (0, 0, None, None);
+        Ok(Self { model, config, gradients, optimizer, scaler, num_steps, num_skipped, pending, stopped })
     }
 
     /// One optimiser step over micro-batches, whose losses are divided by the number of targets of all of them, and whose
     /// sequences are counted through for what is drawn at random: however a batch is split, the step is the same up to
     /// rounding. Returns the metrics of the step before.
     ///
+    /// Under loss scaling a step whose gradients are not finite changes nothing, which its metrics tell; the rate of the
+    /// schedule goes on.
+    ///
     /// # Errors
     /// [`Error::NoTargets`], after which the trainer can go on. All others stop it, and later calls give
     /// [`Error::Stopped`]: [`Error::NonFinite`] if the step *before* this one was not finite, in which case neither it nor
-    /// this one has changed a parameter; [`Error::Step`] if an operator failed.
+    /// this one has changed a parameter; under loss scaling, if its loss was not, or its gradients under a scale below
+    /// 2^-14; [`Error::Step`] if an operator failed.
     pub fn step(&mut self, micro_batches: &[Batch]) -> Result<Option<StepMetrics>> {
         self.check_running()?;
         let step = self.num_steps + 1;
@@ -111,21 +141,22 @@ impl<M: Model> Trainer<M> {
         if num_targets == 0 {
             return Err(Error::NoTargets { step });
         }
+        let before = if self.scaler.is_enabled() { self.pending.take() } else { None };
+        let early = self.read(before)?;
         self.num_steps = step;
         let metrics = StepMetrics {
             step,
             loss: f32::NAN,
             learning_rate: self.config.schedule.rate(step - 1),
             grad_norm: f32::NAN,
+            loss_scale: self.scaler.scale(),
+            skipped: false,
             num_tokens: micro_batches.iter().map(Batch::num_tokens).sum(),
             num_targets,
         };
-        let launched = self.launch(micro_batches, metrics).map_err(|source| {
-            self.stopped = Some(step);
-            Error::Step { step, source }
-        })?;
+        let launched = self.launch(micro_batches, metrics).map_err(|error| self.stop(step, error))?;
         let before = self.pending.replace(launched);
-        self.read(before)
+        Ok(early.or(self.read(before)?))
     }
 
     /// Waits for the last step and returns its metrics, unless they have been returned. Parameters are then final.
@@ -150,7 +181,7 @@ impl<M: Model> Trainer<M> {
         self.model
     }
 
-    /// Gradients of the latest step, before clipping.
+    /// Gradients of the latest step, before clipping, and multiplied by [`StepMetrics::loss_scale`].
     pub fn gradients(&self) -> &GradStore {
         &self.gradients
     }
@@ -172,10 +203,19 @@ impl<M: Model> Trainer<M> {
         }
     }
 
+    /// Takes no more steps after this error of a step.
+    fn stop(&mut self, step: usize, error: Error) -> Error {
+        self.stopped = Some(step);
+        match error {
+            Error::Core(source) => Error::Step { step, source },
+            other => other,
+        }
+    }
+
     /// Everything of a step that runs on the device.
-    fn launch(&mut self, micro_batches: &[Batch], metrics: StepMetrics) -> unsloth_core::Result<Pending> {
+    fn launch(&mut self, micro_batches: &[Batch], metrics: StepMetrics) -> Result<Pending> {
         self.gradients.zero()?;
-        let spec = LossSpec::mean(metrics.num_targets);
+        let spec = self.scaler.scale_loss(LossSpec::mean(metrics.num_targets));
         let mut loss = self.model.device().zeros([1], DType::F32, Category::Activations)?;
         let mut draw = Draw { seed: self.config.seed, step: metrics.step as u32 - 1, first_sequence: 0 };
         for batch in micro_batches {
@@ -185,8 +225,14 @@ impl<M: Model> Trainer<M> {
             tape.backward(&part, &mut self.gradients)?;
             loss = elementwise::add(loss, part.tensor())?;
         }
-        self.optimizer.control(&loss, &self.gradients, self.config.max_grad_norm)?;
-        self.optimizer.step(&self.gradients, metrics.learning_rate)?;
+        let Self { scaler, optimizer, gradients, config, .. } = self;
+        let norm = reduce::grad_norm(&gradients.tensors())?;
+        // The loss may be infinite where gradients are cut off, and the norm where every gradient is finite.
+        let checked: Vec<&Tensor> = [&loss, &norm].into_iter().chain(gradients.tensors()).collect();
+        scaler.step(OPTIMIZER, &checked, |unscaled| {
+            optimizer.control(unscaled, (&norm, &checked), config.max_grad_norm)?;
+            optimizer.step(gradients, metrics.learning_rate)
+        })?;
         Ok(Pending { metrics, loss, state: elementwise::copy(self.optimizer.state().tensor())? })
     }
 
@@ -196,17 +242,19 @@ impl<M: Model> Trainer<M> {
         };
         let step = metrics.step;
         let read = || Ok((loss.to_vec::<f32>()?, state.to_vec::<f32>()?));
-        let (loss, state) = read().map_err(|source| {
-            self.stopped = Some(step);
-            Error::Step { step, source }
-        })?;
+        let (loss, state) = read().map_err(|source| self.stop(step, Error::Core(source)))?;
+        self.scaler.update().map_err(|error| self.stop(step, error))?;
         (metrics.loss, metrics.grad_norm) = (loss[0], state[StepState::GRAD_NORM]);
-        if state[StepState::SKIP] != 0.0 {
+        metrics.skipped = state[StepState::SKIP] != 0.0;
+        // No scale would have made a loss finite, nor gradients that are not under one of the smallest.
+        let was_scaled = self.scaler.is_enabled() && metrics.loss.is_finite() && metrics.loss_scale >= MIN_LOSS_SCALE;
+        if metrics.skipped && !was_scaled {
             self.stopped = Some(step);
-            // The step after it was skipped too, and has no metrics of its own worth reporting.
+            // Without scaling the step after it was skipped too, and has no metrics of its own worth reporting.
             self.pending = None;
             return Err(Error::NonFinite { step, loss: metrics.loss, grad_norm: metrics.grad_norm });
         }
+        self.num_skipped += usize::from(metrics.skipped);
         Ok(Some(metrics))
     }
 }

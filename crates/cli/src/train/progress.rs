@@ -140,11 +140,13 @@ fn bar(target: ProgressDrawTarget, total_steps: usize) -> ProgressBar {
 }
 
 fn describe_step(record: &StepRecord, live_bytes: u64) -> String {
-    let StepRecord { loss, lr, grad_norm, tokens_per_second, peak_bytes, .. } = *record;
+    let StepRecord { loss, lr, tokens_per_second, peak_bytes, .. } = *record;
     let (now, peak) = (ByteSize(live_bytes), ByteSize(peak_bytes));
-    format!(
-        "loss {loss:.4}  lr {lr:.3e}  grad norm {grad_norm:.4}  {tokens_per_second:.0} tokens/s  memory {now}, peak {peak}"
-    )
+    let norm = match (record.grad_norm, record.loss_scale) {
+        (Some(norm), _) => format!("grad norm {norm:.4}"),
+        (None, scale) => format!("skipped: gradients overflow at loss scale {}", scale.unwrap_or(1.0)),
+    };
+    format!("loss {loss:.4}  lr {lr:.3e}  {norm}  {tokens_per_second:.0} tokens/s  memory {now}, peak {peak}")
 }
 
 /// The first example, indented, with what is learnt in brackets.
@@ -221,7 +223,10 @@ mod tests {
 
     fn record(step: usize) -> StepRecord {
         let (tokens_per_second, peak_bytes) = (1234.5, 5 << 20);
-        StepRecord { step, loss: 2.5, lr: 1e-3, grad_norm: 0.25, tokens: 10, tokens_per_second, peak_bytes }
+        // The first one overflows.
+        let grad_norm = (step > 1).then_some(0.25);
+        let loss_scale = Some(65_536.0);
+        StepRecord { step, loss: 2.5, lr: 1e-3, grad_norm, loss_scale, tokens: 10, tokens_per_second, peak_bytes }
     }
 
     #[test]
@@ -250,6 +255,7 @@ mod tests {
             "to go",
             "loss 2.5000",
             "lr 1.000e-3",
+            "skipped: gradients overflow at loss scale 65536",
             "grad norm 0.2500",
             "1234 tokens/s",
             "memory 0 B, peak 5.0 MiB",

@@ -15,7 +15,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use unsloth_core::{Category, DType};
-use unsloth_train::{Model, ParameterState, Trainer};
+use unsloth_train::{LossScaleState, Model, ParameterState, RunState, Trainer};
 
 use self::files::{remove_leftovers, retire, sync_folder, verify, write_sums};
 use super::{Damage, RunError, TrainOptions, output::CHECKPOINTS};
@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Grows when the contents change their meaning.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 pub(super) const VERSION: &str = env!("CARGO_PKG_VERSION");
 const STATE: &str = "state.json";
 const CONFIG: &str = "config.toml";
@@ -44,6 +44,10 @@ pub(super) struct State {
     pub(super) version: String,
     /// Steps done.
     pub(super) step: usize,
+    /// Of these, the ones that changed nothing, because a gradient was not finite under its loss scale.
+    pub(super) num_skipped: usize,
+    /// The loss scaler; `None` without one.
+    pub(super) loss_scale: Option<LossScaleState>,
     /// Steps of the whole run.
     pub(super) total_steps: usize,
     /// Where in the data the next step begins.
@@ -68,12 +72,14 @@ pub(super) struct Progress {
 }
 
 impl State {
-    pub(super) fn new(trained: (usize, usize), position: Position, data_sha256: &str, progress: Progress) -> Self {
-        let (step, total_steps) = trained;
+    pub(super) fn new(trained: (RunState, usize), position: Position, data_sha256: &str, progress: Progress) -> Self {
+        let (RunState { num_steps: step, num_skipped, loss_scale }, total_steps) = trained;
         Self {
             format: FORMAT,
             version: VERSION.to_owned(),
             step,
+            num_skipped,
+            loss_scale,
             total_steps,
             position,
             data_sha256: data_sha256.to_owned(),
@@ -237,7 +243,8 @@ impl Saved {
         let path = self.path.join(TENSORS);
         let file = weights::Checkpoint::open_file(&path)?;
         let device = trainer.model().device().clone();
-        trainer.restore(self.state.step, |parameter| {
+        let &State { step: num_steps, num_skipped, loss_scale, .. } = &self.state;
+        trainer.restore(RunState { num_steps, num_skipped, loss_scale }, |parameter| {
             let (shape, dtype) = (*parameter.value().shape(), parameter.value().dtype());
             let tensor = |part: &str, dtype: DType| {
                 let name = format!("{part}.{}", parameter.name());

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use unsloth_core::DType;
-use unsloth_train::{AdamWConfig, Checkpointing, LoraConfig, Schedule, ScheduleKind, TrainerConfig};
+use unsloth_train::{AdamWConfig, Checkpointing, LoraConfig, LossScaleConfig, Schedule, ScheduleKind, TrainerConfig};
 
 use super::Method;
 use crate::{
@@ -176,7 +176,6 @@ impl TrainConfig {
     /// [`Error::InvalidOption`] or [`unsloth_train::Error::InvalidConfig`], naming the field.
     pub fn validate(&self) -> Result<()> {
         at_least("data", self.data.len(), 1)?;
-        training_dtype(self.dtype)?;
         self.method.check_adapter_settings(&[
             ("adapter", self.adapter.is_some()),
             ("rank", self.rank.is_some()),
@@ -250,19 +249,15 @@ impl TrainConfig {
             adamw,
             schedule: Schedule { kind, learning_rate, warmup_steps, total_steps },
             max_grad_norm,
+            loss_scale: loss_scale(self.dtype),
             seed,
         }
     }
 }
 
-/// # Errors
-/// [`Error::InvalidOption`] for a type of activations that cannot be trained in.
-pub(super) fn training_dtype(dtype: DType) -> Result<()> {
-    if !matches!(dtype, DType::F32 | DType::BF16) {
-        // Gradients of f16 activations underflow without loss scaling, which is worse than a refusal.
-        return invalid("dtype", dtype, "f32 or bf16 for training");
-    }
-    Ok(())
+/// Gradients of activations in f16 would vanish without.
+pub(super) fn loss_scale(dtype: DType) -> Option<LossScaleConfig> {
+    (dtype == DType::F16).then(LossScaleConfig::default)
 }
 
 pub(super) fn invalid<T>(field: &'static str, value: impl std::fmt::Display, rule: &str) -> Result<T> {
@@ -285,9 +280,8 @@ mod tests {
     #[test]
     fn every_field_is_checked() {
         type Spoil = fn(&mut TrainConfig);
-        let cases: [(&str, Spoil); 21] = [
+        let cases: [(&str, Spoil); 20] = [
             ("data", |c| c.data.clear()),
-            ("dtype", |c| c.dtype = DType::F16),
             ("rank", |c| c.rank = Some(0)),
             ("alpha", |c| c.alpha = Some(f32::NAN)),
             ("dropout", |c| c.dropout = Some(1.0)),

@@ -19,8 +19,12 @@ pub struct StepRecord {
     pub loss: f32,
     /// Learning rate.
     pub lr: f32,
-    /// Norm of all gradients before clipping.
-    pub grad_norm: f32,
+    /// Norm of all gradients before clipping. `None`, in the file `null`: a gradient was not finite under its loss scale, and the
+    /// step has changed nothing.
+    pub grad_norm: Option<f32>,
+    /// What the gradients were multiplied by while they were computed; absent without loss scaling.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f32>,
     /// Tokens trained on so far, this step included.
     pub tokens: usize,
     /// Tokens of this step over its time.
@@ -149,7 +153,9 @@ mod tests {
 
     fn record(step: usize) -> StepRecord {
         let loss = 1.0 / step as f32;
-        StepRecord { step, loss, lr: 0.1, grad_norm: 2.0, tokens: 3, tokens_per_second: 4.5, peak_bytes: 6 }
+        // A skipped step among them.
+        let (grad_norm, loss_scale) = if step == 2 { (None, Some(65_536.0)) } else { (Some(2.0), None) };
+        StepRecord { step, loss, lr: 0.1, grad_norm, loss_scale, tokens: 3, tokens_per_second: 4.5, peak_bytes: 6 }
     }
 
     fn eval(step: usize) -> EvalRecord {

@@ -9,7 +9,7 @@ use unsloth_train::{
 
 use super::{
     Method,
-    config::{DEFAULT_RANK, invalid, training_dtype},
+    config::{DEFAULT_RANK, invalid, loss_scale},
 };
 use crate::{
     Error, Result,
@@ -66,7 +66,6 @@ impl PlanConfig {
     /// # Errors
     /// [`Error::InvalidOption`] or [`unsloth_train::Error::InvalidConfig`], naming the field.
     pub fn validate(&self) -> Result<()> {
-        training_dtype(self.dtype)?;
         at_least("seq_len", self.seq_len, 2)?;
         at_least("batch_size", self.batch_size, 1)?;
         let num_tokens = self.seq_len.saturating_mul(self.batch_size);
@@ -134,7 +133,9 @@ pub fn plan(device: &Device, config: &PlanConfig) -> Result<Usage> {
     let config = &PlanConfig { model: hub::folder(&config.model, Parts::WithoutWeights)?, ..config.clone() };
     let schedule =
         Schedule { kind: ScheduleKind::Constant, learning_rate: 0.0, warmup_steps: 0, total_steps: NUM_STEPS };
-    let trainer = TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), seed: 0 };
+    let adamw = AdamWConfig::default();
+    let loss_scale = loss_scale(config.dtype);
+    let trainer = TrainerConfig { adamw, schedule, max_grad_norm: Some(1.0), loss_scale, seed: 0 };
     let mut trainer = Trainer::new(config.model(device)?, trainer)?;
     for _ in 0..NUM_STEPS {
         trainer.step(&[config.batch(device)?])?;

@@ -6,6 +6,7 @@ mod accumulation;
 mod adapters;
 mod dropout;
 mod kv_cache;
+mod loss_scale;
 mod model;
 mod optimizer;
 mod pytorch;

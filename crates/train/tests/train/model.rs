@@ -22,6 +22,7 @@ pub(crate) const TINY: Sizes = Sizes { vocab_size: 11, hidden_size: 8, inner_siz
 
 pub(crate) struct TinyModel {
     device: Device,
+    activations: DType,
     table: Matrix,
     linear: Linear,
     norm: Vector,
@@ -51,6 +52,7 @@ impl TinyModel {
         adapter.lora_b.update(|b| b.write(&values(inner_size * rank, 7.0, 0.1, 0.0))).unwrap();
         Self {
             device: device.clone(),
+            activations: DType::F32,
             table: trainable("table", matrix(vocab_size, hidden_size, 1.0)),
             linear,
             norm: Vector::Trainable(Parameter::new("norm", vector(5.0, 0.1, 1.0))),
@@ -62,6 +64,11 @@ impl TinyModel {
     pub(crate) fn with_dropout(mut self, dropout: f32) -> Self {
         self.linear.adapter.as_mut().unwrap().config.dropout = dropout;
         self
+    }
+
+    /// The same model with activations of another type.
+    pub(crate) fn with_activations(self, dtype: DType) -> Self {
+        Self { activations: dtype, ..self }
     }
 
     pub(crate) fn parameter(&self, name: &str) -> Parameter {
@@ -77,7 +84,7 @@ impl TinyModel {
 
 impl Model for TinyModel {
     fn loss(&self, tape: &Tape, batch: &Batch, loss: LossSpec) -> Result<Var> {
-        let x = ops::embedding(tape, &self.table, &batch.ids, DType::F32)?;
+        let x = ops::embedding(tape, &self.table, &batch.ids, self.activations)?;
         let x = self.linear.forward(tape, &x, DrawRows::new(batch)?.as_ref())?;
         let x = ops::rms_norm(tape, &x, &self.norm, NormOptions { eps: 1e-5, weight_offset: 0.0 })?;
         ops::linear_cross_entropy(tape, &x, &self.head, &batch.targets, loss)
@@ -128,6 +135,7 @@ pub(crate) fn config() -> TrainerConfig {
         adamw: AdamWConfig { beta1: 0.8, beta2: 0.95, eps: 1e-6, weight_decay: 0.1 },
         schedule: Schedule { kind: ScheduleKind::Cosine, learning_rate: 2e-2, warmup_steps: 3, total_steps: 20 },
         max_grad_norm: Some(0.8),
+        loss_scale: None,
         seed: 0,
     }
 }

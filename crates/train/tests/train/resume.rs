@@ -1,7 +1,7 @@
 //! A run that goes on from saved state equals one that was never interrupted, bit for bit.
 
 use unsloth_core::{Category, DType, Device, Tensor};
-use unsloth_train::{Error, Model, ParameterState, StepMetrics, Trainer};
+use unsloth_train::{Error, Model, ParameterState, RunState, StepMetrics, Trainer};
 
 use crate::model::{TINY, TinyModel, config, micro_batches};
 
@@ -33,9 +33,13 @@ fn bits(saved: &Saved) -> Vec<u32> {
     saved.iter().flat_map(|(_, parts)| parts.iter().flatten().map(|value| value.to_bits())).collect()
 }
 
+fn after(num_steps: usize) -> RunState {
+    RunState { num_steps, num_skipped: 0, loss_scale: None }
+}
+
 fn restored(device: &Device, num_steps: usize, saved: &Saved) -> Trainer<TinyModel> {
     let mut trainer = trainer(device);
-    let restore = trainer.restore::<Error>(num_steps, |parameter| {
+    let restore = trainer.restore::<Error>(after(num_steps), |parameter| {
         let (_, parts) = saved.iter().find(|(name, _)| name == parameter.name()).unwrap();
         let [value, m, v] = parts
             .each_ref()
@@ -85,7 +89,7 @@ fn refuses_what_does_not_fit() {
     first.step(&micro_batches(&device, 0, 2)).unwrap();
     assert!(matches!(first.state(), Err(Error::Unread { step: 1 })));
     first.finish().unwrap();
-    let message = first.restore::<Error>(3, |_| panic!("refused before")).unwrap_err().to_string();
+    let message = first.restore::<Error>(after(3), |_| panic!("refused before")).unwrap_err().to_string();
     assert_eq!(message, "trainer = 1 steps on, must be before its first step");
 
     let own = |device: &Device, shape: unsloth_core::Shape, dtype: DType| {
@@ -95,7 +99,7 @@ fn refuses_what_does_not_fit() {
     for (part, expected) in
         ["`m` has shape [3], expected", "`v` has dtype bf16, expected f32", "`value` is on cpu"].into_iter().enumerate()
     {
-        let error = trainer(&device).restore::<Error>(3, |parameter| {
+        let error = trainer(&device).restore::<Error>(after(3), |parameter| {
             let shape = *parameter.value().shape();
             let value = own(if part == 2 { &elsewhere } else { &device }, shape, DType::F32);
             let m = own(&device, if part == 0 { [3].into() } else { shape }, DType::F32);

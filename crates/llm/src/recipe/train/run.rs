@@ -16,6 +16,7 @@ use crate::{
     recipe::{
         EvalRecord, StepRecord, TrainConfig, TrainOptions,
         checkpoint::{Checkpoints, Progress, State},
+        config::loss_scale,
         evaluate::MeanLoss,
         metrics::Metrics,
         output::OutputFolder,
@@ -113,7 +114,7 @@ impl Run<'_> {
     fn save(&mut self) -> Result<PathBuf> {
         // Metrics first: a checkpoint must not know of steps that the file does not.
         self.metrics.sync()?;
-        let trained = (self.trainer.num_steps(), self.total_steps);
+        let trained = (self.trainer.run_state(), self.total_steps);
         let state = State::new(trained, self.batches.position(), &self.data.sha256, self.progress);
         let checkpoints = Checkpoints::new(self.output.path(), self.config.keep_last);
         let saved = checkpoints.save(&self.trainer, &state, self.options)?;
@@ -135,7 +136,8 @@ impl Run<'_> {
             step: metrics.step,
             loss: metrics.loss,
             lr: metrics.learning_rate,
-            grad_norm: metrics.grad_norm,
+            grad_norm: (!metrics.skipped).then_some(metrics.grad_norm),
+            loss_scale: loss_scale(self.config.dtype).map(|_| metrics.loss_scale),
             tokens: progress.tokens,
             // A clock may stand still between two readings; JSON has no infinity.
             tokens_per_second: metrics.num_tokens as f64 / time.as_secs_f64().max(1e-9),
