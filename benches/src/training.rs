@@ -14,7 +14,7 @@ use unsloth_rs::{
 use crate::ModelShape;
 
 /// What is trained, and how.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Type of activations.
     pub dtype: DType,
@@ -31,7 +31,7 @@ pub struct Options {
 pub fn trainer(folder: &Path, device: &Device, options: Options) -> anyhow::Result<Trainer<Decoder>> {
     let Options { dtype, rank, checkpointing } = options;
     let mut decoder = Decoder::load(folder, device, LoadOptions::frozen(dtype))?;
-    decoder.set_checkpointing(checkpointing);
+    decoder.set_checkpointing(checkpointing)?;
     decoder.add_adapters(&LoraConfig::new(rank, 16.0), &Targets::AllLinear, 0)?;
     let schedule = Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-4, warmup_steps: 0, total_steps: 1 };
     let adamw = AdamWConfig::default();

@@ -48,7 +48,8 @@ fn main() -> Result<()> {
     let dtype = DType::FLOATS.into_iter().find(|dtype| dtype.name() == arguments.dtype);
     let dtype = dtype.with_context(|| format!("--dtype {}: no such type", arguments.dtype))?;
     let cpu = device("cpu")?;
-    let mut trainer = trainer(&arguments.model, &cpu, Options { dtype, rank, checkpointing: arguments.checkpointing })?;
+    let checkpointing = arguments.checkpointing.clone();
+    let mut trainer = trainer(&arguments.model, &cpu, Options { dtype, rank, checkpointing })?;
     let step = [random_batch(&cpu, trainer.model().config().vocab_size, (batch, seq))?];
 
     let loaded = status_mib("VmRSS");

@@ -4,7 +4,7 @@
 //! add to the same parameter gradients in the same order, and sums of activation gradients are handed through, not formed
 //! apart and added.
 
-use unsloth_core::{Error, Result, Tensor};
+use unsloth_core::{Error, Result, StoredTensor, Tensor, TensorStore};
 
 use crate::{Tape, Var, backward::Context, var::Source};
 
@@ -20,6 +20,19 @@ pub fn checkpoint(
     inputs: &[&Var],
     f: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>> + 'static,
 ) -> Result<Vec<Var>> {
+    checkpoint_in(None, tape, inputs, f)
+}
+
+/// The same with the inputs in a store until the backward pass, if there is one. The bits stay the same.
+///
+/// # Errors
+/// As [`checkpoint`]; those of the store.
+pub fn checkpoint_in(
+    store: Option<&dyn TensorStore>,
+    tape: &Tape,
+    inputs: &[&Var],
+    f: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>> + 'static,
+) -> Result<Vec<Var>> {
     if !tape.is_recording() {
         let inputs: Vec<Var> = inputs.iter().map(|&input| input.clone()).collect();
         return f(tape, &inputs);
@@ -29,7 +42,7 @@ pub fn checkpoint(
     }
     let kept = Inputs::new(inputs);
     let trace = Tape::tracing();
-    let entered = kept.enter(&trace, |_| true);
+    let entered = kept.enter(&trace, inputs.iter().map(|input| input.tensor().clone()), |_| true);
     let outputs = f(&trace, &entered.vars)?;
     if trace.num_variables() != kept.sources.len() {
         let device = inputs.first().map_or_else(String::new, |input| input.tensor().device().name());
@@ -41,7 +54,10 @@ pub fn checkpoint(
     }
     let parameters = trace.into_touched();
     let link = tape.link(OP, inputs, &parameters.iter().map(Some).collect::<Vec<_>>())?;
-    let segment = Segment { inputs: kept.clone(), positions: plan.positions.clone(), num_outputs: outputs.len() };
+    drop(entered);
+    let values = inputs.iter().map(|input| Value::keep(store, input.tensor())).collect::<Result<_>>()?;
+    let (positions, num_outputs) = (plan.positions.clone(), outputs.len());
+    let segment = Segment { inputs: kept.clone(), values, positions, num_outputs };
     let num_outputs = plan.positions.len();
     let node = link.node(num_outputs, Box::new(move |context, gradients| segment.backward(f, context, gradients)));
     Ok(plan.finish(outputs, &kept, node))
@@ -49,10 +65,31 @@ pub fn checkpoint(
 
 const OP: &str = "checkpoint";
 
-/// Inputs of a checkpointed function.
+/// Contents of an input until the backward pass.
+enum Value {
+    Here(Tensor),
+    Stored(Box<dyn StoredTensor>),
+}
+
+impl Value {
+    fn keep(store: Option<&dyn TensorStore>, tensor: &Tensor) -> Result<Self> {
+        match store {
+            None => Ok(Value::Here(tensor.clone())),
+            Some(store) => store.put(tensor).map(Value::Stored),
+        }
+    }
+
+    fn take(self) -> Result<Tensor> {
+        match self {
+            Value::Here(tensor) => Ok(tensor),
+            Value::Stored(stored) => stored.take(),
+        }
+    }
+}
+
+/// Inputs of a checkpointed function, but for what they hold.
 #[derive(Clone)]
 struct Inputs {
-    tensors: Vec<Tensor>,
     /// For each input that needs a gradient, its place in `sources`.
     slots: Vec<Option<usize>>,
     /// Distinct values among the inputs that need a gradient: one given twice must stay one, or its gradient would be
@@ -79,23 +116,23 @@ impl Inputs {
             })
         };
         let slots = inputs.iter().map(slot).collect();
-        Self { tensors: inputs.iter().map(|input| input.tensor().clone()).collect(), slots, sources }
+        Self { slots, sources }
     }
 
-    fn enter(&self, tape: &Tape, wanted: impl Fn(Source) -> bool) -> Entered {
+    fn enter(&self, tape: &Tape, values: impl IntoIterator<Item = Tensor>, wanted: impl Fn(Source) -> bool) -> Entered {
         let mut variables = vec![None; self.sources.len()];
-        let enter = |(tensor, &slot): (&Tensor, &Option<usize>)| match slot.filter(|&slot| wanted(self.sources[slot])) {
-            None => Var::constant(tensor.clone()),
+        let enter = |(tensor, &slot): (Tensor, &Option<usize>)| match slot.filter(|&slot| wanted(self.sources[slot])) {
+            None => Var::constant(tensor),
             Some(slot) => match variables[slot] {
-                Some(source) => Var::new(tensor.clone(), Some(source)),
+                Some(source) => Var::new(tensor, Some(source)),
                 None => {
-                    let variable = tape.variable(tensor.clone());
+                    let variable = tape.variable(tensor);
                     variables[slot] = variable.source();
                     variable
                 }
             },
         };
-        let vars = self.tensors.iter().zip(&self.slots).map(enter).collect();
+        let vars = values.into_iter().zip(&self.slots).map(enter).collect();
         Entered { vars, variables }
     }
 }
@@ -155,6 +192,7 @@ impl Outputs {
 /// What the node of a checkpointed function keeps.
 struct Segment {
     inputs: Inputs,
+    values: Vec<Value>,
     positions: Vec<usize>,
     num_outputs: usize,
 }
@@ -166,11 +204,11 @@ impl Segment {
         context: &mut Context<'_>,
         gradients: Vec<Option<Tensor>>,
     ) -> Result<()> {
-        let Segment { inputs, positions, num_outputs } = self;
+        let Segment { inputs, values, positions, num_outputs } = self;
         let tape = Tape::new();
-        let Entered { vars, variables } = inputs.enter(&tape, |source| context.wants(Some(source)));
-        let Inputs { tensors, sources, .. } = inputs;
-        drop(tensors);
+        let values = values.into_iter().map(Value::take).collect::<Result<Vec<_>>>()?;
+        let Entered { vars, variables } = inputs.enter(&tape, values, |source| context.wants(Some(source)));
+        let Inputs { sources, .. } = inputs;
         let outputs = f(&tape, &vars)?;
         drop(vars);
         if outputs.len() != num_outputs {

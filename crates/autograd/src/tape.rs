@@ -9,7 +9,7 @@ use std::{
 use unsloth_core::{Error, Result, Tensor};
 
 use crate::{
-    Parameter, ParameterId, Var,
+    Parameter, ParameterId, Recompute, Var,
     backward::{Backward, Context},
     var::Source,
 };
@@ -55,6 +55,7 @@ pub struct Tape {
     num_traced: Cell<usize>,
     num_variables: Cell<usize>,
     trace: RefCell<Trace>,
+    recompute: Cell<Recompute>,
 }
 
 impl Tape {
@@ -67,6 +68,7 @@ impl Tape {
             num_traced: Cell::new(0),
             num_variables: Cell::new(0),
             trace: RefCell::default(),
+            recompute: Cell::default(),
         }
     }
 
@@ -94,6 +96,15 @@ impl Tape {
         let node = || Node { inputs: Vec::new(), parameters: Vec::new(), kind: Kind::Variable, pending: vec![None] };
         let source = self.push(node).map(|node| Source { tape: self.id, node, output: 0 });
         Var::new(tensor, source)
+    }
+
+    /// Which operators that are recorded from now on have their results computed again in the backward pass.
+    pub fn set_recompute(&self, recompute: Recompute) {
+        self.recompute.set(recompute);
+    }
+
+    pub(crate) fn recompute(&self) -> Recompute {
+        self.recompute.get()
     }
 
     pub(crate) fn id(&self) -> u64 {

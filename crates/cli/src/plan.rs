@@ -14,7 +14,7 @@ use unsloth_rs::{
     core::Usage,
     llm::decoder::Targets,
     plan::{PlanBackend, PlanOptions},
-    recipe::{Method, PlanConfig, plan},
+    recipe::{Method, Offload, PlanConfig, plan},
     train::Checkpointing,
 };
 
@@ -50,9 +50,13 @@ pub(crate) struct Args {
     /// all-linear, or names of the layers to adapt, such as q_proj,v_proj [default: all-linear]
     #[arg(long, value_name = "NAME,NAME,..")]
     targets: Option<Targets>,
-    /// Layers whose activations are computed again instead of kept: none, every:N (segments of N layers) or sqrt
+    /// What is computed again in the backward pass instead of kept: none, every:N (segments of N layers), sqrt, layers:A,B,..
+    /// (from 0), selective (norms and gated units), selective:norm or selective:glu
     #[arg(long, value_name = "POLICY", default_value = "none")]
     checkpointing: Checkpointing,
+    /// Where inputs of layers that are computed again wait: none (on the device), host or disk
+    #[arg(long, value_name = "PLACE", default_value = "none")]
+    offload: Offload,
     /// Fail, naming what is held, if the run would need more, such as 12GiB
     #[arg(long, value_name = "SIZE")]
     memory: Option<ByteSize>,
@@ -80,6 +84,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         dropout: args.dropout,
         targets: args.targets,
         checkpointing: args.checkpointing,
+        offload: args.offload,
     };
     let usage = plan(&device, &config)?;
     let text = if args.json { serde_json::to_string(&Found::from(&usage))? } else { table(&usage, args.memory)? };

@@ -331,7 +331,8 @@ fn examples_longer_than_the_limit_are_cut() {
 fn wrong_usage() {
     let run = Run::new();
     for options in [
-        "--offload disk",
+        "--offload tape",
+        "--paged-optimizer",
         "--resume --overwrite",
         "--eval-data x --eval-split 0.1",
         "--steps 2 --epochs 1",

@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use crate::{Buffer, Category, DType, HostBytes, Result, Usage, ops};
+use crate::{Buffer, Category, DType, HostBytes, Place, Result, TensorStore, Usage, ops};
 
 /// Contents of a fresh buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +65,11 @@ pub trait Memory {
     fn reset_peak(&self);
     /// How often memory was taken fresh or reused since the backend was made.
     fn allocation_counts(&self) -> AllocationCounts;
+    /// Somewhere else to keep tensors of this device.
+    ///
+    /// # Errors
+    /// [`crate::Error::Storage`] if no file can be made in the folder.
+    fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>>;
     /// Waits for everything launched.
     ///
     /// # Errors

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::{Backend, Buffer, Category, DType, Element, Error, HostBytes, Init, Result, Shape, Tensor, Usage, Weight};
+use crate::{
+    Backend, Buffer, Category, DType, Element, Error, HostBytes, Init, Place, Result, Shape, Tensor, TensorStore,
+    Usage, Weight,
+};
 
 /// A handle on a backend; cheap to clone. Two handles are equal when they share one backend.
 #[derive(Clone)]
@@ -114,6 +117,14 @@ impl Device {
     /// Memory held, by category.
     pub fn usage(&self) -> Usage {
         self.0.usage()
+    }
+
+    /// Somewhere else to keep tensors of this device.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] if no file can be made in the folder.
+    pub fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {
+        self.0.store(place)
     }
 
     /// Waits until everything launched so far has finished.

@@ -1,5 +1,7 @@
 //! The one error type below the training loop.
 
+use std::path::PathBuf;
+
 use crate::{Category, DType, Shape, Usage};
 
 /// Result of every fallible call in this crate.
@@ -112,6 +114,27 @@ pub enum Error {
         what: &'static str,
         /// Name of the device.
         device: String,
+    },
+    /// A file of tensors that wait outside their device could not be made, written or read.
+    #[error("cannot {action} a temporary file in `{}`", folder.display())]
+    Storage {
+        /// What was tried.
+        action: &'static str,
+        /// The folder.
+        folder: PathBuf,
+        /// What the system reported.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A tensor that waited outside its device did not come back as it went.
+    #[error("a temporary file in `{}` is damaged: checksum {actual:08x}, expected {expected:08x}", folder.display())]
+    Damaged {
+        /// The folder of the file.
+        folder: PathBuf,
+        /// Checksum of what was written.
+        expected: u32,
+        /// Checksum of what was read.
+        actual: u32,
     },
     /// A kernel could not be launched or failed.
     #[error("{op}: launch failed on {device}")]

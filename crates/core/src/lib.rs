@@ -15,6 +15,7 @@ pub mod ops;
 pub mod rng;
 mod sequences;
 mod shape;
+mod store;
 mod tensor;
 mod weight;
 
@@ -27,5 +28,6 @@ pub use dtype::{DType, Element, FloatElement};
 pub use error::{Error, Result};
 pub use sequences::{KvView, Lengths, Sequences};
 pub use shape::Shape;
+pub use store::{Place, StoreUsage, StoredTensor, TensorStore, Transfers};
 pub use tensor::Tensor;
 pub use weight::Weight;

@@ -2,7 +2,9 @@
 
 use std::{any::Any, ops::Range, sync::Arc};
 
-use unsloth_core::{AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Result, Usage};
+use unsloth_core::{
+    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, Result, TensorStore, Usage,
+};
 use unsloth_memory::{Charge, HostBlock, HostPool, Ledger};
 
 use crate::matmul::Isa;
@@ -221,6 +223,10 @@ impl Memory for CpuBackend {
 
     fn allocation_counts(&self) -> AllocationCounts {
         self.pool.counts()
+    }
+
+    fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {
+        unsloth_memory::open_store(place)
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -8,7 +8,10 @@ use std::{
 
 use cubecl::{device::Device as _, prelude::*, server::Handle, stream_id::StreamId};
 use unsloth_common::LaunchError;
-use unsloth_core::{AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Result, Tensor, Usage};
+use unsloth_core::{
+    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, Result, Tensor, TensorStore,
+    Usage,
+};
 use unsloth_memory::{Charge, Ledger};
 
 use crate::poison::{self, Panicked};
@@ -257,6 +260,10 @@ impl<R: Runtime> Memory for CubeBackend<R> {
     /// CubeCL's pools do not tell fresh allocations from reused ones.
     fn allocation_counts(&self) -> AllocationCounts {
         AllocationCounts::default()
+    }
+
+    fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {
+        unsloth_memory::open_store(place)
     }
 
     fn synchronize(&self) -> Result<()> {

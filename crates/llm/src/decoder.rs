@@ -12,9 +12,9 @@ use std::{
     sync::Arc,
 };
 
-use unsloth_autograd::{Matrix, Parameter, Tape, Var, Vector, checkpoint, ops};
-use unsloth_core::{Category, DType, Device, Sequences, Tensor, ops::cross_entropy::LossSpec};
-use unsloth_train::{Batch, Checkpointing, DrawRows, KvCache, KvCacheSpec, Linear, LoraConfig, Model};
+use unsloth_autograd::{Matrix, Parameter, Recompute, Tape, Var, Vector, checkpoint_in, ops};
+use unsloth_core::{Category, DType, Device, Sequences, Tensor, TensorStore, ops::cross_entropy::LossSpec};
+use unsloth_train::{Batch, Checkpointing, DrawRows, KvCache, KvCacheSpec, Linear, LoraConfig, Model, Segment};
 
 use crate::{
     Error, Result,
@@ -100,6 +100,8 @@ pub struct Decoder {
     head: Matrix,
     ropes: RopeTables,
     checkpointing: Checkpointing,
+    /// Where inputs of segments that are computed again wait for the backward pass; `None`: where they are.
+    offload: Option<Arc<dyn TensorStore>>,
     /// The weights that are trained, in the order in which they were loaded.
     trained: Vec<TrainedWeight>,
     unused_tensors: Vec<String>,
@@ -171,6 +173,7 @@ impl Decoder {
             head,
             ropes,
             checkpointing: Checkpointing::None,
+            offload: None,
             trained: loader.into_trained(),
             unused_tensors: Vec::new(),
         })
@@ -212,8 +215,24 @@ impl Decoder {
     }
 
     /// What of a training pass is recomputed rather than kept. Gradients have the same bits under every policy.
-    pub fn set_checkpointing(&mut self, checkpointing: Checkpointing) {
+    ///
+    /// # Errors
+    /// As [`Checkpointing::check`]; the policy is as it was then.
+    pub fn set_checkpointing(&mut self, checkpointing: Checkpointing) -> Result<()> {
+        checkpointing.check(self.layers.len())?;
         self.checkpointing = checkpointing;
+        Ok(())
+    }
+
+    /// Where the inputs of segments that are computed again wait for the backward pass, all but the last one's, which it reads
+    /// first. Gradients have the same bits wherever that is.
+    pub fn set_offload(&mut self, store: Option<Arc<dyn TensorStore>>) {
+        self.offload = store;
+    }
+
+    /// The store of [`Decoder::set_offload`].
+    pub fn offload(&self) -> Option<&dyn TensorStore> {
+        self.offload.as_deref()
     }
 
     /// Adds adapters that change nothing yet. The initial `A` of a layer depends on `seed` and the layer alone, not on which
@@ -273,21 +292,25 @@ impl Decoder {
             context.draw = DrawRows::new(batch)?;
         }
         let mut stream = self.embed(tape, &batch.ids)?;
-        for segment in self.checkpointing.segments(self.layers.len()) {
+        tape.set_recompute(self.checkpointing.recompute());
+        for Segment { layers: range, again } in self.checkpointing.segments(self.layers.len()) {
+            let is_last = range.end == self.layers.len();
             let (layers, context) = (self.layers.clone(), context.clone());
             let run = move |tape: &Tape, inputs: &[Var]| {
                 let mut stream = inputs[0].clone();
-                for layer in &layers[segment.clone()] {
+                for layer in &layers[range.clone()] {
                     stream = layer.forward(tape, &stream, &context)?;
                 }
                 Ok(vec![stream])
             };
-            let mut outputs = match self.checkpointing.is_active() {
-                true => checkpoint(tape, &[&stream], run)?,
+            let store = self.offload().filter(|_| !is_last);
+            let mut outputs = match again {
+                true => checkpoint_in(store, tape, &[&stream], run)?,
                 false => run(tape, &[stream])?,
             };
             stream = outputs.swap_remove(0);
         }
+        tape.set_recompute(Recompute::default());
         ops::rms_norm(tape, &stream, &self.norm, context.dimensions.norm)
     }
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use common::{
     F32, Folder, Golden, SEQ_LEN, Stored, batch, fixture, load, max_difference, relative_difference, stored,
-    write_tensors,
+    under_every_policy, write_tensors,
 };
 use half::bf16;
 use safetensors::Dtype;
@@ -22,7 +22,7 @@ use unsloth_llm::{
     sampler::Sampling,
 };
 use unsloth_train::{
-    AdamWConfig, Batch, Checkpointing, LoraConfig, Model, Schedule, ScheduleKind, StepMetrics, Trainer, TrainerConfig,
+    AdamWConfig, Batch, LoraConfig, Model, Schedule, ScheduleKind, StepMetrics, Trainer, TrainerConfig,
 };
 
 macro_rules! for_each {
@@ -235,10 +235,7 @@ fn checkpointing_is_bitwise_equal(model: &str) {
             gradients(decoder, &batch).into_iter().map(bits).collect()
         };
         let kept = bits(&decoder);
-        for policy in [Checkpointing::Every(1), Checkpointing::Every(2), Checkpointing::Every(3), Checkpointing::Sqrt] {
-            decoder.set_checkpointing(policy);
-            assert_eq!(bits(&decoder), kept, "{dtype}, {policy}");
-        }
+        under_every_policy(&mut decoder, |decoder, policy| assert_eq!(bits(decoder), kept, "{dtype}, {policy}"));
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
     path::Path,
 };
 
-use common::{F32, Folder, Golden, batch, fixture, max_difference, relative_difference, stored};
+use common::{F32, Folder, Golden, batch, fixture, max_difference, relative_difference, stored, under_every_policy};
 use half::bf16;
 use safetensors::{Dtype, SafeTensors};
 use unsloth_autograd::{GradStore, Tape};
@@ -20,8 +20,7 @@ use unsloth_llm::{
     export, peft,
 };
 use unsloth_train::{
-    AdamWConfig, Batch, Checkpointing, Draw, LoraConfig, Model, Schedule, ScheduleKind, StepMetrics, Trainer,
-    TrainerConfig,
+    AdamWConfig, Batch, Draw, LoraConfig, Model, Schedule, ScheduleKind, StepMetrics, Trainer, TrainerConfig,
 };
 
 /// As in `fixtures/methods/reference.py`.
@@ -158,10 +157,7 @@ fn checkpointing_is_bitwise_equal(model: &str) {
             gradients(decoder, &batch).1.into_iter().map(bits).collect()
         };
         let kept = bits(&decoder);
-        for policy in [Checkpointing::Every(1), Checkpointing::Every(3), Checkpointing::Sqrt] {
-            decoder.set_checkpointing(policy);
-            assert_eq!(bits(&decoder), kept, "{dtype}, {policy}");
-        }
+        under_every_policy(&mut decoder, |decoder, policy| assert_eq!(bits(decoder), kept, "{dtype}, {policy}"));
     }
 }
 
@@ -432,11 +428,9 @@ fn checkpointing_drops_the_same(model: &str) {
             gradients(decoder, batch).1.into_iter().map(bits).collect()
         };
         let kept = bits(&decoder, &drawn);
-        for policy in [Checkpointing::Every(1), Checkpointing::Every(3), Checkpointing::Sqrt] {
-            decoder.set_checkpointing(policy);
-            assert_eq!(bits(&decoder, &drawn), kept, "{dtype}, {policy}");
-        }
-        decoder.set_checkpointing(Checkpointing::None);
+        under_every_policy(&mut decoder, |decoder, policy| {
+            assert_eq!(bits(decoder, &drawn), kept, "{dtype}, {policy}");
+        });
         let undrawn = bits(&decoder, &whole);
         assert!(undrawn.iter().zip(&kept).all(|(a, b)| a != b), "every gradient feels what is dropped");
         decoder.set_dropout(0.0).unwrap();

@@ -1,11 +1,16 @@
-//! Memory of a device: who holds how much ([`Ledger`]), how much may be held (its budget), and host buffers that are reused
-//! from step to step ([`HostPool`]).
+//! Memory of a device: who holds how much ([`Ledger`]), how much may be held (its budget), host buffers that are reused from step
+//! to step ([`HostPool`]), copies between devices and the host ([`Staging`]), and places where tensors wait outside their device
+//! ([`open_store`]).
 
 mod ledger;
 mod pool;
+mod staging;
+mod store;
 
 pub use ledger::{Charge, Ledger};
 pub use pool::{HostBlock, HostPool, PoolUsage};
+pub use staging::{Layout, Staging};
+pub use store::open_store;
 
 /// Buffer sizes are counted in multiples of this many bytes.
 pub const GRANULARITY_BYTES: usize = 256;

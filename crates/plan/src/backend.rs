@@ -3,9 +3,12 @@
 use std::{any::Any, ops::Range, sync::Arc};
 
 use unsloth_core::{
-    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Result, Shape, Tensor, Usage,
+    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, Result, Shape, Tensor,
+    TensorStore, Usage,
 };
 use unsloth_memory::{Charge, Ledger};
+
+use crate::store::PlanStore;
 
 /// Which device is planned for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,6 +125,14 @@ impl Memory for PlanBackend {
 
     fn allocation_counts(&self) -> AllocationCounts {
         AllocationCounts::default()
+    }
+
+    fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {
+        let name = match place {
+            Place::Host => "host",
+            Place::Disk { .. } => "disk",
+        };
+        Ok(Arc::new(PlanStore { ledger: Ledger::new(name, None), transfers: Arc::default() }))
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -18,5 +18,6 @@
 mod backend;
 mod ops;
 mod scratch;
+mod store;
 
 pub use backend::{PlanBackend, PlanOptions};

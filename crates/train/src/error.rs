@@ -83,6 +83,14 @@ pub enum Error {
         /// Rule that the value breaks.
         rule: &'static str,
     },
+    /// A checkpointing policy does not suit the model.
+    #[error("checkpointing = {value}, must be {rule}")]
+    Checkpointing {
+        /// The policy.
+        value: String,
+        /// What the model takes.
+        rule: String,
+    },
     /// An adapter's rank does not suit a layer.
     #[error("{layer}: rank = {rank}, must be 1 to {max_rank}")]
     InvalidRank {

@@ -19,7 +19,7 @@ mod schedule;
 mod trainer;
 
 pub use batch::{Batch, Document};
-pub use checkpointing::Checkpointing;
+pub use checkpointing::{Checkpointing, Segment};
 pub use draw::{Draw, DrawRows};
 pub use error::{Error, Result};
 pub use evaluate::evaluate;

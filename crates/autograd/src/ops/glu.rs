@@ -5,7 +5,7 @@ use unsloth_core::{
     ops::glu::{self as core, Activation},
 };
 
-use crate::{Tape, Var};
+use crate::{Tape, Var, saved::Again};
 
 /// `act(gate) * up`, of one shape and type. Keeps both inputs; their buffers become their gradients.
 ///
@@ -16,10 +16,15 @@ pub fn glu(tape: &Tape, gate: &Var, up: &Var, activation: Activation) -> Result<
     let out = core::forward(gate.tensor(), up.tensor(), activation)?;
     let (to_gate, to_up) = (gate.source(), up.source());
     let (gate, up) = (gate.tensor().clone(), up.tensor().clone());
-    Ok(link.one(out, move |context, dout| {
+    let again = (tape.recompute().gates && link.saves()).then(|| {
+        let (gate, up) = (gate.clone(), up.clone());
+        Again::new(move || core::forward(&gate, &up, activation))
+    });
+    let value = link.one(out, move |context, dout| {
         let core::Gradients { dgate, dup } = core::backward(&dout, gate, up, activation)?;
         drop(dout);
         context.send(to_gate, dgate)?;
         context.send(to_up, dup)
-    }))
+    });
+    Ok(value.with_again(again))
 }

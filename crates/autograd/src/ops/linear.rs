@@ -2,7 +2,7 @@
 
 use unsloth_core::{Result, Tensor, ops::linear as core};
 
-use crate::{Matrix, Parameter, Tape, Var, Vector, backward::Context};
+use crate::{Matrix, Parameter, Tape, Var, Vector, backward::Context, saved::Saved};
 
 /// `y = x W^T + bias`, `x`: `[rows, in_features]`. Keeps `x` only if the matrix is trained.
 ///
@@ -11,7 +11,7 @@ use crate::{Matrix, Parameter, Tape, Var, Vector, backward::Context};
 pub fn linear(tape: &Tape, x: &Var, weight: &Matrix, bias: Option<&Vector>) -> Result<Var> {
     let link = tape.link("linear", &[x], &[weight.parameter(), bias.and_then(Vector::parameter)])?;
     let y = core::forward(x.tensor(), &weight.weight()?, bias.map(Vector::tensor).as_ref())?;
-    let parameters = BaseParameters::new(x.tensor(), weight, bias);
+    let parameters = BaseParameters::new(x, weight, bias);
     let (to, weight) = (x.source(), weight.clone());
     Ok(link.one(y, move |context, dy| {
         parameters.backward(context, &dy)?;
@@ -27,14 +27,14 @@ pub fn linear(tape: &Tape, x: &Var, weight: &Matrix, bias: Option<&Vector>) -> R
 /// The trained parts of a linear layer without its adapter.
 pub(super) struct BaseParameters {
     /// The matrix, and the layer's input, which only its gradient reads.
-    weight: Option<(Parameter, Tensor)>,
+    weight: Option<(Parameter, Saved)>,
     bias: Option<Parameter>,
 }
 
 impl BaseParameters {
-    pub(super) fn new(x: &Tensor, weight: &Matrix, bias: Option<&Vector>) -> Self {
+    pub(super) fn new(x: &Var, weight: &Matrix, bias: Option<&Vector>) -> Self {
         Self {
-            weight: weight.parameter().map(|parameter| (parameter.clone(), x.clone())),
+            weight: weight.parameter().map(|parameter| (parameter.clone(), Saved::of(x))),
             bias: bias.and_then(Vector::parameter).cloned(),
         }
     }
@@ -44,7 +44,7 @@ impl BaseParameters {
         if let Some((parameter, x)) = self.weight
             && let Some(dweight) = context.gradient(&parameter)
         {
-            core::weight_gradient(dy, &x, dweight)?;
+            core::weight_gradient(dy, &x.take()?, dweight)?;
         }
         if let Some(parameter) = self.bias
             && let Some(dbias) = context.gradient(&parameter)

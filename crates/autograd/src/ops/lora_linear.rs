@@ -6,7 +6,7 @@ use unsloth_core::{
 };
 
 use super::linear::BaseParameters;
-use crate::{Matrix, Parameter, Tape, Var, Vector};
+use crate::{Matrix, Parameter, Tape, Var, Vector, saved::Saved};
 
 /// A trained low-rank update `scale * B A`.
 #[derive(Clone, Debug)]
@@ -63,11 +63,11 @@ pub fn lora_linear(tape: &Tape, x: &Var, weight: &Matrix, bias: Option<&Vector>,
     let (matrix, bias_value) = (weight.weight()?, bias.map(Vector::tensor));
     let core::Forward { y, h } =
         adapter.borrowed(|adapter| core::forward(x.tensor(), &matrix, bias_value.as_ref(), adapter))?;
-    let base = BaseParameters::new(x.tensor(), weight, bias);
-    let (to, x, weight, adapter) = (x.source(), x.tensor().clone(), weight.clone(), adapter.clone());
+    let base = BaseParameters::new(x, weight, bias);
+    let (to, x, weight, adapter) = (x.source(), Saved::of(x), weight.clone(), adapter.clone());
     Ok(link.one(y, move |context, dy| {
         base.backward(context, &dy)?;
-        let (weight, needs_dx) = (weight.weight()?, context.wants(to));
+        let (weight, x, needs_dx) = (weight.weight()?, x.take()?, context.wants(to));
         let (dlora_a, dlora_b) = context.gradient_pair(&adapter.lora_a, &adapter.lora_b);
         let dx = adapter.borrowed(|adapter| {
             let inputs = Backward { dy: &dy, x: &x, h: &h, weight: &weight, adapter, needs_dx };

@@ -1,11 +1,13 @@
 //! Root-mean-square normalisation, with a fused residual add; formula and gradient in [`core`].
 
+use std::rc::Rc;
+
 use unsloth_core::{
     Result, Tensor,
     ops::rms_norm::{self as core, Backward},
 };
 
-use crate::{Parameter, Tape, Var, Vector, backward::Context};
+use crate::{Parameter, Tape, Var, Vector, backward::Context, saved::Again, tape::Link};
 
 /// What a model chooses about its norms.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,6 +33,15 @@ impl Saved {
         let dweight = self.weight.parameter().and_then(|parameter: &Parameter| context.gradient(parameter));
         core::backward(inputs, dweight, self.options.eps, self.options.weight_offset)
     }
+
+    /// The norm's result from what it keeps, where that is asked for.
+    fn again(&self, link: &Link<'_>, tape: &Tape) -> Option<Rc<Again>> {
+        (tape.recompute().norms && link.saves()).then(|| {
+            let (x, weight, NormOptions { eps, weight_offset }) =
+                (self.normalised.clone(), self.weight.clone(), self.options);
+            Again::new(move || Ok(core::forward(x, None, &weight.tensor(), eps, weight_offset)?.out))
+        })
+    }
 }
 
 /// Normalised rows of `x`, `[rows, hidden_size]`. Keeps `x` and one f32 per row.
@@ -41,12 +52,13 @@ pub fn rms_norm(tape: &Tape, x: &Var, weight: &Vector, options: NormOptions) -> 
     let link = tape.link("rms_norm", &[x], &[weight.parameter()])?;
     let forward = core::forward(x.tensor().clone(), None, &weight.tensor(), options.eps, options.weight_offset)?;
     let saved = Saved { normalised: x.tensor().clone(), rstd: forward.rstd, weight: weight.clone(), options };
-    let to = x.source();
-    Ok(link.one(forward.out, move |context, dout| {
+    let (to, again) = (x.source(), saved.again(&link, tape));
+    let out = link.one(forward.out, move |context, dout| {
         let dx = saved.backward(context, dout, None)?;
         drop(saved);
         context.send(to, dx)
-    }))
+    });
+    Ok(out.with_again(again))
 }
 
 /// `sum = x + residual` and its normalised rows: `(out, sum)`. `x` is reused for the sum where nothing else holds it.
@@ -64,7 +76,8 @@ pub fn add_rms_norm(tape: &Tape, x: Var, residual: &Var, weight: &Vector, option
         panic!("a norm with a residual gives the sum");
     };
     let saved = Saved { normalised: sum.clone(), rstd: forward.rstd, weight: weight.clone(), options };
-    Ok(link.two((forward.out, sum), move |context, dout, dsum| {
+    let again = saved.again(&link, tape);
+    let (out, sum) = link.two((forward.out, sum), move |context, dout, dsum| {
         let dx = match (dout, dsum) {
             (Some(dout), dsum) => saved.backward(context, dout, dsum.as_ref())?,
             // Only the residual stream is read further on: the norm and its weight take no part.
@@ -74,5 +87,6 @@ pub fn add_rms_norm(tape: &Tape, x: Var, residual: &Var, weight: &Vector, option
         drop(saved);
         context.send(to_x, dx.clone())?;
         context.send(to_residual, dx)
-    }))
+    });
+    Ok((out.with_again(again), sum))
 }

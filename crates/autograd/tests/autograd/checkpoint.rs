@@ -3,14 +3,14 @@
 use std::{cell::Cell, cell::RefCell, rc::Rc};
 
 use unsloth_autograd::{
-    Error, GradStore, Matrix, Parameter, Result, Tape, Var, Vector, checkpoint,
+    Error, GradStore, Matrix, Parameter, Recompute, Result, Tape, Var, Vector, checkpoint,
     ops::{self, NormOptions},
 };
 use unsloth_core::{Category, ops::glu::Activation};
 
 use crate::{
     harness::{activations, bits, device, random},
-    model::{Model, Policy},
+    model::{Model, Policy, Stored},
 };
 
 const NORM: NormOptions = NormOptions { eps: 1e-6, weight_offset: 0.0 };
@@ -22,7 +22,18 @@ fn a_decoder_has_the_same_bits_under_every_policy() {
         let model = Model::new(&device, tied_layers);
         let plain = model.step(Policy::None);
         assert!(plain.gradients.iter().all(|g| g.iter().any(|&bits| f32::from_bits(bits) != 0.0)));
-        for policy in [Policy::EachLayer, Policy::Layers, Policy::Nested, Policy::All] {
+        let policies = [
+            Policy::EachLayer,
+            Policy::Stored(Stored::InHostMemory),
+            Policy::Stored(Stored::OnDisk),
+            Policy::Selective(Recompute { norms: true, gates: false }),
+            Policy::Selective(Recompute { norms: false, gates: true }),
+            Policy::Selective(Recompute { norms: true, gates: true }),
+            Policy::Layers,
+            Policy::Nested,
+            Policy::All,
+        ];
+        for policy in policies {
             assert_eq!(model.step(policy), plain, "{policy:?}, tied layers: {tied_layers}");
         }
     }

@@ -3,7 +3,7 @@
 use std::{cell::RefCell, rc::Rc};
 
 use unsloth_autograd::{
-    GradStore, Matrix, Parameter, Tape, Var, Vector,
+    GradStore, Matrix, Parameter, Recompute, Tape, Var, Vector,
     ops::{self, LoraAdapter, NormOptions},
 };
 use unsloth_core::{Category, Device, Tensor, ops::glu::Activation};
@@ -79,6 +79,77 @@ fn a_node_holds_what_backward_reads() {
     assert_eq!(bytes, UNIT, "mul by a constant: the constant");
     let bytes = held(&device, |tape, x| drop(ops::sum(tape, &value(tape, x)).unwrap()));
     assert_eq!(bytes, 0, "sum");
+}
+
+#[test]
+fn results_of_named_operators_are_not_held() {
+    let device = device();
+    let weight = Vector::Frozen(random(&device, 3, [SIZE]));
+    let trained = Matrix::Trainable(Parameter::new("w", random(&device, 6, [SIZE, SIZE])));
+    for (recompute, of_norm, of_gate) in [
+        (Recompute::default(), UNIT, UNIT),
+        (Recompute { norms: true, gates: false }, 0, UNIT),
+        (Recompute { norms: false, gates: true }, UNIT, 0),
+    ] {
+        let read_by_three = |tape: &Tape, y: &Var| {
+            (0..3).for_each(|_| drop(ops::linear(tape, y, &trained, None).unwrap()));
+        };
+        let bytes = held(&device, |tape, x| {
+            tape.set_recompute(recompute);
+            let x = ops::scale(tape, x, 2.0).unwrap();
+            read_by_three(tape, &ops::rms_norm(tape, &x, &weight, NORM).unwrap());
+        });
+        assert_eq!(bytes, UNIT + SMALL + of_norm, "norm, {recompute:?}");
+        let bytes = held(&device, |tape, x| {
+            tape.set_recompute(recompute);
+            let (x, residual) = (ops::scale(tape, x.clone(), 2.0).unwrap(), x);
+            read_by_three(tape, &ops::add_rms_norm(tape, x, &residual, &weight, NORM).unwrap().0);
+        });
+        assert_eq!(bytes, UNIT + SMALL + of_norm, "norm of a sum, {recompute:?}");
+        let bytes = held(&device, |tape, x| {
+            tape.set_recompute(recompute);
+            let (gate, up) = (ops::scale(tape, x.clone(), 2.0).unwrap(), ops::scale(tape, x, 3.0).unwrap());
+            read_by_three(tape, &ops::glu(tape, &gate, &up, Activation::Silu).unwrap());
+        });
+        assert_eq!(bytes, 2 * UNIT + of_gate, "gate, {recompute:?}");
+    }
+}
+
+/// Three readers of one norm: its result is made once in the backward pass and is gone before the norm's own gradient is made.
+#[test]
+fn a_result_is_made_again_once() {
+    let device = device();
+    let weight = Parameter::new("norm", random(&device, 3, [SIZE]));
+    let matrices: Vec<Parameter> = (0..3).map(|i| Parameter::new("w", random(&device, i, [SIZE, SIZE]))).collect();
+    let run = |norms| {
+        let parameters: Vec<Parameter> = matrices.iter().chain([&weight]).cloned().collect();
+        let mut store = GradStore::new(&parameters).unwrap();
+        let tape = Tape::new();
+        tape.set_recompute(Recompute { norms, gates: false });
+        let x = tape.variable(random(&device, 7, [SIZE, SIZE]));
+        let normed = ops::rms_norm(&tape, &x, &Vector::Trainable(weight.clone()), NORM).unwrap();
+        let parts: Vec<Var> = matrices
+            .iter()
+            .map(|w| ops::linear(&tape, &normed, &Matrix::Trainable(w.clone()), None).unwrap())
+            .collect();
+        drop(normed);
+        let [a, b, c] = parts.try_into().unwrap();
+        let loss = ops::sum(&tape, &ops::add(&tape, ops::add(&tape, a, &b).unwrap(), &c).unwrap()).unwrap();
+        drop((b, c));
+        let levels = Rc::new(RefCell::new(Vec::new()));
+        let (log, watched) = (levels.clone(), device.clone());
+        store.on_ready(move |_, _| {
+            log.borrow_mut().push(activations(&watched));
+            Ok(())
+        });
+        tape.backward(&loss, &mut store).unwrap();
+        let bits: Vec<_> = parameters.iter().map(|p| crate::harness::bits(store.get(p).unwrap())).collect();
+        (bits, levels.take())
+    };
+    let (kept, made) = (run(false), run(true));
+    assert_eq!(kept.0, made.0);
+    // Behind the first reader the result is there in both; from the last reader on it is in neither.
+    assert_eq!(kept.1, made.1);
 }
 
 #[test]

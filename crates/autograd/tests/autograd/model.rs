@@ -3,11 +3,11 @@
 use std::{cell::RefCell, rc::Rc};
 
 use unsloth_autograd::{
-    GradStore, Matrix, Parameter, Result, Tape, Var, Vector, checkpoint,
+    GradStore, Matrix, Parameter, Recompute, Result, Tape, Var, Vector, checkpoint, checkpoint_in,
     ops::{self, AttentionSequences, LoraAdapter, NormOptions, RopeAngles},
 };
 use unsloth_core::{
-    DType, Device, Sequences, Tensor,
+    DType, Device, Place, Sequences, Tensor, TensorStore,
     ops::{
         attention::Options,
         cross_entropy::{IGNORE_INDEX, LossSpec},
@@ -63,6 +63,13 @@ const TRAINED: [&[usize]; 13] = [
 /// Shapes of the frozen matrices of a layer: q, v, up.
 const FROZEN: [[usize; 2]; 3] = [[HEADS * HEAD_DIM, HIDDEN], [HEAD_DIM, HIDDEN], [INTERMEDIATE, HIDDEN]];
 
+/// Where inputs wait.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Stored {
+    InHostMemory,
+    OnDisk,
+}
+
 /// How the layers are run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Policy {
@@ -70,6 +77,10 @@ pub(crate) enum Policy {
     None,
     /// Each layer is recomputed.
     EachLayer,
+    /// The same, with the inputs in a store of the device.
+    Stored(Stored),
+    /// Results of cheap operators are computed again.
+    Selective(Recompute),
     /// Both layers are recomputed together.
     Layers,
     /// Both together, and each within.
@@ -204,11 +215,26 @@ impl Model {
         };
         let state = match policy {
             Policy::None => all(tape, &[embedded])?,
-            Policy::EachLayer => each_layer(tape, &[embedded], &self.layers)?,
+            Policy::EachLayer => each_layer(tape, None, &[embedded], &self.layers)?,
+            Policy::Stored(stored) => {
+                let place = match stored {
+                    Stored::InHostMemory => Place::Host,
+                    Stored::OnDisk => Place::Disk { folder: std::env::temp_dir() },
+                };
+                let store = self.ids.device().store(&place)?;
+                let state = each_layer(tape, Some(&*store), &[embedded], &self.layers)?;
+                // One input of the first layer and two of the second.
+                assert_eq!((store.usage().put.num, store.usage().taken.num), (3, 0));
+                state
+            }
+            Policy::Selective(recompute) => {
+                tape.set_recompute(recompute);
+                all(tape, &[embedded])?
+            }
             Policy::Layers => checkpoint(tape, &[&embedded], all)?,
             Policy::Nested => {
                 let layers = self.layers.clone();
-                checkpoint(tape, &[&embedded], move |tape, state| each_layer(tape, state, &layers))?
+                checkpoint(tape, &[&embedded], move |tape, state| each_layer(tape, None, state, &layers))?
             }
             Policy::All => {
                 let loss = move |tape: &Tape, state: &[Var]| Ok(vec![head(tape, &all(tape, state)?)?]);
@@ -267,11 +293,11 @@ impl Model {
     }
 }
 
-fn each_layer(tape: &Tape, state: &[Var], layers: &[Layer]) -> Result<Vec<Var>> {
+fn each_layer(tape: &Tape, store: Option<&dyn TensorStore>, state: &[Var], layers: &[Layer]) -> Result<Vec<Var>> {
     let mut state = state.to_vec();
     for layer in layers {
         let (layer, inputs) = (layer.clone(), state.iter().collect::<Vec<_>>());
-        state = checkpoint(tape, &inputs, move |tape, state| layer.forward(tape, state))?;
+        state = checkpoint_in(store, tape, &inputs, move |tape, state| layer.forward(tape, state))?;
     }
     Ok(state)
 }

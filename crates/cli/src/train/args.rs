@@ -7,7 +7,7 @@ use clap::ArgAction;
 use unsloth_rs::{
     core::DType,
     llm::{dataset::TrainOn, decoder::Targets},
-    recipe::{Method, OneOrMany, TrainOptions},
+    recipe::{Method, Offload, OneOrMany, TrainOptions},
     train::{Checkpointing, ScheduleKind},
 };
 
@@ -84,10 +84,14 @@ pub(crate) struct Args {
     grad_accum: Option<usize>,
     #[command(flatten)]
     optimizer: OptimizerArgs,
-    /// Layers whose activations are computed again instead of kept: none, every:N (segments of N layers) or sqrt
-    /// [default: none]
+    /// What is computed again in the backward pass instead of kept: none, every:N (segments of N layers), sqrt, layers:A,B,..
+    /// (from 0), selective (norms and gated units), selective:norm or selective:glu [default: none]
     #[arg(long, value_name = "POLICY")]
     checkpointing: Option<Checkpointing>,
+    /// Where inputs of layers that are computed again wait: none (on the device), host (its memory; gains nothing on the CPU) or
+    /// disk (files in OUTPUT that vanish with the run) [default: none]
+    #[arg(long, value_name = "PLACE")]
+    offload: Option<Offload>,
     #[command(flatten)]
     run: RunArgs,
 }
@@ -195,6 +199,7 @@ impl Args {
             adam_eps: optimizer.adam_eps,
             max_grad_norm: optimizer.max_grad_norm,
             checkpointing: self.checkpointing.map(|policy| policy.to_string()),
+            offload: self.offload,
             save_every: run.save_every,
             keep_last: run.keep_last,
             eval_every: run.eval_every,

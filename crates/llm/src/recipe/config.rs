@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use unsloth_core::DType;
 use unsloth_train::{AdamWConfig, Checkpointing, LoraConfig, LossScaleConfig, Schedule, ScheduleKind, TrainerConfig};
 
-use super::Method;
+use super::{Method, Offload};
 use crate::{
     Error, Result,
     dataset::TrainOn,
@@ -119,8 +119,10 @@ pub struct TrainConfig {
     pub adamw: AdamWConfig,
     /// Gradients with a larger norm are scaled down to it; positive. `None`: never.
     pub max_grad_norm: Option<f32>,
-    /// Which layers are computed again in the backward pass instead of kept.
+    /// What is computed again in the backward pass instead of kept.
     pub checkpointing: Checkpointing,
+    /// Where what it keeps waits.
+    pub offload: Offload,
     /// What happens to a run that the output folder holds.
     pub start: Start,
     /// Steps between checkpoints of the run, at least 1. `None`: only when it is stopped.
@@ -162,6 +164,7 @@ impl TrainConfig {
             adamw: AdamWConfig::default(),
             max_grad_norm: Some(1.0),
             checkpointing: Checkpointing::None,
+            offload: Offload::None,
             start: Start::New,
             save_every: None,
             keep_last: 2,
@@ -203,6 +206,7 @@ impl TrainConfig {
         }
         at_least("save_every", self.save_every.unwrap_or(1), 1)?;
         at_least("keep_last", self.keep_last, 1)?;
+        self.offload.check(&self.checkpointing)?;
         self.validate_evaluation()?;
         self.trainer(1).validate()?;
         Ok(())
@@ -280,7 +284,7 @@ mod tests {
     #[test]
     fn every_field_is_checked() {
         type Spoil = fn(&mut TrainConfig);
-        let cases: [(&str, Spoil); 20] = [
+        let cases: [(&str, Spoil); 21] = [
             ("data", |c| c.data.clear()),
             ("rank", |c| c.rank = Some(0)),
             ("alpha", |c| c.alpha = Some(f32::NAN)),
@@ -298,6 +302,7 @@ mod tests {
             ("max_grad_norm", |c| c.max_grad_norm = Some(0.0)),
             ("save_every", |c| c.save_every = Some(0)),
             ("keep_last", |c| c.keep_last = 0),
+            ("offload", |c| c.offload = Offload::Disk),
             ("eval_data", |c| c.eval = Some(EvalSource::Files(vec![]))),
             ("eval_split", |c| c.eval = Some(EvalSource::Split(1.0))),
             ("eval_every", |c| c.eval_every = Some(5)),

@@ -8,7 +8,7 @@ use unsloth_core::DType;
 use unsloth_train::{AdamWConfig, ScheduleKind};
 
 use super::{
-    Method, RunError,
+    Method, Offload, RunError,
     config::{EvalSource, RunLength, Start, TrainConfig, Warmup, invalid},
 };
 use crate::{Error, Result, fields::decimal};
@@ -54,6 +54,7 @@ pub struct TrainOptions {
     /// `inf`: gradients are never scaled down.
     pub max_grad_norm: Option<f64>,
     pub checkpointing: Option<String>,
+    pub offload: Option<Offload>,
     pub save_every: Option<usize>,
     pub keep_last: Option<usize>,
     pub eval_every: Option<usize>,
@@ -180,6 +181,7 @@ impl TrainOptions {
                 Some(norm) => Some(norm as f32).filter(|&norm| norm != f32::INFINITY),
             },
             checkpointing: self.checkpointing.map_or(Ok(defaults.checkpointing), |text| text.parse())?,
+            offload: self.offload.unwrap_or(defaults.offload),
             start,
             save_every: self.save_every,
             keep_last: self.keep_last.unwrap_or(defaults.keep_last),
@@ -257,6 +259,7 @@ impl TrainOptions {
             adam_eps: Some(decimal(config.adamw.eps)),
             max_grad_norm: Some(config.max_grad_norm.map_or(f64::INFINITY, decimal)),
             checkpointing: Some(config.checkpointing.to_string()),
+            offload: Some(config.offload),
             save_every: config.save_every,
             keep_last: Some(config.keep_last),
             eval_every: config.eval_every,
@@ -346,6 +349,7 @@ mod tests {
             adamw: AdamWConfig { beta1: 0.1, beta2: 0.2, eps: 1e-30, weight_decay: 0.7 },
             max_grad_norm: None,
             checkpointing: "every:3".parse().unwrap(),
+            offload: Offload::Disk,
             start: Start::New,
             save_every: Some(5),
             keep_last: 6,

@@ -8,7 +8,7 @@ use unsloth_train::{
 };
 
 use super::{
-    Method,
+    Method, Offload,
     config::{DEFAULT_RANK, invalid, loss_scale},
 };
 use crate::{
@@ -43,8 +43,10 @@ pub struct PlanConfig {
     pub dropout: Option<f32>,
     /// Layers that have adapters. `None`: every linear layer.
     pub targets: Option<Targets>,
-    /// Which layers are computed again in the backward pass instead of kept.
+    /// What is computed again in the backward pass instead of kept.
     pub checkpointing: Checkpointing,
+    /// Where what it keeps waits.
+    pub offload: Offload,
 }
 
 impl PlanConfig {
@@ -60,6 +62,7 @@ impl PlanConfig {
             dropout: None,
             targets: None,
             checkpointing: Checkpointing::None,
+            offload: Offload::None,
         }
     }
 
@@ -77,6 +80,7 @@ impl PlanConfig {
             ("dropout", self.dropout.is_some()),
             ("targets", self.targets.is_some()),
         ])?;
+        self.offload.check(&self.checkpointing)?;
         Ok(self.adapter().validate()?)
     }
 
@@ -93,7 +97,8 @@ impl PlanConfig {
             // Random numbers take no memory of the device.
             Method::Scratch => self.shapes_only(device, LoadOptions::trainable(self.dtype))?,
         };
-        model.set_checkpointing(self.checkpointing);
+        model.set_checkpointing(self.checkpointing.clone())?;
+        model.set_offload(self.offload.open(device, &std::env::temp_dir())?);
         if self.method == Method::Lora {
             model.add_adapters(&self.adapter(), self.targets.as_ref().unwrap_or(&Targets::AllLinear), 0)?;
         }

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use unsloth_core::Device;
+use unsloth_core::{Device, TensorStore};
 use unsloth_train::{Model, Trainer};
 
 pub use self::event::{End, EvalReport, Event, Prepared, Resumed, Summary};
@@ -33,7 +33,8 @@ use crate::{
 
 /// Options that a resumed run may have otherwise: they change nothing of what it computes. Data files are compared by what is
 /// in them.
-const MAY_CHANGE: [&str; 6] = ["output", "data", "save_every", "keep_last", "eval_every", "eval_data"];
+const MAY_CHANGE: [&str; 8] =
+    ["output", "data", "save_every", "keep_last", "eval_every", "eval_data", "checkpointing", "offload"];
 
 /// Trains adapters or a whole model and writes, into the output folder, what [`peft::save`] or [`export::save`] writes, the
 /// tokenizer's files, `config.toml` (the options), `metrics.jsonl`, `loss.svg` and, where they are asked for, checkpoints.
@@ -191,6 +192,7 @@ fn summary(
         tokens: progress.tokens,
         elapsed: Duration::from_secs_f64(progress.seconds),
         peak_bytes: trainer.model().device().usage().total_peak_bytes(),
+        offloaded: trainer.model().offload().map(TensorStore::usage),
         output: config.output.clone(),
         end,
     }
@@ -210,7 +212,8 @@ fn prepare_model(device: &Device, config: &TrainConfig) -> Result<Decoder> {
         Method::Full => Decoder::load(&config.model, device, LoadOptions::trainable(config.dtype))?,
         Method::Scratch => Decoder::random(&config.model, device, config.dtype, config.seed)?,
     };
-    model.set_checkpointing(config.checkpointing);
+    model.set_checkpointing(config.checkpointing.clone())?;
+    model.set_offload(config.offload.open(device, &config.output)?);
     Ok(model)
 }
 

@@ -10,9 +10,41 @@ use std::{
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Map, Value};
 use tempfile::TempDir;
-use unsloth_core::{DType, Device, ops::cross_entropy::IGNORE_INDEX};
+use unsloth_core::{DType, Device, Place, ops::cross_entropy::IGNORE_INDEX};
 use unsloth_llm::decoder::{Decoder, LoadOptions};
-use unsloth_train::{Batch, Document, LoraConfig};
+use unsloth_train::{Batch, Checkpointing, Document, LoraConfig, Model};
+
+/// Calls `check` under every checkpointing policy and with what is kept in every place, and leaves the decoder as it was.
+pub(crate) fn under_every_policy(decoder: &mut Decoder, mut check: impl FnMut(&Decoder, &str)) {
+    let device = decoder.device().clone();
+    let policies = [
+        "every:1",
+        "every:2",
+        "every:3",
+        "sqrt",
+        "layers:0",
+        "layers:1",
+        "selective",
+        "selective:norm",
+        "selective:glu",
+    ];
+    let places = [None, Some(Place::Host), Some(Place::Disk { folder: std::env::temp_dir() })];
+    for policy in policies {
+        decoder.set_checkpointing(policy.parse().unwrap()).unwrap();
+        for place in &places {
+            let store = place.as_ref().map(|place| device.store(place).unwrap());
+            decoder.set_offload(store.clone());
+            check(decoder, &format!("{policy} {place:?}"));
+            if let Some(store) = store {
+                let (usage, moves) = (store.usage(), ["every:1", "layers:0"].contains(&policy));
+                assert!(!moves || usage.put.num > 0, "{policy} {place:?}");
+                assert_eq!((usage.live_bytes, usage.put.bytes), (0, usage.taken.bytes));
+            }
+        }
+    }
+    decoder.set_checkpointing(Checkpointing::None).unwrap();
+    decoder.set_offload(None);
+}
 
 pub(crate) const F32: LoadOptions = LoadOptions::frozen(DType::F32);
 

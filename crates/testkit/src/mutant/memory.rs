@@ -2,7 +2,9 @@
 
 use std::{ops::Range, sync::Arc};
 
-use unsloth_core::{AllocationCounts, Backend, Buffer, Category, DType, HostBytes, Init, Memory, Result, Usage};
+use unsloth_core::{
+    AllocationCounts, Backend, Buffer, Category, DType, HostBytes, Init, Memory, Place, Result, TensorStore, Usage,
+};
 
 use super::MutantBackend;
 
@@ -50,6 +52,10 @@ impl<B: Backend> Memory for MutantBackend<B> {
 
     fn allocation_counts(&self) -> AllocationCounts {
         self.inner.allocation_counts()
+    }
+
+    fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {
+        self.inner.store(place)
     }
 
     fn synchronize(&self) -> Result<()> {

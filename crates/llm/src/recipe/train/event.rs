@@ -2,6 +2,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use unsloth_core::StoreUsage;
+
 use crate::{
     dataset::{Report, Sample},
     recipe::{Damage, EvalRecord, StepRecord},
@@ -83,6 +85,8 @@ pub struct Summary {
     pub elapsed: Duration,
     /// Most bytes held at once since this process began, by the ledger of the device.
     pub peak_bytes: u64,
+    /// What waited outside the device, if anything was to.
+    pub offloaded: Option<StoreUsage>,
     /// Folder of the adapter.
     pub output: PathBuf,
     /// How it ended.

@@ -1,0 +1,75 @@
+//! Where tensors wait that are not needed for a while.
+
+use std::{path::PathBuf, time::Duration};
+
+use crate::{Result, Tensor};
+
+/// A place outside a device's memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Memory of the host. On a device that computes there it is the same memory, under another name in the accounts.
+    Host,
+    /// Files without a name in this folder, which vanish with the process, however it ends. Their contents are checked when they
+    /// are read.
+    Disk {
+        /// An existing folder, on a disk rather than in memory.
+        folder: PathBuf,
+    },
+}
+
+/// Keeps the contents of tensors in a [`Place`].
+pub trait TensorStore: Send + Sync {
+    /// Copies a tensor's contents away. Waits for the device to have written them; its memory is free once the tensor and its
+    /// clones are dropped.
+    ///
+    /// # Errors
+    /// [`crate::Error::Launch`] if pending work failed; [`crate::Error::OutOfMemory`] if the host has no room;
+    /// [`crate::Error::Storage`].
+    fn put(&self, tensor: &Tensor) -> Result<Box<dyn StoredTensor>>;
+
+    /// What is kept, and what was moved.
+    fn usage(&self) -> StoreUsage;
+}
+
+/// A tensor in a [`TensorStore`]; what it takes there is freed when it is dropped.
+pub trait StoredTensor {
+    /// A new tensor with the same bits on the device that the first one was on.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`]; [`crate::Error::Storage`]; [`crate::Error::Damaged`] for contents that are not those that
+    /// were put.
+    fn take(self: Box<Self>) -> Result<Tensor>;
+}
+
+/// What a [`TensorStore`] keeps and has moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreUsage {
+    /// Bytes kept now.
+    pub live_bytes: u64,
+    /// Most bytes kept at once.
+    pub peak_bytes: u64,
+    /// From devices to the store.
+    pub put: Transfers,
+    /// From the store to devices.
+    pub taken: Transfers,
+}
+
+/// Copies in one direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Transfers {
+    /// Copies.
+    pub num: u64,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// Time that callers have waited for them.
+    pub time: Duration,
+}
+
+impl Transfers {
+    /// Counts a copy.
+    pub fn add(&mut self, bytes: u64, time: Duration) {
+        self.num += 1;
+        self.bytes += bytes;
+        self.time += time;
+    }
+}
