@@ -16,7 +16,8 @@ pub struct CpuOptions {
     pub num_threads: Option<usize>,
     /// Most bytes that may be held at once, adopted (memory-mapped) weights included; `None` means no limit.
     pub budget_bytes: Option<u64>,
-    /// Instructions that the products of linear layers and the loss are made of; `None` means the fastest that the processor has.
+    /// Instructions that attention and the products of linear layers and the loss are made of; `None` means the fastest that the
+    /// processor has.
     pub isa: Option<Isa>,
     /// Fills buffers of arbitrary contents with NaN, so that a test sees an element that nobody wrote.
     pub fill_arbitrary_with_nan: bool,
@@ -61,7 +62,7 @@ impl CpuBackend {
         self.threads.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads)
     }
 
-    /// Instructions that the products of linear layers and the loss are made of.
+    /// Instructions that attention and the products of linear layers and the loss are made of.
     pub fn isa(&self) -> Isa {
         self.isa
     }

@@ -14,6 +14,8 @@
 mod access;
 mod adamw;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod backend;
 pub mod candle;
 mod cross_entropy;

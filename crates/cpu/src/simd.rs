@@ -23,6 +23,12 @@ const LANES: usize = 64;
 /// not inlined is not compiled again.
 #[inline(always)]
 pub(crate) fn vectorised<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    if crate::avx512::is_available() {
+        #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
+        // SAFETY: the processor has been asked.
+        return unsafe { crate::avx512::vectorised(work) };
+    }
     pulp::Arch::new().dispatch(work)
 }
 

@@ -35,7 +35,6 @@ macro_rules! suites {
 suites! {
     devices:
     adamw
-    attention
     cross_entropy
     elementwise
     embedding
@@ -48,6 +47,7 @@ suites! {
 
 suites! {
     paths:
+    attention
     linear
     linear_cross_entropy
     lora_dropout

@@ -44,7 +44,7 @@ fn lengths(seqs: &Sequences) -> impl Iterator<Item = usize> {
 fn forward_tiles(spec: &ops::attention::Spec, lengths: impl Iterator<Item = usize>, num_threads: usize) -> usize {
     let blocks: usize = lengths.map(|seq_q| seq_q.div_ceil(Q_BLOCK)).sum();
     let (wide, width) = (stride(spec.head_dim), stride(Q_BLOCK));
-    let slab = (2 * Q_BLOCK + 2 * K_BLOCK) * wide + (spec.head_dim + K_BLOCK) * width + 3 * Q_BLOCK;
+    let slab = (2 * Q_BLOCK + 2 * K_BLOCK) * wide + (spec.head_dim + K_BLOCK + K_BLOCK / 2) * width + 3 * Q_BLOCK;
     slabs(blocks * spec.num_heads, num_threads) * slab
 }
 
@@ -54,7 +54,8 @@ pub(crate) fn attention_forward(spec: &ops::attention::Spec, seq_q: &Sequences, 
 
 pub(crate) fn attention_backward(spec: &ops::attention::Spec, seq_k: &Sequences, num_threads: usize) -> usize {
     let (wide, width) = (stride(spec.head_dim), stride(Q_BLOCK));
-    let tiles = (3 * Q_BLOCK + 2 * K_BLOCK) * wide + 2 * (spec.head_dim + K_BLOCK) * width + 2 * Q_BLOCK;
+    let scores = 2 * (spec.head_dim + K_BLOCK) + K_BLOCK / 2;
+    let tiles = (3 * Q_BLOCK + 2 * K_BLOCK) * wide + scores * width + 2 * Q_BLOCK;
     let slab = tiles + 2 * seq_k.max_seqlen() * wide;
     slabs(seq_k.num_seqs() * spec.num_kv_heads, num_threads) * slab
 }

@@ -9,8 +9,8 @@ use unsloth_core::{
 };
 
 use super::{
-    K_BLOCK, Q_BLOCK, Sequence, packed, take,
-    tile::{Head, Left, Product, padded, stride, transpose},
+    K_BLOCK, LANES, Q_BLOCK, Sequence, packed, take,
+    tile::{Head, Path, Product, bits, padded, stride},
 };
 use crate::{
     CpuBackend,
@@ -49,6 +49,8 @@ struct Scratch<'a> {
     p: &'a mut [f32],
     /// Gradient of the probabilities, then of the scores, `[keys, queries]`.
     ds: &'a mut [f32],
+    /// Either of these as pairs of bf16.
+    pairs: &'a mut [f32],
     /// Log of the sums of the softmax of each query.
     lse: &'a mut [f32],
     /// `sum_channels(dout * out)` of each query.
@@ -62,7 +64,8 @@ struct Scratch<'a> {
 impl<'a> Scratch<'a> {
     fn len(d: usize, seq_k: usize) -> usize {
         let (wide, width) = (stride(d), stride(Q_BLOCK));
-        3 * Q_BLOCK * wide + 2 * d * width + 2 * K_BLOCK * wide + 2 * K_BLOCK * width + 2 * Q_BLOCK + 2 * seq_k * wide
+        let tiles = 3 * Q_BLOCK * wide + 2 * d * width + 2 * K_BLOCK * wide + (2 * K_BLOCK + K_BLOCK / 2) * width;
+        tiles + 2 * Q_BLOCK + 2 * seq_k * wide
     }
 
     fn new(mut slab: &'a mut [f32], d: usize, seq_k: usize) -> Self {
@@ -78,6 +81,7 @@ impl<'a> Scratch<'a> {
             v: take(slab, K_BLOCK * wide),
             p: take(slab, K_BLOCK * width),
             ds: take(slab, K_BLOCK * width),
+            pairs: take(slab, K_BLOCK / 2 * width),
             lse: take(slab, Q_BLOCK),
             projection: take(slab, Q_BLOCK),
             dk: take(slab, seq_k * wide),
@@ -108,7 +112,7 @@ pub(super) fn run<T: FloatElement>(
     let sequences = packed(&spec.options, inputs.seq_q, inputs.seq_k);
     let heads = |&sequence| (0..spec.num_kv_heads).map(move |kv_head| Task { sequence, kv_head });
     let tasks: Vec<Task> = sequences.iter().flat_map(heads).collect();
-    let d = spec.head_dim;
+    let (d, path) = (spec.head_dim, Path::new::<T>(backend.isa(), spec.head_dim));
     let scratch_len = Scratch::len(d, inputs.seq_k.max_seqlen());
     backend.for_each_task(&tasks, scratch_len, |&Task { sequence, kv_head }, slab| {
         let Sequence { first_q, first_k, visible } = sequence;
@@ -119,7 +123,7 @@ pub(super) fn run<T: FloatElement>(
         for head in kv_head * group..(kv_head + 1) * group {
             for start in (0..visible.seq_q).step_by(Q_BLOCK) {
                 let queries = start..visible.seq_q.min(start + Q_BLOCK);
-                block(spec, &args, (sequence, head, &queries), scratch);
+                block((spec, path), &args, (sequence, head, &queries), scratch);
                 store(&dq, (spec.num_heads, head, first_q + start), &scratch.dq[..queries.len() * stride(d)], d);
             }
         }
@@ -146,7 +150,7 @@ fn store<T: FloatElement>(
 
 /// Fills `scratch.dq` for a block of queries of one head and adds its share to `scratch.dk` and `scratch.dv`.
 fn block<T: FloatElement>(
-    spec: &Spec,
+    (spec, path): (&Spec, Path),
     args: &Arguments<'_, T>,
     (sequence, head, queries): (Sequence, usize, &Range<usize>),
     scratch: &mut Scratch<'_>,
@@ -158,13 +162,10 @@ fn block<T: FloatElement>(
     let key_rows = |data| Head { data, num_heads: spec.num_kv_heads, head: kv_head, head_dim: d };
     let first = first_q + queries.start;
     let (wide, width) = (stride(d), stride(rows));
-    let Scratch { q, q_transposed, dout, dout_transposed, dq, k, v, p, ds, lse, projection, dk, dv } = scratch;
+    let Scratch { q, q_transposed, dout, dout_transposed, dq, k, v, p, ds, pairs, lse, projection, dk, dv } = scratch;
     // dq holds `out` until the first tile.
     query_rows(args.out).load(first, rows, dq);
     query_rows(args.dout).load(first, rows, dout);
-    query_rows(args.q).load(first, rows, q);
-    transpose(q, (rows, d), q_transposed);
-    transpose(dout, (rows, d), dout_transposed);
     let (lse, projection) = (&mut lse[..padded(rows)], &mut projection[..padded(rows)]);
     projection.fill(0.0);
     for ((projection, out), dout) in projection[..rows].iter_mut().zip(dq.chunks(wide)).zip(dout.chunks(wide)) {
@@ -173,6 +174,11 @@ fn block<T: FloatElement>(
             || simd::dot(out, dout),
         );
     }
+    query_rows(args.q).columns(path, (first, rows), q, q_transposed);
+    query_rows(args.dout).columns(path, (first, rows), dout, dout_transposed);
+    let (_, q) = query_rows(args.q).both(path, (first, rows), q);
+    let (_, dout) = query_rows(args.dout).both(path, (first, rows), dout);
+    let [q_transposed, dout_transposed] = [q_transposed, dout_transposed].map(|columns| bits(columns));
     lse.fill(0.0);
     lse[..rows].copy_from_slice(&args.lse[head * args.tokens_q + first..][..rows]);
     // All scores of such a row are -inf or masked: exp(-inf - 0) is the 0 wanted, exp(-inf + inf) would be NaN.
@@ -180,49 +186,60 @@ fn block<T: FloatElement>(
     let dq = &mut dq[..rows * wide];
     dq.fill(0.0);
     for keys in visible.tiles(queries) {
-        let cols = keys.len();
-        key_rows(args.k).load(first_k + keys.start, cols, k);
-        key_rows(args.v).load(first_k + keys.start, cols, v);
+        let (cols, seen) = (keys.len(), (first_k + keys.start, keys.len()));
+        let (a, k) = key_rows(args.k).both(path, seen, k);
         let (p, ds) = (&mut p[..cols * width], &mut ds[..cols * width]);
-        let (size, into) = ((cols, padded(rows), d), Into::Overwrite);
-        Product { size, alpha: scale, a: Left::new(k, wide), b: (q_transposed, width), c: (p, width), into }.run();
-        Product { size, alpha: 1.0, a: Left::new(v, wide), b: (dout_transposed, width), c: (ds, width), into }.run();
+        let (size, into) = ((cols, padded(rows), path.depth(d)), Into::Overwrite);
+        Product { size, alpha: scale, a, b: (q_transposed, width), c: (p, width), into }.run(path);
+        let a = key_rows(args.v).left(path, seen, v);
+        Product { size, alpha: 1.0, a, b: (dout_transposed, width), c: (ds, width), into }.run(path);
         score_gradients((p, ds), (lse, projection), spec.options.softcap);
         visible.mask(queries, &keys, p, 0.0);
         visible.mask(queries, &keys, ds, 0.0);
         let (dk, dv) = (&mut dk[keys.start * wide..keys.end * wide], &mut dv[keys.start * wide..keys.end * wide]);
-        let (size, into) = ((cols, padded(d), rows), Into::Add);
-        Product { size, alpha: 1.0, a: Left::new(p, width), b: (dout, wide), c: (dv, wide), into }.run();
-        Product { size, alpha: scale, a: Left::new(ds, width), b: (q, wide), c: (dk, wide), into }.run();
-        let (size, a) = ((rows, padded(d), cols), Left::new(ds, width).t());
-        Product { size, alpha: scale, a, b: (k, wide), c: (dq, wide), into }.run();
+        let (size, into) = ((cols, padded(d), path.depth(rows)), Into::Add);
+        let a = path.by_cols(p, (cols, rows), pairs);
+        Product { size, alpha: 1.0, a, b: dout, c: (dv, wide), into }.run(path);
+        let a = path.by_cols(ds, (cols, rows), pairs);
+        Product { size, alpha: scale, a, b: q, c: (dk, wide), into }.run(path);
+        let (size, a) = ((rows, padded(d), path.depth(cols)), path.by_rows(ds, (cols, rows), pairs));
+        Product { size, alpha: scale, a, b: k, c: (dq, wide), into }.run(path);
     }
 }
 
 /// `p`: scores become probabilities; `ds`: gradients of the probabilities become those of the scores.
-fn score_gradients((p, ds): (&mut [f32], &mut [f32]), (lse, projection): (&[f32], &[f32]), softcap: Option<f32>) {
-    let width = stride(lse.len());
+fn score_gradients(tiles: (&mut [f32], &mut [f32]), statistics: (&[f32], &[f32]), softcap: Option<f32>) {
+    // The cap is not looked at within the loop: there the compiler would compute both and choose.
     vectorised(
         #[inline(always)]
-        || {
-            for (p, ds) in p.chunks_exact_mut(width).zip(ds.chunks_exact_mut(width)) {
-                let columns = p.iter_mut().zip(ds).zip(lse.iter().zip(projection));
-                match softcap {
-                    None => {
-                        for ((p, ds), (lse, projection)) in columns {
-                            *p = simd::exp(*p - lse);
-                            *ds = *p * (*ds - projection);
-                        }
-                    }
-                    Some(cap) => {
-                        for ((p, ds), (lse, projection)) in columns {
-                            let t = simd::tanh(*p / cap);
-                            *p = simd::exp(cap * t - lse);
-                            *ds = *p * (*ds - projection) * (1.0 - t * t);
-                        }
-                    }
-                }
-            }
+        || match softcap {
+            None => for_each_score(tiles, statistics, |score, lse| (simd::exp(score - lse), 1.0)),
+            Some(cap) => for_each_score(tiles, statistics, |score, lse| {
+                let t = simd::tanh(score / cap);
+                (simd::exp(cap * t - lse), 1.0 - t * t)
+            }),
         },
     );
+}
+
+/// [`score_gradients`] with the probability of a score and the slope of its cap.
+#[inline(always)]
+fn for_each_score(
+    (p, ds): (&mut [f32], &mut [f32]),
+    (lse, projection): (&[f32], &[f32]),
+    probability: impl Fn(f32, f32) -> (f32, f32),
+) {
+    let width = stride(lse.len());
+    let ((lse, _), (projection, _)) = (lse.as_chunks::<LANES>(), projection.as_chunks::<LANES>());
+    for (p, ds) in p.chunks_exact_mut(width).zip(ds.chunks_exact_mut(width)) {
+        let ((p, _), (ds, _)) = (p.as_chunks_mut::<LANES>(), ds.as_chunks_mut::<LANES>());
+        for i in 0..lse.len() {
+            let (p, ds, lse, projection) = (&mut p[i], &mut ds[i], &lse[i], &projection[i]);
+            for lane in 0..LANES {
+                let (value, slope) = probability(p[lane], lse[lane]);
+                p[lane] = value;
+                ds[lane] = value * (ds[lane] - projection[lane]) * slope;
+            }
+        }
+    }
 }

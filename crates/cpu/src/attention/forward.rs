@@ -8,7 +8,7 @@ use unsloth_core::{FloatElement, Result, Tensor, ops::attention::Spec};
 
 use super::{
     K_BLOCK, LANES, Q_BLOCK, Sequence, Visible, take,
-    tile::{Head, Left, Product, padded, stride, transpose},
+    tile::{Head, Path, Product, bits, padded, stride},
 };
 use crate::{
     CpuBackend,
@@ -39,7 +39,8 @@ struct Block<'a> {
 
 /// Scratch of a task.
 fn scratch_len(d: usize) -> usize {
-    2 * Q_BLOCK * stride(d) + d * stride(Q_BLOCK) + 2 * K_BLOCK * stride(d) + K_BLOCK * stride(Q_BLOCK) + 3 * Q_BLOCK
+    let (wide, width) = (stride(d), stride(Q_BLOCK));
+    2 * Q_BLOCK * wide + d * width + 2 * K_BLOCK * wide + (K_BLOCK + K_BLOCK / 2) * width + 3 * Q_BLOCK
 }
 
 pub(super) fn run<T: FloatElement>(
@@ -57,7 +58,7 @@ pub(super) fn run<T: FloatElement>(
             tasks.extend(blocks.map(|queries| Task { sequence, head, queries }));
         }
     }
-    let d = spec.head_dim;
+    let (d, path) = (spec.head_dim, Path::new::<T>(backend.isa(), spec.head_dim));
     let tokens_q = q.shape()[0];
     let (q, k, v) = (read::<T>(q), read::<T>(k), read::<T>(v));
     let out = Disjoint::new(write::<T>("attention", "out", out)?);
@@ -67,7 +68,7 @@ pub(super) fn run<T: FloatElement>(
         let kv_head = head / (spec.num_heads / spec.num_kv_heads);
         let keys = |data| Head { data, num_heads: spec.num_kv_heads, head: kv_head, head_dim: d };
         let q = Head { data: q, num_heads: spec.num_heads, head, head_dim: d };
-        let block = block(spec, sequence, queries, (q, keys(k), keys(v)), scratch);
+        let block = block((spec, path), sequence, queries, (q, keys(k), keys(v)), scratch);
         let first = sequence.first_q + queries.start;
         for (i, row) in block.out.chunks_exact(stride(d)).take(queries.len()).enumerate() {
             let start = ((first + i) * spec.num_heads + head) * d;
@@ -91,7 +92,7 @@ pub(super) fn run<T: FloatElement>(
 
 /// Output rows of a block of queries.
 fn block<'a, T: FloatElement>(
-    spec: &Spec,
+    (spec, path): (&Spec, Path),
     Sequence { first_q, first_k, visible }: Sequence,
     queries: &Range<usize>,
     (q_head, k_head, v_head): (Head<'_, T>, Head<'_, T>, Head<'_, T>),
@@ -103,23 +104,23 @@ fn block<'a, T: FloatElement>(
     let (q, q_transposed) = (take(&mut scratch, rows * wide), take(&mut scratch, d * width));
     let (k, v) = (take(&mut scratch, K_BLOCK * wide), take(&mut scratch, K_BLOCK * wide));
     let scores = take(&mut scratch, K_BLOCK * width);
+    let pairs = take(&mut scratch, K_BLOCK / 2 * width);
     let out = take(&mut scratch, rows * wide);
     let mut statistics = || take(&mut scratch, padded(rows));
     let mut block = Block { out, max: statistics(), sum: statistics(), rescale: statistics() };
     block.out.fill(0.0);
     block.max.fill(f32::NEG_INFINITY);
     block.sum.fill(0.0);
-    q_head.load(first_q + queries.start, rows, q);
-    transpose(q, (rows, d), q_transposed);
+    q_head.columns(path, (first_q + queries.start, rows), q, q_transposed);
     for keys in visible.tiles(queries) {
-        let cols = keys.len();
-        k_head.load(first_k + keys.start, cols, k);
-        v_head.load(first_k + keys.start, cols, v);
-        let (size, alpha, a) = ((cols, padded(rows), d), spec.options.scale, Left::new(k, wide));
-        Product { size, alpha, a, b: (q_transposed, width), c: (scores, width), into: Into::Overwrite }.run();
+        let (cols, seen) = (keys.len(), (first_k + keys.start, keys.len()));
+        let (size, alpha, a) = ((cols, padded(rows), path.depth(d)), spec.options.scale, k_head.left(path, seen, k));
+        let b = (bits(q_transposed), width);
+        Product { size, alpha, a, b, c: (scores, width), into: Into::Overwrite }.run(path);
         block.absorb(&visible, queries, &keys, (scores, spec.options.softcap));
-        let (size, a) = ((rows, padded(d), cols), Left::new(scores, width).t());
-        Product { size, alpha: 1.0, a, b: (v, wide), c: (block.out, wide), into: Into::Add }.run();
+        let (size, a) = ((rows, padded(d), path.depth(cols)), path.by_rows(scores, (cols, rows), pairs));
+        let (_, b) = v_head.both(path, seen, v);
+        Product { size, alpha: 1.0, a, b, c: (block.out, wide), into: Into::Add }.run(path);
     }
     for (row, sum) in block.out.chunks_exact_mut(wide).zip(&*block.sum) {
         // A fully masked row is zeros already; NaN stays NaN.
@@ -149,8 +150,10 @@ impl Block<'_> {
                     scores.iter_mut().for_each(|s| *s = cap * simd::tanh(*s / cap));
                 }
                 visible.mask(queries, tile, scores, f32::NEG_INFINITY);
-                for from in (0..padded(rows)).step_by(LANES) {
-                    self.absorb_lanes(from, scores, width);
+                // Several vectors at a time: one alone would wait for its own last maximum.
+                match padded(rows) {
+                    Q_BLOCK => self.absorb_lanes::<Q_BLOCK>(0, scores, width),
+                    lanes => (0..lanes).step_by(LANES).for_each(|from| self.absorb_lanes::<LANES>(from, scores, width)),
                 }
                 for (out, rescale) in self.out.chunks_exact_mut(wide).zip(&*self.rescale) {
                     if *rescale != 1.0 {
@@ -161,34 +164,36 @@ impl Block<'_> {
         );
     }
 
-    /// [`Self::absorb`] for a vector of queries.
+    /// [`Self::absorb`] for `N` queries.
     #[inline(always)]
-    fn absorb_lanes(&mut self, from: usize, scores: &mut [f32], width: usize) {
-        let lanes = from..from + LANES;
-        let (mut shift, mut sum) = ([0.0; LANES], [0.0; LANES]);
-        shift.copy_from_slice(&self.max[lanes.clone()]);
-        for scores in scores.chunks_exact(width) {
-            for (max, score) in shift.iter_mut().zip(&scores[lanes.clone()]) {
-                *max = if *score > *max { *score } else { *max };
+    fn absorb_lanes<const N: usize>(&mut self, from: usize, scores: &mut [f32], width: usize) {
+        let statistics = [&mut self.max, &mut self.sum, &mut self.rescale];
+        let [Some(max), Some(total), Some(rescale)] = statistics.map(|all| all[from..].first_chunk_mut::<N>()) else {
+            unreachable!("statistics are whole vectors");
+        };
+        let mut new_max = *max;
+        for row in scores.chunks_exact(width) {
+            let Some(row) = row[from..].first_chunk::<N>() else { unreachable!("rows are whole vectors") };
+            for lane in 0..N {
+                new_max[lane] = if row[lane] > new_max[lane] { row[lane] } else { new_max[lane] };
             }
         }
-        for ((shift, max), rescale) in
-            shift.iter_mut().zip(&mut self.max[lanes.clone()]).zip(&mut self.rescale[lanes.clone()])
-        {
-            let new_max = *shift;
+        let (mut shift, mut sum) = ([0.0; N], [0.0; N]);
+        for lane in 0..N {
             // All scores may be -inf so far; subtracting that would give NaN.
-            *shift = if new_max == f32::NEG_INFINITY { 0.0 } else { new_max };
-            *rescale = simd::exp(*max - *shift);
-            *max = new_max;
+            shift[lane] = if new_max[lane] == f32::NEG_INFINITY { 0.0 } else { new_max[lane] };
+            rescale[lane] = simd::exp(max[lane] - shift[lane]);
         }
-        for scores in scores.chunks_exact_mut(width) {
-            for ((score, shift), sum) in scores[lanes.clone()].iter_mut().zip(&shift).zip(&mut sum) {
-                *score = simd::exp(*score - shift);
-                *sum += *score;
+        *max = new_max;
+        for row in scores.chunks_exact_mut(width) {
+            let Some(row) = row[from..].first_chunk_mut::<N>() else { unreachable!("rows are whole vectors") };
+            for lane in 0..N {
+                row[lane] = simd::exp(row[lane] - shift[lane]);
+                sum[lane] += row[lane];
             }
         }
-        for ((total, sum), rescale) in self.sum[lanes.clone()].iter_mut().zip(&sum).zip(&self.rescale[lanes]) {
-            *total = *total * rescale + sum;
+        for lane in 0..N {
+            total[lane] = total[lane] * rescale[lane] + sum[lane];
         }
     }
 }

@@ -1,13 +1,22 @@
-//! Tiles of f32 and their products, on one thread.
+//! Tiles and their products, on one thread.
 //!
-//! Tiles are small and used once, so nothing is packed and nothing is allocated, where a general matrix product does both at
-//! every call: the right factor and the result are rows of whole vectors, and the left factor is read one element at a time, in
-//! rows or in columns.
+//! Tiles are small and used once, so nothing is packed that is not in its place anyway, where a general matrix product does that
+//! at every call: the right factor and the result are rows of whole vectors, and the left factor is read one element at a time,
+//! in rows or in columns.
+//!
+//! An element of a factor is an f32, or, where the processor multiplies pairs of bf16, two neighbours of the dimension summed
+//! over. Both are 32 bits, and the products differ in nothing but an instruction.
 
+use half::bf16;
 use pulp::{Simd, WithSimd};
-use unsloth_core::FloatElement;
+use unsloth_core::{DType, FloatElement};
 
-use crate::{matmul::Into, simd};
+#[cfg(target_arch = "x86_64")]
+use crate::avx512;
+use crate::{
+    matmul::{Into, Isa},
+    simd::{self, vectorised},
+};
 
 /// Every vector width divides it.
 const PAD: usize = 16;
@@ -20,6 +29,91 @@ pub(super) fn padded(cols: usize) -> usize {
 /// Distance of the rows of a tile. Without the extra vector, rows of 64 or 128 channels would share a few sets of the cache.
 pub(super) fn stride(cols: usize) -> usize {
     padded(cols) + PAD
+}
+
+/// How products are computed.
+#[derive(Clone, Copy)]
+pub(super) struct Path {
+    isa: Isa,
+    /// Factors are pairs of bf16; else f32.
+    pub(super) pairs: bool,
+}
+
+impl Path {
+    /// The path for heads of `head_dim` elements of a type.
+    pub(super) fn new<T: FloatElement>(isa: Isa, head_dim: usize) -> Self {
+        // A pair must not be of two heads.
+        Self { isa, pairs: isa == Isa::Avx512Bf16 && T::DTYPE == DType::BF16 && head_dim.is_multiple_of(2) }
+    }
+
+    /// Elements of a factor for so many of the dimension summed over.
+    pub(super) fn depth(self, len: usize) -> usize {
+        if self.pairs { len.div_ceil(2) } else { len }
+    }
+
+    /// A tile `[rows, cols]` of f32 as the left factor of a product that sums over its rows; pairs are written to `to`.
+    pub(super) fn by_rows<'a>(self, tile: &'a [f32], (rows, cols): (usize, usize), to: &'a mut [f32]) -> Left<'a> {
+        let (width, cols) = (stride(cols), padded(cols));
+        if !self.pairs {
+            return Left::new(bits(tile), width).t();
+        }
+        let nothing = [0.0; super::Q_BLOCK];
+        let to = bytemuck::cast_slice_mut::<f32, u32>(to);
+        for (row, to) in (0..rows).step_by(2).zip(to.chunks_exact_mut(width)) {
+            let low = &tile[row * width..][..cols];
+            let high = if row + 1 < rows { &tile[(row + 1) * width..][..cols] } else { &nothing[..cols] };
+            self.narrow_pairs((low, high), &mut to[..cols]);
+        }
+        Left::new(to, width).t()
+    }
+
+    /// A tile `[rows, cols]` of f32 as the left factor of a product that sums over its columns; pairs are written to `to`.
+    pub(super) fn by_cols<'a>(self, tile: &'a [f32], (rows, cols): (usize, usize), to: &'a mut [f32]) -> Left<'a> {
+        let (width, cols) = (stride(cols), padded(cols));
+        if !self.pairs {
+            return Left::new(bits(tile), width);
+        }
+        let halves = bytemuck::cast_slice_mut::<f32, bf16>(&mut *to);
+        for (from, to) in tile.chunks_exact(width).zip(halves.chunks_exact_mut(width)).take(rows) {
+            self.narrow(&from[..cols], &mut to[..cols]);
+        }
+        Left::new(bits(to), width / 2)
+    }
+
+    fn narrow(self, from: &[f32], to: &mut [bf16]) {
+        debug_assert!(self.pairs, "only pairs are narrowed");
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
+        // SAFETY: pairs are for processors that have AVX-512 with bf16 (`Path::new`, `Isa::choose`).
+        unsafe {
+            avx512::narrow(from, to);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        simd::narrow(from, to);
+    }
+
+    fn narrow_pairs(self, (low, high): (&[f32], &[f32]), to: &mut [u32]) {
+        debug_assert!(self.pairs, "only pairs are narrowed");
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
+        // SAFETY: as in `narrow`.
+        unsafe {
+            avx512::narrow_pairs(low, high, to);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        for ((to, low), high) in to.iter_mut().zip(low).zip(high) {
+            *to = pair(bf16::from_f32(*low), bf16::from_f32(*high));
+        }
+    }
+}
+
+/// The bits of f32 elements.
+pub(super) fn bits(values: &[f32]) -> &[u32] {
+    bytemuck::cast_slice(values)
+}
+
+fn pair(low: bf16, high: bf16) -> u32 {
+    u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16
 }
 
 /// The rows of one head in `[tokens, heads, head_dim]`.
@@ -44,10 +138,79 @@ impl<'a, T: FloatElement> Head<'a, T> {
             to[d..].fill(0.0);
         }
     }
+
+    /// Rows `first ..` as they lie in memory, as pairs of channels.
+    fn pairs(&self, first: usize) -> Left<'a> {
+        let data = bytemuck::cast_slice::<T, u32>(self.data);
+        let d = self.head_dim / 2;
+        Left::new(&data[((first * self.num_heads + self.head) * d).min(data.len())..], self.num_heads * d)
+    }
+
+    /// Rows `first ..` as the left factor of a product that sums over channels; f32 go through `tile`.
+    pub(super) fn left<'b>(&self, path: Path, (first, rows): (usize, usize), tile: &'b mut [f32]) -> Left<'b>
+    where
+        'a: 'b,
+    {
+        if path.pairs {
+            return self.pairs(first);
+        }
+        self.load(first, rows, tile);
+        Left::new(bits(tile), stride(self.head_dim))
+    }
+
+    /// Rows `first ..` as the right factor of a product that sums over them, in `tile`, and as the left one of a product that
+    /// sums over channels.
+    pub(super) fn both<'b>(
+        &self,
+        path: Path,
+        (first, rows): (usize, usize),
+        tile: &'b mut [f32],
+    ) -> (Left<'b>, (&'b [u32], usize))
+    where
+        'a: 'b,
+    {
+        let (wide, d) = (stride(self.head_dim), self.head_dim);
+        if !path.pairs {
+            self.load(first, rows, tile);
+            return (Left::new(bits(tile), wide), (bits(tile), wide));
+        }
+        let pairs = bytemuck::cast_slice_mut::<f32, u32>(&mut *tile);
+        for (row, to) in (0..rows).step_by(2).zip(pairs.chunks_exact_mut(wide)) {
+            let low = bytemuck::cast_slice::<T, bf16>(self.row(first + row));
+            let high = if row + 1 < rows { bytemuck::cast_slice(self.row(first + row + 1)) } else { low };
+            let mask = if row + 1 < rows { u32::MAX } else { 0xFFFF };
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (to, (low, high)) in to[..d].iter_mut().zip(low.iter().zip(high)) {
+                        *to = pair(*low, *high) & mask;
+                    }
+                },
+            );
+            to[d..].fill(0);
+        }
+        (self.pairs(first), (bits(tile), wide))
+    }
+
+    /// Rows `first ..` as columns, the right factor of a product that sums over channels; `tile` is overwritten, and pairs do
+    /// not need it.
+    pub(super) fn columns(&self, path: Path, (first, rows): (usize, usize), tile: &mut [f32], to: &mut [f32]) {
+        if !path.pairs {
+            self.load(first, rows, tile);
+            return transpose(tile, (rows, self.head_dim), to);
+        }
+        let (from, to) = (self.pairs(first), bytemuck::cast_slice_mut::<f32, u32>(to));
+        for (j, to) in to.chunks_exact_mut(stride(rows)).take(self.head_dim / 2).enumerate() {
+            for (i, to) in to[..rows].iter_mut().enumerate() {
+                *to = from.data[i * from.row + j];
+            }
+            to[rows..].fill(0);
+        }
+    }
 }
 
 /// `to` = the transpose of `rows x cols` elements of a tile; what fills its rows up is zero.
-pub(super) fn transpose(from: &[f32], (rows, cols): (usize, usize), to: &mut [f32]) {
+fn transpose(from: &[f32], (rows, cols): (usize, usize), to: &mut [f32]) {
     let (from_stride, to_stride) = (stride(cols), stride(rows));
     for (j, to) in to.chunks_exact_mut(to_stride).take(cols).enumerate() {
         for (i, to) in to[..rows].iter_mut().enumerate() {
@@ -60,13 +223,13 @@ pub(super) fn transpose(from: &[f32], (rows, cols): (usize, usize), to: &mut [f3
 /// A left factor: element `(i, k)` is at `i * row + k * col`.
 #[derive(Clone, Copy)]
 pub(super) struct Left<'a> {
-    data: &'a [f32],
+    data: &'a [u32],
     row: usize,
     col: usize,
 }
 
 impl<'a> Left<'a> {
-    pub(super) fn new(data: &'a [f32], stride: usize) -> Self {
+    pub(super) fn new(data: &'a [u32], stride: usize) -> Self {
         Self { data, row: stride, col: 1 }
     }
 
@@ -83,14 +246,14 @@ pub(super) struct Product<'a> {
     pub(super) alpha: f32,
     pub(super) a: Left<'a>,
     /// Right factor and the distance of its rows.
-    pub(super) b: (&'a [f32], usize),
+    pub(super) b: (&'a [u32], usize),
     /// Result and the distance of its rows.
     pub(super) c: (&'a mut [f32], usize),
     pub(super) into: Into,
 }
 
 impl Product<'_> {
-    pub(super) fn run(self) {
+    pub(super) fn run(self, path: Path) {
         let (m, n, k) = self.size;
         if m == 0 || n == 0 {
             return;
@@ -100,7 +263,44 @@ impl Product<'_> {
         assert!(k == 0 || last(m, self.a.row) + last(k, self.a.col) < self.a.data.len(), "a lies in its slice");
         assert!(k == 0 || last(k, self.b.1) + n <= self.b.0.len(), "b lies in its slice");
         assert!(last(m, self.c.1) + n <= self.c.0.len(), "c lies in its slice");
-        pulp::Arch::new().dispatch(self);
+        match path.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Avx512Bf16 => self.tiles(path.pairs),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                let Some(v3) = pulp::x86::V3::try_new() else { unreachable!("a path is made for this processor") };
+                Simd::vectorize(v3, self);
+            }
+            #[cfg(target_arch = "x86_64")]
+            _ => self.with_simd(pulp::Scalar::new()),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => pulp::Arch::new().dispatch(self),
+        }
+    }
+
+    /// All tiles, with AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    fn tiles(self, pairs: bool) {
+        use avx512::{LANES, Operands, ROWS, VECTORS, tile};
+
+        let (m, n, depth) = self.size;
+        let Left { row: a_row, col: a_col, .. } = self.a;
+        let (b_row, c_row) = (self.b.1, self.c.1);
+        let (a, b, c) = (self.a.data.as_ptr(), self.b.0.as_ptr(), self.c.0.as_mut_ptr());
+        let (factor, add) = (self.alpha, self.into == Into::Add);
+        for j in (0..n).step_by(VECTORS * LANES) {
+            for i in (0..m).step_by(ROWS) {
+                let size = ((m - i).min(ROWS), ((n - j) / LANES).min(VECTORS));
+                let (a, b, c) = (a.wrapping_add(i * a_row), b.wrapping_add(j), c.wrapping_add(i * c_row + j));
+                let operands = Operands { depth, factor, a, a_row, a_col, b, b_row, c, c_row, add };
+                #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
+                // SAFETY: `Isa::choose` and `Path::new` give only what the processor has; `run` has checked all elements of the
+                // three matrices, of which this is a part.
+                unsafe {
+                    tile(size, pairs, operands);
+                }
+            }
+        }
     }
 
     /// Rows `i .. i + R` and vectors `V` from column `j` on, held in registers.
@@ -108,8 +308,8 @@ impl Product<'_> {
     fn micro<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, i: usize, j: usize) {
         let mut sums = [[simd.splat_f32s(0.0); V]; R];
         let (a_row, a_col, b_row) = (self.a.row, self.a.col, self.b.1);
-        let mut a = self.a.data.as_ptr().wrapping_add(i * a_row);
-        let mut b = self.b.0.as_ptr().wrapping_add(j);
+        let mut a = self.a.data.as_ptr().cast::<f32>().wrapping_add(i * a_row);
+        let mut b = self.b.0.as_ptr().cast::<f32>().wrapping_add(j);
         for _ in 0..self.size.2 {
             let mut vectors = [simd.splat_f32s(0.0); V];
             for (v, vector) in vectors.iter_mut().enumerate() {
@@ -189,30 +389,37 @@ impl WithSimd for Product<'_> {
 mod tests {
     use super::*;
 
+    fn paths<T: FloatElement>(head_dim: usize) -> impl Iterator<Item = Path> {
+        Isa::available().map(move |isa| Path::new::<T>(isa, head_dim))
+    }
+
+    fn values(len: usize, modulus: usize) -> Vec<f32> {
+        (0..len).map(|i| (i % modulus) as f32 - 3.0).collect()
+    }
+
     #[test]
     fn products_of_every_remainder_equal_plain_loops() {
-        let values =
-            |len: usize, modulus: usize| -> Vec<f32> { (0..len).map(|i| (i % modulus) as f32 - 3.0).collect() };
-        for m in 1..14 {
-            for (n, k) in [(16, 1), (32, 7), (48, 20), (48, 0)] {
+        for (m, path) in (1..14).flat_map(|m| paths::<f32>(16).map(move |path| (m, path))) {
+            for (n, k) in [(16, 1), (32, 7), (48, 20), (80, 3), (48, 0)] {
                 for transposed in [false, true] {
-                    let (a, b) = (values(20 * 20, 7), values(20 * 64, 5));
-                    let left = if transposed { Left::new(&a, 20).t() } else { Left::new(&a, 20) };
+                    let (a, b) = (values(20 * 20, 7), values(20 * 96, 5));
+                    let left = if transposed { Left::new(bits(&a), 20).t() } else { Left::new(bits(&a), 20) };
                     // Small integers: exact in every order.
                     let exact = |i: usize, j: usize| -> f32 {
-                        (0..k).map(|k| a[if transposed { k * 20 + i } else { i * 20 + k }] * b[k * 64 + j]).sum()
+                        (0..k).map(|k| a[if transposed { k * 20 + i } else { i * 20 + k }] * b[k * 96 + j]).sum()
                     };
                     for (into, before) in [(Into::Overwrite, f32::NAN), (Into::Add, 5.0)] {
-                        let mut c = vec![before; 13 * 64];
-                        Product { size: (m, n, k), alpha: 2.0, a: left, b: (&b, 64), c: (&mut c, 64), into }.run();
+                        let mut c = vec![before; 13 * 96];
+                        let (size, b, c_rows) = ((m, n, k), (bits(&b), 96), (&mut *c, 96));
+                        Product { size, alpha: 2.0, a: left, b, c: c_rows, into }.run(path);
                         for i in 0..13 {
-                            for j in 0..64 {
+                            for j in 0..96 {
                                 let expected = match into {
                                     _ if i >= m || j >= n => before,
                                     Into::Overwrite => 2.0 * exact(i, j),
                                     Into::Add => 5.0 + 2.0 * exact(i, j),
                                 };
-                                let actual = c[i * 64 + j];
+                                let actual = c[i * 96 + j];
                                 let same = actual == expected || (actual.is_nan() && expected.is_nan());
                                 assert!(same, "{m} {n} {k} {transposed} {i} {j}: {actual} {expected}");
                             }
@@ -227,18 +434,52 @@ mod tests {
     #[should_panic(expected = "b lies in its slice")]
     fn refuses_to_read_outside() {
         let (a, b, mut c) = ([0.0; 4], [0.0; 31], [0.0; 32]);
-        let (a, into) = (Left::new(&a, 2), Into::Overwrite);
-        Product { size: (2, 16, 2), alpha: 1.0, a, b: (&b, 16), c: (&mut c, 16), into }.run();
+        let (a, into) = (Left::new(bits(&a), 2), Into::Overwrite);
+        let path = Path::new::<f32>(Isa::Portable, 2);
+        Product { size: (2, 16, 2), alpha: 1.0, a, b: (bits(&b), 16), c: (&mut c, 16), into }.run(path);
     }
 
+    /// Each way from rows in memory or a tile to a factor, in every form, for odd and even numbers of rows.
     #[test]
-    fn transposes_and_fills_up_with_zeros() {
-        let from: Vec<f32> = (0..3 * stride(5)).map(|i| i as f32).collect();
-        let mut to = vec![f32::NAN; 5 * stride(3)];
-        transpose(&from, (3, 5), &mut to);
-        for (j, row) in to.chunks_exact(stride(3)).enumerate() {
-            assert_eq!(row[..3], [j as f32, (stride(5) + j) as f32, (2 * stride(5) + j) as f32]);
-            assert!(row[3..].iter().all(|&x| x == 0.0));
+    fn factors_of_every_path_equal_plain_loops() {
+        const KEYS: usize = 9;
+        let bf16s = |values: Vec<f32>| -> Vec<bf16> { values.into_iter().map(bf16::from_f32).collect() };
+        for (rows, d) in [1, 2, 5, 17].into_iter().flat_map(|rows| [1, 2, 24].map(|d| (rows, d))) {
+            let (q, k) = (bf16s(values((rows + 1) * 2 * d, 7)), bf16s(values((KEYS + 1) * 2 * d, 5)));
+            let head = |data| Head { data, num_heads: 2, head: 1, head_dim: d };
+            let at = |data: &[bf16], i: usize, c: usize| data[((i + 1) * 2 + 1) * d + c].to_f32();
+            let score = |j: usize, i: usize| -> f32 { (0..d).map(|c| at(&k, j, c) * at(&q, i, c)).sum() };
+            let (wide, width, padding) = (stride(d), stride(rows), padded(rows));
+            for path in paths::<bf16>(d) {
+                let tile = |rows: usize, cols: usize| vec![f32::NAN; rows * cols];
+                let (mut a, mut b, mut columns) = (tile(rows.max(KEYS), wide), tile(KEYS, wide), tile(d, width));
+                head(&q[..]).columns(path, (1, rows), &mut a, &mut columns);
+                let (left, keys) = head(&k[..]).both(path, (1, KEYS), &mut b);
+                let (mut scores, into) = (tile(KEYS, width), Into::Overwrite);
+                let (size, b) = ((KEYS, padding, path.depth(d)), (bits(&columns), width));
+                Product { size, alpha: 1.0, a: left, b, c: (&mut scores, width), into }.run(path);
+                for (j, i) in (0..KEYS).flat_map(|j| (0..rows).map(move |i| (j, i))) {
+                    assert_eq!(scores[j * width + i], score(j, i), "scores: {rows} {d} {j} {i}");
+                }
+                let (mut pairs, mut by_queries, mut by_keys) = (tile(KEYS, width), tile(rows, wide), tile(KEYS, wide));
+                let left = path.by_rows(&scores, (KEYS, rows), &mut pairs);
+                let size = (rows, padded(d), path.depth(KEYS));
+                Product { size, alpha: 1.0, a: left, b: keys, c: (&mut by_queries, wide), into }.run(path);
+                let (_, queries) = head(&q[..]).both(path, (1, rows), &mut a);
+                let left = path.by_cols(&scores, (KEYS, rows), &mut pairs);
+                let size = (KEYS, padded(d), path.depth(rows));
+                Product { size, alpha: 1.0, a: left, b: queries, c: (&mut by_keys, wide), into }.run(path);
+                for c in 0..d {
+                    for i in 0..rows {
+                        let exact: f32 = (0..KEYS).map(|j| score(j, i) * at(&k, j, c)).sum();
+                        assert_eq!(by_queries[i * wide + c], exact, "by rows: {rows} {d} {i} {c}");
+                    }
+                    for j in 0..KEYS {
+                        let exact: f32 = (0..rows).map(|i| score(j, i) * at(&q, i, c)).sum();
+                        assert_eq!(by_keys[j * wide + c], exact, "by columns: {rows} {d} {j} {c}");
+                    }
+                }
+            }
         }
     }
 }

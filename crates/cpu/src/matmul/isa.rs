@@ -2,8 +2,8 @@
 
 use unsloth_core::{Error, Result};
 
-/// An instruction set that matrix products with a factor in half precision have a path for; products of f32 alone choose theirs
-/// by themselves. Every path sums in f32 and gives the same bits on every call and for
+/// An instruction set that attention, and matrix products with a factor in half precision, have a path for; other products of f32
+/// alone choose theirs by themselves. Every path sums in f32 and gives the same bits on every call and for
 /// any number of threads; bits differ between paths, since some fuse the multiplication into the addition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -14,7 +14,7 @@ pub enum Isa {
     Avx2,
     /// AVX-512 of x86-64-v4.
     Avx512,
-    /// AVX-512 and its dot products of bf16 pairs, which products of two bf16 matrices use.
+    /// AVX-512 and its dot products of bf16 pairs, which products of two bf16 matrices and attention between bf16 heads use.
     Avx512Bf16,
 }
 
@@ -41,7 +41,7 @@ impl Isa {
     fn is_available(self) -> bool {
         let has_avx2 = || pulp::x86::V3::try_new().is_some();
         // The features that the kernels are compiled with.
-        let has_avx512 = || has_avx2() && is_x86_feature_detected!("avx512f");
+        let has_avx512 = || has_avx2() && crate::avx512::is_available();
         match self {
             Self::Portable => true,
             Self::Avx2 => has_avx2(),
