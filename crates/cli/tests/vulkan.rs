@@ -4,7 +4,16 @@
 
 mod support;
 
+use std::{fs, path::Path};
+
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use support::*;
+
+/// What `unsloth devices` says of the first Vulkan device.
+fn described() -> Value {
+    let devices = unsloth(line("devices --json", &[])).succeeded().json();
+    devices.as_array().unwrap().iter().find(|device| device["name"] == "vulkan:0").unwrap().clone()
+}
 
 /// Twenty steps of a model of four layers, with all that is drawn at random: the adapter, the order of the documents, dropout.
 #[test]
@@ -44,15 +53,48 @@ fn a_seed_gives_the_same_run_on_both_devices() {
 fn bf16_where_the_device_has_none() {
     let folder = tempfile::tempdir().unwrap();
     let (root, output) = (fixture("tiny-llama"), folder.path().join("out"));
-    let paths: [&std::path::Path; 3] = [&root.join("model"), &root.join("train.jsonl"), &output];
+    let paths: [&Path; 3] = [&root.join("model"), &root.join("train.jsonl"), &output];
     let args = line("train --steps 1 --dtype bf16 --device vulkan:0 --model {} --data {} --output {}", &paths);
-    let devices = unsloth(line("devices --json", &[])).succeeded().json();
-    let device = devices.as_array().unwrap().iter().find(|device| device["name"] == "vulkan:0").unwrap();
-    let has_bf16 = device["dtypes"].as_array().unwrap().iter().any(|dtype| dtype == "bf16");
+    let has_bf16 = described()["dtypes"].as_array().unwrap().iter().any(|dtype| dtype == "bf16");
     if has_bf16 {
         unsloth(args).succeeded();
     } else {
         unsloth(args).failed_with(&["dtype bf16 is not supported on vulkan:0"]);
         assert!(!output.exists(), "a run that was refused leaves nothing");
+    }
+}
+
+/// Puts zeros of this shape in the place of a tensor.
+fn enlarge(path: &Path, name: &str, shape: [usize; 2]) {
+    let (bytes, zeros) = (fs::read(path).unwrap(), vec![0u8; shape[0] * shape[1] * 4]);
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let zeros = TensorView::new(Dtype::F32, shape.to_vec(), &zeros).unwrap();
+    let views = file.iter().map(|(other, view)| (other, if other == name { zeros.clone() } else { view }));
+    safetensors::serialize_to_file(views, None, path).unwrap();
+}
+
+/// A tied embedding of 150 MiB, where Mesa's software driver binds 128 MiB to a kernel.
+#[test]
+fn a_matrix_that_is_larger_than_the_device_binds() {
+    const VOCAB_SIZE: usize = 600_000;
+    let folder = tempfile::tempdir().unwrap();
+    let model = copy_model("tiny-qwen2", folder.path());
+    let device = described();
+    let features = device["features"].as_array().unwrap();
+    let limit = features
+        .iter()
+        .filter_map(Value::as_str)
+        .find_map(|feature| feature.strip_prefix("buffers up to ")?.strip_suffix(" MiB")?.parse::<usize>().ok());
+    set_config(&model, "vocab_size", VOCAB_SIZE.into());
+    enlarge(&model.join("model.safetensors"), "model.embed_tokens.weight", [VOCAB_SIZE, 64]);
+    let outcome = unsloth(line("generate --tokens 5,6 --max-new-tokens 2 --device vulkan:0 --model {}", &[&model]));
+    if limit.unwrap() << 20 >= VOCAB_SIZE * 64 * 4 {
+        outcome.succeeded();
+    } else {
+        outcome.failed_with(&[
+            "tensor `model.embed_tokens.weight`",
+            "153600000 bytes of weights",
+            "vulkan:0 binds at most",
+        ]);
     }
 }

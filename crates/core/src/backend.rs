@@ -36,12 +36,12 @@ pub trait Memory {
     /// A buffer of at least `bytes` bytes.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`], before anything is allocated.
+    /// [`crate::Error::OutOfMemory`] or [`crate::Error::BufferTooLarge`], before anything is allocated.
     fn allocate(&self, bytes: usize, category: Category, init: Init) -> Result<Arc<dyn Buffer>>;
     /// A buffer with the contents of `source[bytes]`, by reference where the device can (aligned to `align`), else by copy.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`].
+    /// As [`Memory::allocate`].
     fn adopt(
         &self,
         source: HostBytes,
@@ -63,6 +63,11 @@ pub trait Memory {
     fn usage(&self) -> Usage;
     /// Forgets peaks: each becomes what is live now.
     fn reset_peak(&self);
+    /// How often the host has read a buffer since the backend was made, waiting for what the device had to do before; 0 where the
+    /// host has the memory itself.
+    fn num_reads(&self) -> u64 {
+        0
+    }
     /// How often memory was taken fresh or reused since the backend was made.
     fn allocation_counts(&self) -> AllocationCounts;
     /// Somewhere else to keep tensors of this device.

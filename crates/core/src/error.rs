@@ -105,6 +105,22 @@ pub enum Error {
         /// What is held, by category.
         breakdown: Box<Usage>,
     },
+    /// One tensor is larger than what a kernel of this device can be given, however much memory there is.
+    #[error(
+        "{op}: {requested_bytes} bytes of {category} in one tensor, and {device} binds at most {limit_bytes} bytes to a kernel"
+    )]
+    BufferTooLarge {
+        /// Operator that needed the tensor, or `allocate` or `adopt`.
+        op: &'static str,
+        /// Name of the device.
+        device: String,
+        /// Size of the tensor.
+        requested_bytes: u64,
+        /// What it is for.
+        category: Category,
+        /// The device's limit.
+        limit_bytes: u64,
+    },
     /// The operator exists but this device does not implement this form of it.
     #[error("{op}: {what} is not supported on {device}")]
     Unsupported {

@@ -1,7 +1,7 @@
 //! Handles of tensors.
 
 use cubecl::server::Handle;
-use unsloth_core::{Buffer, Error, Result, Tensor};
+use unsloth_core::{Buffer, Category, DType, Error, Result, Shape, Tensor};
 
 use crate::backend::CubeBuffer;
 
@@ -54,4 +54,32 @@ pub(crate) fn handle(tensor: &Tensor) -> &Handle {
 pub(crate) fn handle_mut<'a>(op: &'static str, arg: &'static str, tensor: &'a mut Tensor) -> Result<&'a Handle> {
     let buffer = tensor.buffer_mut().ok_or(Error::Shared { op, arg })?;
     Ok(cube_buffer_mut(buffer).handle())
+}
+
+/// A new activation on the device of `like`, contents arbitrary.
+///
+/// # Errors
+/// Those of [`unsloth_core::Device::empty`]; one that the device cannot bind is refused in the name of `op`.
+pub(crate) fn output(op: &'static str, like: &Tensor, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
+    allocate(op, like, dtype, (shape.into(), Category::Activations))
+}
+
+/// The same for scratch of one call.
+pub(crate) fn workspace(op: &'static str, like: &Tensor, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
+    allocate(op, like, dtype, (shape.into(), Category::Workspace))
+}
+
+/// The same for memory of any category.
+pub(crate) fn allocate(
+    op: &'static str,
+    like: &Tensor,
+    dtype: DType,
+    (shape, category): (Shape, Category),
+) -> Result<Tensor> {
+    like.device().empty(shape, dtype, category).map_err(|error| match error {
+        Error::BufferTooLarge { device, requested_bytes, category, limit_bytes, .. } => {
+            Error::BufferTooLarge { op, device, requested_bytes, category, limit_bytes }
+        }
+        other => other,
+    })
 }

@@ -3,13 +3,13 @@
 use cubecl::prelude::*;
 use unsloth_attention::{self as kernels, Shape};
 use unsloth_core::{
-    Category, DType, KvView, Lengths, Result, Sequences, Tensor,
+    DType, KvView, Lengths, Result, Sequences, Tensor,
     ops::attention::{Attention, Backward, Forward, Gradients, Inputs, Spec, Window},
 };
 
 use crate::{
-    access::{dispatch_float, handle, handle_mut},
-    backend::{CubeBackend, output},
+    access::{dispatch_float, handle, handle_mut, output, workspace},
+    backend::CubeBackend,
 };
 
 const OP: &str = "attention";
@@ -40,8 +40,8 @@ fn shape(spec: &Spec, seq_q: &Sequences, keys: (usize, usize)) -> Shape {
 impl<R: Runtime> Attention for CubeBackend<R> {
     fn attention_forward(&self, spec: &Spec, inputs: Inputs<'_>) -> Result<Forward> {
         let Inputs { q, k, v, seq_q, seq_k } = inputs;
-        let mut out = output(q, spec.dtype, *q.shape())?;
-        let mut lse = output(q, DType::F32, [spec.num_heads, seq_q.num_tokens()])?;
+        let mut out = output(OP, q, spec.dtype, *q.shape())?;
+        let mut lse = output(OP, q, DType::F32, [spec.num_heads, seq_q.num_tokens()])?;
         let shape = shape(spec, seq_q, (seq_k.num_tokens(), seq_k.max_seqlen()));
         let args = kernels::Forward {
             q: handle(q),
@@ -62,12 +62,12 @@ impl<R: Runtime> Attention for CubeBackend<R> {
     fn attention_backward(&self, spec: &Spec, inputs: Inputs<'_>, backward: Backward<'_>) -> Result<Gradients> {
         let Inputs { q, k, v, seq_q, seq_k } = inputs;
         let [mut dq, mut dk, mut dv] = [
-            output(q, spec.dtype, *q.shape())?,
-            output(k, spec.dtype, *k.shape())?,
-            output(v, spec.dtype, *v.shape())?,
+            output(OP, q, spec.dtype, *q.shape())?,
+            output(OP, k, spec.dtype, *k.shape())?,
+            output(OP, v, spec.dtype, *v.shape())?,
         ];
         let row_sums = [spec.num_heads, seq_q.num_tokens()];
-        let mut row_sums = q.device().empty(row_sums, DType::F32, Category::Workspace)?;
+        let mut row_sums = workspace(OP, q, DType::F32, row_sums)?;
         let shape = shape(spec, seq_q, (seq_k.num_tokens(), seq_k.max_seqlen()));
         let args = kernels::Backward {
             q: handle(q),
@@ -91,7 +91,7 @@ impl<R: Runtime> Attention for CubeBackend<R> {
     }
 
     fn attention_cached(&self, spec: &Spec, q: &Tensor, seq_q: &Sequences, kv: KvView<'_>) -> Result<Tensor> {
-        let mut out = output(q, spec.dtype, *q.shape())?;
+        let mut out = output(OP, q, spec.dtype, *q.shape())?;
         let capacity = kv.k.shape()[1];
         let shape = shape(spec, seq_q, (seq_q.num_seqs() * capacity, capacity));
         let args = kernels::Cached {

@@ -3,14 +3,16 @@
 use std::{
     any::Any,
     ops::Range,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use cubecl::{device::Device as _, prelude::*, server::Handle, stream_id::StreamId};
 use unsloth_common::LaunchError;
 use unsloth_core::{
-    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, Result, Tensor, TensorStore,
-    Usage,
+    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, Result, TensorStore, Usage,
 };
 use unsloth_memory::{Charge, Ledger};
 
@@ -41,6 +43,7 @@ pub struct CubeBackend<R: Runtime> {
     stream: StreamId,
     ledger: Arc<Ledger>,
     launched: Mutex<Vec<&'static str>>,
+    num_reads: AtomicU64,
     fill_arbitrary_with_nan: bool,
 }
 
@@ -67,6 +70,7 @@ impl<R: Runtime> CubeBackend<R> {
             ledger: Ledger::new(name.clone(), options.budget_bytes),
             name,
             launched: Mutex::new(Vec::new()),
+            num_reads: AtomicU64::new(0),
             fill_arbitrary_with_nan: options.fill_arbitrary_with_nan,
         };
         backend.check("open device")?;
@@ -110,22 +114,16 @@ impl<R: Runtime> CubeBackend<R> {
         Ok(())
     }
 
-    #[cfg(any(feature = "wgpu", feature = "cuda"))]
     pub(crate) fn properties(&self) -> &cubecl::ir::DeviceProperties {
         self.client.properties()
     }
 
-    /// Space for `bytes`, checked against the budget and the largest buffer of the device.
-    fn reserve(&self, bytes: usize, category: Category) -> Result<Charge> {
-        let largest = self.client.properties().memory.max_page_size;
-        if bytes as u64 > largest {
-            return Err(Error::OutOfMemory {
-                device: format!("{} (its largest buffer)", self.name),
-                requested_bytes: bytes as u64,
-                category,
-                budget_bytes: largest,
-                breakdown: Box::new(self.ledger.usage()),
-            });
+    /// Space for `bytes`, checked against the budget and the largest buffer that the device binds to a kernel.
+    fn reserve(&self, op: &'static str, bytes: usize, category: Category) -> Result<Charge> {
+        let limit_bytes = self.client.properties().memory.max_page_size;
+        if bytes as u64 > limit_bytes {
+            let (device, requested_bytes) = (self.name.clone(), bytes as u64);
+            return Err(Error::BufferTooLarge { op, device, requested_bytes, category, limit_bytes });
         }
         self.ledger.charge(bytes, category)
     }
@@ -198,7 +196,7 @@ impl<R: Runtime> Memory for CubeBackend<R> {
 
     fn allocate(&self, bytes: usize, category: Category, init: Init) -> Result<Arc<dyn Buffer>> {
         self.check("allocate")?;
-        let charge = self.reserve(bytes, category)?;
+        let charge = self.reserve("allocate", bytes, category)?;
         let handle = match init {
             Init::Zero => self.filled(bytes, 0)?,
             // All bits set is a NaN in every float type.
@@ -219,7 +217,7 @@ impl<R: Runtime> Memory for CubeBackend<R> {
         category: Category,
     ) -> Result<Arc<dyn Buffer>> {
         self.check("adopt")?;
-        let charge = self.reserve(bytes.len(), category)?;
+        let charge = self.reserve("adopt", bytes.len(), category)?;
         let handle = self.upload(&(*source).as_ref()[bytes]);
         Ok(Arc::new(CubeBuffer { handle, charge }))
     }
@@ -239,6 +237,7 @@ impl<R: Runtime> Memory for CubeBackend<R> {
     fn read(&self, buffer: &dyn Buffer, bytes: &mut [u8]) -> Result<()> {
         self.check("read")?;
         let handle = crate::access::cube_buffer(buffer).handle.clone();
+        self.num_reads.fetch_add(1, Ordering::Relaxed);
         let data = self.stream.executes(|| self.client.read_one(handle));
         self.finished("read")?;
         let data =
@@ -266,6 +265,10 @@ impl<R: Runtime> Memory for CubeBackend<R> {
         unsloth_memory::open_store(place)
     }
 
+    fn num_reads(&self) -> u64 {
+        self.num_reads.load(Ordering::Relaxed)
+    }
+
     fn synchronize(&self) -> Result<()> {
         let result = self.stream.executes(|| cubecl::future::block_on(self.client.sync()));
         self.finished("synchronize")?;
@@ -275,9 +278,4 @@ impl<R: Runtime> Memory for CubeBackend<R> {
             source: Box::new(source),
         })
     }
-}
-
-/// A new activation on the device of `like`, contents arbitrary.
-pub(crate) fn output(like: &Tensor, dtype: DType, shape: impl Into<unsloth_core::Shape>) -> Result<Tensor> {
-    like.device().empty(shape, dtype, Category::Activations)
 }

@@ -2,14 +2,14 @@
 
 use cubecl::prelude::Runtime;
 use unsloth_core::{
-    Category, DType, Result, Tensor,
+    DType, Result, Tensor,
     ops::cross_entropy::{CrossEntropy, Forward, LossSpec, Spec},
 };
 use unsloth_loss::cross_entropy as kernels;
 
 use crate::{
-    access::{dispatch_float, handle, handle_mut},
-    backend::{CubeBackend, output},
+    access::{dispatch_float, handle, handle_mut, output, workspace},
+    backend::CubeBackend,
 };
 
 pub(crate) fn loss(spec: &LossSpec) -> kernels::Loss {
@@ -24,9 +24,9 @@ fn shape(spec: &Spec) -> kernels::Shape {
 impl<R: Runtime> CrossEntropy for CubeBackend<R> {
     fn cross_entropy_forward(&self, spec: &Spec, logits: &Tensor, targets: &Tensor) -> Result<Forward> {
         const OP: &str = "cross_entropy_forward";
-        let mut lse = output(logits, DType::F32, [spec.tokens])?;
-        let mut loss = output(logits, DType::F32, [1])?;
-        let mut nll = logits.device().empty([spec.tokens], DType::F32, Category::Workspace)?;
+        let mut lse = output(OP, logits, DType::F32, [spec.tokens])?;
+        let mut loss = output(OP, logits, DType::F32, [1])?;
+        let mut nll = workspace(OP, logits, DType::F32, [spec.tokens])?;
         let nll = handle_mut(OP, "nll", &mut nll)?;
         let lse_out = handle_mut(OP, "lse", &mut lse)?;
         let args = kernels::Forward { logits: handle(logits), targets: handle(targets), nll, lse: lse_out };

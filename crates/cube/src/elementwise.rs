@@ -5,8 +5,8 @@ use unsloth_core::{Category, DType, Error, Memory, Result, Tensor, ops::elementw
 use unsloth_pointwise::elementwise as kernels;
 
 use crate::{
-    access::{dispatch_float, handle, handle_mut},
-    backend::{CubeBackend, output},
+    access::{allocate, dispatch_float, handle, handle_mut, output},
+    backend::CubeBackend,
 };
 
 impl<R: Runtime> CubeBackend<R> {
@@ -22,7 +22,7 @@ impl<R: Runtime> CubeBackend<R> {
 
     fn binary(&self, op: kernels::BinaryOp, name: &'static str, a: Tensor, b: &Tensor) -> Result<Tensor> {
         let (len, dtype) = (a.num_elements(), a.dtype());
-        let (mut out, a) = if a.is_unique() { (a, None) } else { (output(&a, dtype, *a.shape())?, Some(a)) };
+        let (mut out, a) = if a.is_unique() { (a, None) } else { (output(name, &a, dtype, *a.shape())?, Some(a)) };
         let out_handle = handle_mut(name, "out", &mut out)?;
         let args = kernels::Binary { a: a.as_ref().map(handle), b: handle(b), out: out_handle };
         self.launch(name, |client| dispatch_float!(dtype, E => kernels::binary::<R, E>(client, op, len, args)))?;
@@ -76,7 +76,7 @@ impl<R: Runtime> Elementwise for CubeBackend<R> {
         if !self.supports(dtype) {
             return Err(Error::UnsupportedDType { op: "cast", dtype, device: self.name() });
         }
-        let mut out = x.device().empty(*x.shape(), dtype, x.buffer().category())?;
+        let mut out = allocate("cast", x, dtype, (*x.shape(), x.buffer().category()))?;
         let (len, from) = (x.num_elements(), x.dtype());
         let (x, to_out) = (handle(x), handle_mut("cast", "out", &mut out)?);
         self.launch("cast", |client| {
@@ -87,7 +87,7 @@ impl<R: Runtime> Elementwise for CubeBackend<R> {
     }
 
     fn copy(&self, x: &Tensor) -> Result<Tensor> {
-        let mut out = x.device().empty(*x.shape(), x.dtype(), x.buffer().category())?;
+        let mut out = allocate("copy", x, x.dtype(), (*x.shape(), x.buffer().category()))?;
         let to_out = handle_mut("copy", "out", &mut out)?;
         self.launch("copy", |client| kernels::copy(client, words(x), handle(x), to_out))?;
         Ok(out)

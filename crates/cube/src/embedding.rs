@@ -2,14 +2,14 @@
 
 use cubecl::prelude::Runtime;
 use unsloth_core::{
-    Category, DType, Result, Tensor, Weight,
+    DType, Result, Tensor, Weight,
     ops::embedding::{Embedding, Spec},
 };
 use unsloth_pointwise::embedding as kernels;
 
 use crate::{
-    access::{dispatch_float, handle, handle_mut},
-    backend::{CubeBackend, output},
+    access::{dispatch_float, handle, handle_mut, output, workspace},
+    backend::CubeBackend,
 };
 
 fn shape(spec: &Spec) -> kernels::Shape {
@@ -19,11 +19,12 @@ fn shape(spec: &Spec) -> kernels::Shape {
 
 impl<R: Runtime> Embedding for CubeBackend<R> {
     fn embedding_forward(&self, spec: &Spec, weight: &Weight, ids: &Tensor) -> Result<Tensor> {
-        let mut out = output(ids, spec.dtype, [spec.tokens, spec.hidden_size])?;
+        const OP: &str = "embedding_forward";
+        let mut out = output(OP, ids, spec.dtype, [spec.tokens, spec.hidden_size])?;
         let weight = weight.to_dense()?;
-        let to_out = handle_mut("embedding_forward", "out", &mut out)?;
+        let to_out = handle_mut(OP, "out", &mut out)?;
         let args = kernels::Forward { weight: handle(&weight), ids: handle(ids), out: to_out };
-        self.launch("embedding_forward", |client| {
+        self.launch(OP, |client| {
             dispatch_float!(spec.weight_dtype, W => dispatch_float!(spec.dtype, E =>
                 kernels::forward::<R, W, E>(client, shape(spec), args)))
         })?;
@@ -33,7 +34,7 @@ impl<R: Runtime> Embedding for CubeBackend<R> {
     fn embedding_backward(&self, spec: &Spec, ids: &Tensor, dout: &Tensor, dweight: &mut Tensor) -> Result<()> {
         const OP: &str = "embedding_backward";
         let dweight = handle_mut(OP, "dweight", dweight)?;
-        let order = || ids.device().empty([spec.tokens], DType::I32, Category::Workspace);
+        let order = || workspace(OP, ids, DType::I32, [spec.tokens]);
         let orders = [order()?, order()?];
         let ids = handle(ids);
         self.launch(OP, |client| {

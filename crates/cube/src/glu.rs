@@ -8,8 +8,8 @@ use unsloth_core::{
 use unsloth_glu::glu as kernels;
 
 use crate::{
-    access::{dispatch_float, handle, handle_mut},
-    backend::{CubeBackend, output},
+    access::{dispatch_float, handle, handle_mut, output},
+    backend::CubeBackend,
 };
 
 fn activation(spec: &Spec) -> kernels::Activation {
@@ -22,7 +22,7 @@ fn activation(spec: &Spec) -> kernels::Activation {
 
 impl<R: Runtime> Glu for CubeBackend<R> {
     fn glu_forward(&self, spec: &Spec, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-        let mut out = output(gate, spec.dtype, *gate.shape())?;
+        let mut out = output("glu_forward", gate, spec.dtype, *gate.shape())?;
         let to_out = handle_mut("glu_forward", "out", &mut out)?;
         let args = kernels::Forward { gate: handle(gate), up: handle(up), out: to_out };
         let (activation, len) = (activation(spec), spec.elements);

@@ -8,8 +8,8 @@ use unsloth_core::{
 use unsloth_linear::linear as kernels;
 
 use crate::{
-    access::{dispatch_float, handle, handle_mut},
-    backend::{CubeBackend, output},
+    access::{dispatch_float, handle, handle_mut, output},
+    backend::CubeBackend,
 };
 
 pub(crate) fn shape(spec: &Spec) -> kernels::Shape {
@@ -19,7 +19,7 @@ pub(crate) fn shape(spec: &Spec) -> kernels::Shape {
 
 impl<R: Runtime> Linear for CubeBackend<R> {
     fn linear_forward(&self, spec: &Spec, x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
-        let mut y = output(x, spec.dtype, [spec.rows, spec.out_features])?;
+        let mut y = output("linear_forward", x, spec.dtype, [spec.rows, spec.out_features])?;
         let weight = weight.to_dense()?;
         let bias_dtype = bias.map_or(spec.dtype, Tensor::dtype);
         let to_y = handle_mut("linear_forward", "y", &mut y)?;
@@ -32,7 +32,7 @@ impl<R: Runtime> Linear for CubeBackend<R> {
     }
 
     fn linear_input_gradient(&self, spec: &Spec, dy: &Tensor, weight: &Weight) -> Result<Tensor> {
-        let mut dx = output(dy, spec.dtype, [spec.rows, spec.in_features])?;
+        let mut dx = output("linear_input_gradient", dy, spec.dtype, [spec.rows, spec.in_features])?;
         let weight = weight.to_dense()?;
         let to_dx = handle_mut("linear_input_gradient", "dx", &mut dx)?;
         let args = kernels::InputGradient { dy: handle(dy), weight: handle(&weight), dx: to_dx };

@@ -2,14 +2,14 @@
 
 use cubecl::prelude::Runtime;
 use unsloth_core::{
-    Category, DType, Result, Tensor, Weight,
+    DType, Result, Tensor, Weight,
     ops::linear_cross_entropy::{Forward, LinearCrossEntropy, Spec},
 };
 use unsloth_loss::linear_cross_entropy as kernels;
 
 use crate::{
-    access::{dispatch_float, handle, handle_mut},
-    backend::{CubeBackend, output},
+    access::{dispatch_float, handle, handle_mut, output, workspace},
+    backend::CubeBackend,
     cross_entropy::loss,
 };
 
@@ -27,9 +27,9 @@ impl<R: Runtime> LinearCrossEntropy for CubeBackend<R> {
         let shape = kernels::Shape { tokens, hidden_size, vocab_size, loss: loss(&spec.loss) };
         let dweight = dweight.map(|dweight| handle_mut(OP, "dweight", dweight)).transpose()?;
         let weight = weight.to_dense()?;
-        let mut dx = spec.needs_dx.then(|| output(x, spec.dtype, *x.shape())).transpose()?;
-        let mut loss = output(x, DType::F32, [1])?;
-        let workspace = |len: usize| x.device().empty([len], DType::F32, Category::Workspace);
+        let mut dx = spec.needs_dx.then(|| output(OP, x, spec.dtype, *x.shape())).transpose()?;
+        let mut loss = output(OP, x, DType::F32, [1])?;
+        let workspace = |len: usize| workspace(OP, x, DType::F32, [len]);
         let (mut nll, mut lse) = (workspace(tokens)?, workspace(tokens)?);
         let mut logits = workspace(shape.chunk_rows() * vocab_size)?;
         let args = kernels::Args {

@@ -2,14 +2,14 @@
 
 use cubecl::prelude::Runtime;
 use unsloth_core::{
-    Category, DType, Result, Tensor, Weight,
+    DType, Result, Tensor, Weight,
     ops::lora_linear::{Adapter, Backward, Dropout, Forward, LoraLinear, ParameterGradients, RowDropout, Spec},
 };
 use unsloth_linear::{dropout, linear, lora_linear as kernels};
 
 use crate::{
-    access::{dispatch_float, handle, handle_mut},
-    backend::{CubeBackend, output},
+    access::{dispatch_float, handle, handle_mut, output, workspace},
+    backend::CubeBackend,
     linear::shape as base_shape,
 };
 
@@ -26,16 +26,16 @@ fn dropout<'a>(rows: &RowDropout<'a>) -> dropout::RowDropout<'a> {
 }
 
 /// Scratch of a call on rows of the type of `like`.
-fn workspace(spec: &Spec, like: &Tensor) -> Result<Tensor> {
+fn rows_at_work(op: &'static str, spec: &Spec, like: &Tensor) -> Result<Tensor> {
     let dropped = spec.dropout.is_some();
     let len = dispatch_float!(spec.base.dtype, X => shape(spec).workspace_len::<X>(dropped));
-    like.device().empty([len], DType::F32, Category::Workspace)
+    workspace(op, like, DType::F32, [len])
 }
 
 impl<R: Runtime> CubeBackend<R> {
     /// `scale * dy B`, f32 `[rows, rank]`.
     fn rank_gradient(&self, spec: &Spec, dy: &Tensor, lora_b: &Tensor) -> Result<Tensor> {
-        let mut dh = dy.device().empty([spec.base.rows, spec.rank], DType::F32, Category::Workspace)?;
+        let mut dh = workspace(BACKWARD, dy, DType::F32, [spec.base.rows, spec.rank])?;
         let to_dh = handle_mut(BACKWARD, "dh", &mut dh)?;
         let args = kernels::RankGradient { dy: handle(dy), lora_b: handle(lora_b), dh: to_dh };
         self.launch(BACKWARD, |client| {
@@ -46,11 +46,11 @@ impl<R: Runtime> CubeBackend<R> {
     }
 
     fn adapted_input_gradient(&self, spec: &Spec, inputs: Backward<'_>, dh: &Tensor) -> Result<Tensor> {
-        let mut dx = output(inputs.dy, spec.base.dtype, [spec.base.rows, spec.base.in_features])?;
+        let mut dx = output(BACKWARD, inputs.dy, spec.base.dtype, [spec.base.rows, spec.base.in_features])?;
         let weight = inputs.weight.to_dense()?;
         let to_dx = handle_mut(BACKWARD, "dx", &mut dx)?;
         let base = linear::InputGradient { dy: handle(inputs.dy), weight: handle(&weight), dx: to_dx };
-        let workspace = workspace(spec, inputs.dy)?;
+        let workspace = rows_at_work(BACKWARD, spec, inputs.dy)?;
         let args = kernels::InputGradient {
             base,
             dh: handle(dh),
@@ -77,13 +77,13 @@ impl<R: Runtime> LoraLinear for CubeBackend<R> {
         adapter: Adapter<'_>,
     ) -> Result<Forward> {
         const OP: &str = "lora_linear_forward";
-        let mut h = output(x, DType::F32, [spec.base.rows, spec.rank])?;
-        let mut y = output(x, spec.base.dtype, [spec.base.rows, spec.base.out_features])?;
+        let mut h = output(OP, x, DType::F32, [spec.base.rows, spec.rank])?;
+        let mut y = output(OP, x, spec.base.dtype, [spec.base.rows, spec.base.out_features])?;
         let weight = weight.to_dense()?;
         let bias_dtype = bias.map_or(spec.base.dtype, Tensor::dtype);
         let to_y = handle_mut(OP, "y", &mut y)?;
         let base = linear::Forward { x: handle(x), weight: handle(&weight), bias: bias.map(handle), y: to_y };
-        let workspace = workspace(spec, x)?;
+        let workspace = rows_at_work(OP, spec, x)?;
         let args = kernels::Forward {
             base,
             lora_a: handle(adapter.lora_a),
@@ -122,7 +122,7 @@ impl<R: Runtime> LoraLinear for CubeBackend<R> {
         let dh = self.rank_gradient(spec, dy, adapter.lora_b)?;
         if let Some(dlora_a) = gradients.dlora_a {
             let dlora_a = handle_mut(BACKWARD, "dlora_a", dlora_a)?;
-            let workspace = workspace(spec, x)?;
+            let workspace = rows_at_work(BACKWARD, spec, x)?;
             let dropout = adapter.dropout.as_ref().map(dropout);
             let args =
                 kernels::GradientOfA { dh: handle(&dh), x: handle(x), dropout, dlora_a, workspace: handle(&workspace) };

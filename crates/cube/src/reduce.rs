@@ -1,12 +1,12 @@
 //! Reductions on the kernels of `unsloth-pointwise`.
 
 use cubecl::prelude::Runtime;
-use unsloth_core::{Category, DType, Result, Tensor, ops::reduce::Reduce};
+use unsloth_core::{DType, Result, Tensor, ops::reduce::Reduce};
 use unsloth_pointwise::reduce::{self as kernels, Exponent, Part, Reduction};
 
 use crate::{
-    access::{dispatch_float, handle, handle_mut},
-    backend::{CubeBackend, output},
+    access::{dispatch_float, handle, handle_mut, output, workspace},
+    backend::CubeBackend,
 };
 
 fn exponent(dtype: DType) -> Exponent {
@@ -22,7 +22,7 @@ impl<R: Runtime> CubeBackend<R> {
     fn reduce(&self, op: &'static str, reduction: Reduction, tensors: &[&Tensor]) -> Result<Tensor> {
         let total_parts = tensors.iter().map(|x| kernels::parts(x.num_elements())).sum();
         let len = kernels::workspace_len(reduction, total_parts);
-        let mut workspace = tensors[0].device().empty([len], DType::F32, Category::Workspace)?;
+        let mut workspace = workspace(op, tensors[0], DType::F32, [len])?;
         let workspace = handle_mut(op, "workspace", &mut workspace)?;
         let mut at = 0;
         for x in tensors {
@@ -34,7 +34,7 @@ impl<R: Runtime> CubeBackend<R> {
             })?;
             at += kernels::parts(part.len);
         }
-        let mut out = output(tensors[0], DType::F32, [1])?;
+        let mut out = output(op, tensors[0], DType::F32, [1])?;
         let to_out = handle_mut(op, "out", &mut out)?;
         self.launch(op, |client| kernels::fold(client, reduction, total_parts, workspace, to_out))?;
         Ok(out)

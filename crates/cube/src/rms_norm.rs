@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 use unsloth_core::{
-    Category, DType, Result, Tensor,
+    DType, Result, Tensor,
     ops::{
         elementwise::Elementwise,
         rms_norm::{Backward, Forward, RmsNorm, Spec},
@@ -11,8 +11,8 @@ use unsloth_core::{
 use unsloth_norm::rms_norm as kernels;
 
 use crate::{
-    access::{dispatch_float, handle, handle_mut},
-    backend::{CubeBackend, output},
+    access::{dispatch_float, handle, handle_mut, output, workspace},
+    backend::CubeBackend,
 };
 
 const OP: &str = "rms_norm";
@@ -24,8 +24,8 @@ fn shape(spec: &Spec) -> kernels::Shape {
 
 impl<R: Runtime> RmsNorm for CubeBackend<R> {
     fn rms_norm_forward(&self, spec: &Spec, x: Tensor, residual: Option<&Tensor>, weight: &Tensor) -> Result<Forward> {
-        let mut out = output(&x, spec.dtype, [spec.rows, spec.hidden_size])?;
-        let mut rstd = output(&x, DType::F32, [spec.rows])?;
+        let mut out = output(OP, &x, spec.dtype, [spec.rows, spec.hidden_size])?;
+        let mut rstd = output(OP, &x, DType::F32, [spec.rows])?;
         let (to_out, to_rstd) = (handle_mut(OP, "out", &mut out)?.clone(), handle_mut(OP, "rstd", &mut rstd)?.clone());
         let weight = handle(weight);
         let Some(residual) = residual else {
@@ -56,7 +56,7 @@ impl<R: Runtime> RmsNorm for CubeBackend<R> {
         let (sum, rstd) = (handle(inputs.sum), handle(inputs.rstd));
         if let Some(dweight) = dweight {
             let parts = kernels::weight_gradient_parts(spec.rows);
-            let workspace = dx.device().empty([parts, spec.hidden_size], DType::F32, Category::Workspace)?;
+            let workspace = workspace(OP, &dx, DType::F32, [parts, spec.hidden_size])?;
             let dweight = handle_mut(OP, "dweight", dweight)?;
             let args = kernels::WeightGradient { dout: handle(&dx), sum, rstd, workspace: handle(&workspace), dweight };
             self.launch(

@@ -8,7 +8,13 @@ use cubecl::{CubeDim, prelude::ComputeClient};
 use cubecl_wgpu::{WgpuDevice, WgpuRuntime};
 use half::bf16;
 use unsloth_common::{Launch, LaunchError};
-use unsloth_core::{Category, DType, Device, Error, Tensor, ops::elementwise};
+use unsloth_core::{
+    Category, DType, Device, Error, Tensor,
+    ops::{
+        elementwise, embedding, linear,
+        lora_linear::{self, Adapter},
+    },
+};
 use unsloth_cube::{CubeBackend, CubeOptions, adapters, vulkan};
 use unsloth_pointwise::elementwise as kernels;
 
@@ -113,12 +119,47 @@ fn a_buffer_beyond_the_largest_of_the_device() {
         // Sizes that wrap around when they are multiplied.
         device.empty([usize::MAX / 2, 16], DType::F32, Category::Weights).unwrap_err(),
     ] {
-        let Error::OutOfMemory { requested_bytes, category: Category::Weights, budget_bytes, .. } = error else {
+        let Error::BufferTooLarge { requested_bytes, category: Category::Weights, limit_bytes, .. } = error else {
             panic!("{error}");
         };
-        assert!(requested_bytes > largest && budget_bytes == largest, "{requested_bytes} of {budget_bytes}");
+        assert!(requested_bytes > largest && limit_bytes == largest, "{requested_bytes} of {limit_bytes}");
     }
     assert_eq!(device.usage().total_peak_bytes(), 0);
+    assert_works(&device);
+}
+
+/// A result or scratch beyond the limit is refused in the name of its operator, before anything is launched; nothing stays behind.
+#[test]
+fn a_result_beyond_the_largest_buffer_of_the_device() {
+    let (device, largest) = (device(None), backend_limit(&backend()));
+    // Factors of little memory whose product is one row more than fits.
+    let columns = 1usize << 14;
+    let rows = largest as usize / 4 / columns + 1;
+    let tensor = |shape: [usize; 2]| device.zeros(shape, DType::F32, Category::Activations).unwrap();
+    let weight = |shape| device.prepare_weight(tensor(shape)).unwrap();
+    let (x, ids) = (tensor([rows, 1]), device.zeros([rows], DType::I32, Category::Activations).unwrap());
+    let (up, down, table) = (weight([columns, 1]), weight([1, columns]), weight([1, columns]));
+    let (lora_a, lora_b) = (tensor([1, 1]), tensor([columns, 1]));
+    let adapter = Adapter { lora_a: &lora_a, lora_b: &lora_b, scale: 1.0, dropout: None };
+    device.synchronize().unwrap();
+    device.backend().reset_peak();
+    let before = device.usage();
+    for (name, result) in [
+        ("linear_forward", linear::forward(&x, &up, None).map(drop)),
+        ("linear_input_gradient", linear::input_gradient(&x, &down).map(drop)),
+        ("embedding_forward", embedding::forward(&table, &ids, DType::F32).map(drop)),
+        ("lora_linear_forward", lora_linear::forward(&x, &up, None, adapter).map(drop)),
+    ] {
+        let error = result.unwrap_err();
+        let message = error.to_string();
+        let Error::BufferTooLarge { op, requested_bytes, category: Category::Activations, limit_bytes, .. } = error
+        else {
+            panic!("{name}: {error}");
+        };
+        assert_eq!((op, requested_bytes, limit_bytes), (name, (rows * columns * 4) as u64, largest));
+        assert!(message.contains("vulkan:0 binds at most"), "{message}");
+        assert_eq!(device.usage().live_bytes, before.live_bytes, "{name}");
+    }
     assert_works(&device);
 }
 

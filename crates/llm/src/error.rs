@@ -119,6 +119,17 @@ pub enum Error {
         /// How index and shards disagree.
         what: &'static str,
     },
+    /// The device does not take a tensor.
+    #[error("`{}`: tensor `{name}`", path.display())]
+    PlaceTensor {
+        /// The file or index.
+        path: PathBuf,
+        /// Name of the tensor.
+        name: String,
+        /// Why not.
+        #[source]
+        source: Box<unsloth_core::Error>,
+    },
     /// A tensor has another shape than the configuration says.
     #[error("`{}`: tensor `{name}` has shape {actual:?}, expected {expected}", path.display())]
     TensorShape {

@@ -189,13 +189,20 @@ impl Checkpoint {
         }
         let bytes = entry.bytes.clone();
         let tensor = if device.supports(dtype) {
-            device.adopt(file.bytes.clone(), bytes, wanted.shape, dtype, wanted.category)?
+            device.adopt(file.bytes.clone(), bytes, wanted.shape, dtype, wanted.category)
         } else {
             let values = widened(dtype, &(*file.bytes).as_ref()[bytes]);
-            device.from_slice(&values, wanted.shape, wanted.category)?
+            device.from_slice(&values, wanted.shape, wanted.category)
         };
+        let tensor = self.place(wanted.name, tensor)?;
         self.used.borrow_mut().insert(wanted.name.to_owned());
         Ok(tensor)
+    }
+
+    /// The tensor at fault for an error of the device.
+    fn place<T>(&self, name: &str, result: unsloth_core::Result<T>) -> Result<T> {
+        let (path, name) = (&self.path, name.to_owned());
+        result.map_err(|source| Error::PlaceTensor { path: path.clone(), name, source: source.into() })
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {
@@ -223,10 +230,10 @@ impl WeightSource for Checkpoint {
     /// The mapped bytes themselves where they have the wanted type and the device can read them, else a converted copy.
     ///
     /// # Errors
-    /// As [`Checkpoint::stored_dtype`]; [`Error::TensorShape`]; [`unsloth_core::Error::OutOfMemory`],
-    /// [`unsloth_core::Error::UnsupportedDType`].
+    /// As [`Checkpoint::stored_dtype`]; [`Error::TensorShape`]; [`Error::PlaceTensor`] if the device has no room for it, or
+    /// lacks its type.
     fn tensor(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
-        Ok(elementwise::cast(&self.stored(device, wanted)?, wanted.dtype)?)
+        self.place(wanted.name, elementwise::cast(&self.stored(device, wanted)?, wanted.dtype))
     }
 
     /// # Errors
@@ -234,11 +241,12 @@ impl WeightSource for Checkpoint {
     fn tensor_copy(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
         let stored = self.stored(device, wanted)?;
         // A cast to the same type would share the mapping.
-        if stored.dtype() == wanted.dtype {
-            Ok(elementwise::copy(&stored)?)
+        let copy = if stored.dtype() == wanted.dtype {
+            elementwise::copy(&stored)
         } else {
-            Ok(elementwise::cast(&stored, wanted.dtype)?)
-        }
+            elementwise::cast(&stored, wanted.dtype)
+        };
+        self.place(wanted.name, copy)
     }
 }
 

@@ -50,6 +50,10 @@ impl<B: Backend> Memory for MutantBackend<B> {
         self.inner.reset_peak();
     }
 
+    fn num_reads(&self) -> u64 {
+        self.inner.num_reads()
+    }
+
     fn allocation_counts(&self) -> AllocationCounts {
         self.inner.allocation_counts()
     }
