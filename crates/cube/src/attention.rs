@@ -1,7 +1,7 @@
 //! Attention on the kernels of `unsloth-attention`.
 
 use cubecl::prelude::*;
-use unsloth_attention::{self as kernels, Shape};
+use unsloth_attention::{self as kernels, Partial, Shape, Split};
 use unsloth_core::{
     DType, KvView, Lengths, Result, Sequences, Tensor,
     ops::attention::{Attention, Backward, Forward, Gradients, Inputs, Spec, Window},
@@ -102,10 +102,25 @@ impl<R: Runtime> Attention for CubeBackend<R> {
             lens: handle(kv.lens.tensor()),
             out: handle_mut(OP, "out", &mut out)?,
         };
-        self.launch(
-            "attention_cached",
-            |client| dispatch_float!(spec.dtype, E => kernels::cached::<R, E>(client, shape, args)),
-        )?;
+        const CACHED: &str = "attention_cached";
+        let longest = kv.lens.host().iter().copied().max().unwrap_or(0);
+        let Some(split) = Split::for_device(self.properties(), &shape, longest) else {
+            self.launch(
+                CACHED,
+                |client| dispatch_float!(spec.dtype, E => kernels::cached::<R, E>(client, shape, args)),
+            )?;
+            return Ok(out);
+        };
+        let rows = split.rows(&shape);
+        let mut sums = workspace(CACHED, q, DType::F32, [rows, spec.head_dim])?;
+        let mut statistics = workspace(CACHED, q, DType::F32, [rows, 2])?;
+        let partial = Partial {
+            sums: handle_mut(CACHED, "sums", &mut sums)?,
+            statistics: handle_mut(CACHED, "statistics", &mut statistics)?,
+        };
+        self.launch(CACHED, |client| {
+            dispatch_float!(spec.dtype, E => kernels::split_cached::<R, E>(client, (shape, split), args, partial))
+        })?;
         Ok(out)
     }
 

@@ -1,8 +1,6 @@
-//! Exact attention in CubeCL, generic over the runtime and the element type.        Dao 2023, arXiv:2307.08691
+#![doc = include_str!("../README.md")]
 //!
-//! [`forward`] and [`backward`] work on packed sequences, [`cached`] on new queries against keys that lie in a cache, [`append`]
-//! puts keys there. No matrix of scores is ever stored: tiles of queries meet tiles of keys in shared memory, and the backward
-//! pass recomputes the probabilities from the log-sum-exp of each row.
+//! # What is computed                                     Dao 2023, arXiv:2307.08691
 //!
 //! Per sequence and query head `h` (key head `h / (num_heads / num_kv_heads)`), with `p = i + seq_k - seq_q`:
 //! - `s = scale * q k^T`, with softcap `c`: `s = c * tanh(s / c)`; masked where `j > p` (causal) or `j < p - left` (window)
@@ -10,17 +8,20 @@
 //! - `D = sum_channels(dout * out)`, `ds = P * (dout v^T - D)`, with softcap `ds *= 1 - (s / c)^2`
 //! - `dq = scale * ds k`, `dk = scale * ds^T q`, `dv = P^T dout`, the last two summed over the heads of a group
 //!
-//! All arrays are contiguous, row-major. Arithmetic is f32 for every element type; every sum has a fixed order and there are no
-//! atomics, so the same call gives the same bits on every run.
+//! All arrays are contiguous, row-major. Arithmetic is f32 for every element type.
 
 mod append;
 mod backward;
 mod block;
+mod decode;
 mod forward;
 mod shape;
 mod tile;
 
 pub use append::{Append, AppendShape, append};
 pub use backward::{Backward, backward};
+/// The CubeCL whose types this crate takes and gives.
+pub use cubecl;
+pub use decode::{Partial, Split, split_cached};
 pub use forward::{Cached, Forward, cached, forward};
 pub use shape::Shape;

@@ -1,8 +1,4 @@
-//! What every kernel crate of unsloth-rs needs before and inside a launch: checks against the device's properties, launch
-//! geometry, sums over a cube that are right for any plane size, exponentials that are good on any device, and random numbers.
-//!
-//! A kernel that breaks a limit of its device reports nothing: the launch returns, and the output keeps its old contents. So
-//! every launch goes through [`Launch`], which turns such a call into a [`LaunchError`] first.
+#![doc = include_str!("../README.md")]
 
 mod error;
 mod launch;
@@ -10,6 +6,8 @@ pub mod math;
 mod reduce;
 mod rng;
 
+/// The CubeCL whose types this crate takes and gives.
+pub use cubecl;
 pub use error::LaunchError;
 pub use launch::{Launch, RowGrid};
 pub use reduce::{cube_max, cube_reduce_bytes, cube_sum, vector_sum};

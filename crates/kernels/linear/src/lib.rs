@@ -6,3 +6,6 @@ pub mod linear;
 pub mod lora_linear;
 pub mod product;
 mod sums;
+
+/// The CubeCL whose types this crate takes and gives.
+pub use cubecl;

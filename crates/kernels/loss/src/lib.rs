@@ -2,3 +2,6 @@
 
 pub mod cross_entropy;
 pub mod linear_cross_entropy;
+
+/// The CubeCL whose types this crate takes and gives.
+pub use cubecl;

@@ -4,3 +4,6 @@ pub mod adamw;
 pub mod elementwise;
 pub mod embedding;
 pub mod reduce;
+
+/// The CubeCL whose types this crate takes and gives.
+pub use cubecl;

@@ -35,6 +35,12 @@ fn problems() -> Vec<Problem> {
     let options = Options { window: Window::Sliding { left: 16 }, softcap: Some(3.0), ..Options::causal(16) };
     all.push(Problem { options, ..problem((2, 1, 16), (&[1, 4, 1], &[65, 4, 3])) });
     all.push(Problem { options: Options { causal: false, ..options }, ..problem((2, 1, 16), (&[2], &[33])) });
+    // Long caches, whose keys a device may share out: lengths around a multiple of the shares, one without keys, a group of many
+    // heads, and a window that leaves out the first keys.
+    all.push(problem((4, 2, 16), (&[1, 1, 1, 1], &[300, 0, 129, 128])));
+    all.push(problem((11, 1, 7), (&[1], &[193])));
+    let options = Options { window: Window::Sliding { left: 149 }, softcap: Some(3.0), ..Options::causal(40) };
+    all.push(Problem { options, ..problem((6, 2, 40), (&[1, 0, 1], &[205, 3, 70])) });
     all
 }
 
@@ -63,7 +69,8 @@ fn run_cached(device: &Device, values: &Values, cache: (&[f64], &[f64]), capacit
 /// `cached` is attention over the first `lens[s]` rows of each sequence's cache.
 fn cached(device: &Device, case: &Case, (problem, dtype): (Problem, DType)) -> Checked {
     let values = Values::new(problem, dtype, 1.0);
-    let (problem, capacity) = (&values.problem, 133);
+    let problem = &values.problem;
+    let capacity = 3 + problem.lens_k.iter().copied().max().unwrap_or(0).max(130);
     let row = problem.num_kv_heads * problem.head_dim;
     let k = to_cache(&values.k, &problem.lens_k, (capacity, row));
     let v = to_cache(&values.v, &problem.lens_k, (capacity, row));
