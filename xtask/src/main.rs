@@ -28,7 +28,7 @@ enum Task {
     /// Formatting, lints, documentation, the arrows between crates and the rules for sources.
     Check,
     /// Every test of every crate, and a list of what did not run.
-    Test,
+    Test(test::Arguments),
     /// Every CUDA kernel compiled without a GPU: registers, spills, shared memory, occupancy.
     CudaCheck(cuda_check::Arguments),
     /// Turns golden folders of transformers + PEFT into the fixtures under crates/llm/tests/fixtures.
@@ -45,7 +45,7 @@ fn run(task: &Task) -> Result<()> {
     let root = root()?;
     match task {
         Task::Check => check::run(&root),
-        Task::Test => test::run(&root),
+        Task::Test(arguments) => test::run(&root, arguments),
         Task::CudaCheck(arguments) => cuda_check::run(&root, arguments),
         Task::Golden(arguments) => golden::run(&root, arguments),
     }

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: everything that must pass for every change.
+//! `cargo xtask test`: everything that must pass for every change; with `--full` also what takes too long for that.
 
 use std::{
     collections::BTreeSet,
@@ -8,26 +8,45 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use clap::Args;
 
 use crate::{
     cargo,
     vulkan::{self, Vulkan},
 };
 
-pub(crate) fn run(root: &Path) -> Result<()> {
+/// Options of `cargo xtask test`.
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// Run the ignored tests too: more repeats, more models, whole programs. Takes an hour or so of two idle cores
+    #[arg(long)]
+    full: bool,
+}
+
+pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     let vulkan = vulkan::find_or_install(root)?;
-    let mut arguments = vec!["test", "--workspace", "--no-fail-fast"];
+    let mut all = vec!["test", "--workspace", "--no-fail-fast"];
     if let Vulkan::Devices(_) = vulkan {
-        arguments.extend(["--features", vulkan::FEATURE]);
+        all.extend(["--features", vulkan::FEATURE]);
     }
     // Output of passing tests says which device ran a suite.
-    arguments.extend(["--", "--show-output"]);
+    all.extend(["--", "--show-output"]);
+    if arguments.full {
+        all.extend(["--include-ignored", "--skip", IN_RELEASE]);
+    }
+    let mut passes = vec![all, FEATURES.split(' ').collect()];
+    if arguments.full {
+        passes.push(RELEASE.split(' ').chain([IN_RELEASE]).collect());
+    }
     let mut summary = Summary::default();
-    let features: Vec<&str> = FEATURES.split(' ').collect();
-    let statuses = [run_cargo(root, &arguments, &mut summary)?, run_cargo(root, &features, &mut summary)?];
+    let statuses =
+        passes.iter().map(|pass| run_cargo(root, pass, &mut summary)).collect::<Result<Vec<ExitStatus>>>()?;
     print!("{summary}");
     println!("{vulkan}");
     println!("cuda suites: not run (built without feature cuda)");
+    if !arguments.full {
+        println!("full: not run (cargo xtask test --full)");
+    }
     println!("{}", summary.totals());
     for status in statuses {
         ensure!(status.success(), "cargo test: {status}");
@@ -43,6 +62,12 @@ pub(crate) fn run(root: &Path) -> Result<()> {
 /// Tests of the features that the workspace is not built with, on the crates that have them. They ask no network.
 const FEATURES: &str =
     "test --package unsloth-llm --package unsloth-cli --features hub,parquet --test parquet --test hub";
+
+/// What a test is called that measures time, and has to be built for speed.
+const IN_RELEASE: &str = "_in_release";
+
+/// Those tests.
+const RELEASE: &str = "test --release --package unsloth-rs --test quickstart -- --show-output --ignored";
 
 /// Prints what cargo prints, but for the output of passing tests.
 fn run_cargo(root: &Path, arguments: &[&str], summary: &mut Summary) -> Result<ExitStatus> {

@@ -143,17 +143,20 @@ fn greedy_tokens_after_text() {
 }
 
 macro_rules! golden {
-    ($($module:ident: $name:literal on $target:ident),+) => {$(
+    ($($(#[$full:meta])? $module:ident: $name:literal on $target:ident),+) => {$(
         mod $module {
             #[test]
+            $(#[$full])?
             fn curve_and_adapter() {
                 super::curve_and_adapter($name, &super::$target);
             }
             #[test]
+            $(#[$full])?
             fn eval_losses() {
                 super::eval_losses($name, &super::$target);
             }
             #[test]
+            $(#[$full])?
             fn greedy_tokens() {
                 super::greedy_tokens_after_ids($name, &super::$target);
             }
@@ -171,7 +174,15 @@ golden!(
     gemma3: "tiny-gemma3" on CPU
 );
 #[cfg(feature = "wgpu")]
-golden!(llama_vulkan: "tiny-llama" on VULKAN, qwen2_vulkan: "tiny-qwen2" on VULKAN);
+golden!(
+    llama_vulkan: "tiny-llama" on VULKAN,
+    qwen2_vulkan: "tiny-qwen2" on VULKAN,
+    #[ignore = "full: minutes on a software device"] llama3_vulkan: "tiny-llama3" on VULKAN,
+    #[ignore = "full: minutes on a software device"] qwen3_vulkan: "tiny-qwen3" on VULKAN,
+    #[ignore = "full: minutes on a software device"] mistral_vulkan: "tiny-mistral" on VULKAN,
+    #[ignore = "full: minutes on a software device"] gemma2_vulkan: "tiny-gemma2" on VULKAN,
+    #[ignore = "full: minutes on a software device"] gemma3_vulkan: "tiny-gemma3" on VULKAN
+);
 
 /// A checkpoint in bf16, which this device need not have: its values are read as they are.
 #[cfg(feature = "wgpu")]

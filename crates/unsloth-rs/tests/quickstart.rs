@@ -117,7 +117,7 @@ fn the_same_seed_gives_the_same_bits() {
 /// The promise of the README.
 #[test]
 #[ignore = "minutes of two idle cores; cargo test --release -p unsloth-rs --test quickstart -- --ignored --nocapture"]
-fn full() {
+fn full_in_release() {
     let folder = tempfile::tempdir().unwrap();
     let (report, _) = run(&folder.path().join("quickstart"), Size::FULL);
     println!("{report:#?}");

@@ -20,7 +20,8 @@ fn the_host_reads_two_tensors_a_step_and_one_step_late() {
     let lora = LoraConfig { dropout: 0.1, ..LoraConfig::new(4, 8.0) };
     model.add_adapters(&lora, &Targets::AllLinear, 0).unwrap();
     let schedule = Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-3, warmup_steps: 0, total_steps: 4 };
-    let config = TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), seed: 0 };
+    let config =
+        TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), loss_scale: None, seed: 0 };
     let mut trainer = Trainer::new(model, config).unwrap();
     let (ids, targets): (Vec<i32>, Vec<i32>) = (0..24).map(|i| (5 + i * 7 % 900, 5 + i * 11 % 900)).unzip();
 

@@ -27,9 +27,9 @@ const RULES: [(&str, Rule); 6] = [
     ("links in documents", links::check),
 ];
 
-/// The features that the workspace is not checked with, on the crates that have them.
-const FEATURES: &str =
-    "clippy --package unsloth-llm --package unsloth-cli --features hub,parquet --all-targets -- -D warnings";
+/// Every feature at once, on the crates that have them and on what those are built on.
+const FEATURES: &str = "clippy --workspace --all-targets --features \
+    unsloth-cli/hub,unsloth-cli/parquet,unsloth-cli/wgpu,unsloth-cli/cuda -- -D warnings";
 
 pub(crate) fn run(root: &Path) -> Result<()> {
     let mut num_violations = 0;

@@ -39,7 +39,9 @@ impl<B: Backend> Memory for MutantBackend<B> {
     }
 
     fn read(&self, buffer: &dyn Buffer, bytes: &mut [u8]) -> Result<()> {
-        self.inner.read(buffer, bytes)
+        self.inner.read(buffer, bytes)?;
+        self.reads.add(bytes);
+        Ok(())
     }
 
     fn usage(&self) -> Usage {

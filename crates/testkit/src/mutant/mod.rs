@@ -7,6 +7,11 @@ mod matrices;
 mod memory;
 mod rows;
 
+use std::{
+    hash::{DefaultHasher, Hasher},
+    sync::{Arc, Mutex, PoisonError},
+};
+
 use unsloth_core::{Device, Result, Tensor};
 
 use crate::{
@@ -19,12 +24,33 @@ use crate::{
 pub struct MutantBackend<B> {
     inner: B,
     mutation: Option<Mutation>,
+    reads: Reads,
+}
+
+/// A digest of all bytes that the host has read from a device, in their order.
+#[derive(Clone, Debug, Default)]
+pub struct Reads(Arc<Mutex<DefaultHasher>>);
+
+impl Reads {
+    fn add(&self, bytes: &[u8]) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes);
+    }
+
+    /// The digest of what was read since the last call.
+    pub fn take(&self) -> u64 {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner)).finish()
+    }
 }
 
 impl<B> MutantBackend<B> {
     /// `inner` with this fault. Without one the wrapper itself is held to the suites.
     pub fn new(inner: B, mutation: Option<Mutation>) -> Self {
-        Self { inner, mutation }
+        Self { inner, mutation, reads: Reads::default() }
+    }
+
+    /// `inner` without a fault, and with a digest of what is read from it.
+    pub fn observed(inner: B, reads: Reads) -> Self {
+        Self { inner, mutation: None, reads }
     }
 
     fn has(&self, mutation: Mutation) -> bool {
