@@ -1,9 +1,13 @@
 //! LoRA training of a model from a Hugging Face folder, for timing.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use safetensors::{Dtype, serialize_to_file, tensor::TensorView};
 use serde_json::json;
+use tempfile::TempDir;
 use unsloth_rs::{
     DType, Device,
     core::{ops::cross_entropy::IGNORE_INDEX, rng::Philox},
@@ -11,7 +15,67 @@ use unsloth_rs::{
     train::{AdamWConfig, Batch, Checkpointing, Document, LoraConfig, Schedule, ScheduleKind, Trainer, TrainerConfig},
 };
 
-use crate::ModelShape;
+use crate::models::ModelShape;
+
+/// Layers of the models that are written for timing: enough to have all of a model's calls.
+pub const NUM_LAYERS: usize = 2;
+
+/// Where a model comes from.
+#[derive(Clone, Debug)]
+pub enum Folder {
+    /// A Hugging Face folder.
+    Given(PathBuf),
+    /// [`NUM_LAYERS`] layers of this shape with random weights, written when they are needed.
+    Written(ModelShape),
+}
+
+/// A folder that is there, removed again when dropped if it was written.
+#[derive(Debug)]
+pub enum FolderPath {
+    /// Somebody else's.
+    Given(PathBuf),
+    /// Ours.
+    Written(TempDir),
+}
+
+impl AsRef<Path> for FolderPath {
+    fn as_ref(&self) -> &Path {
+        match self {
+            Self::Given(path) => path,
+            Self::Written(folder) => folder.path(),
+        }
+    }
+}
+
+impl Folder {
+    /// The folder, or else a model of this shape.
+    pub fn of(folder: Option<&Path>, model: ModelShape) -> Self {
+        folder.map_or(Self::Written(model), |folder| Self::Given(folder.to_owned()))
+    }
+
+    /// What tables call it.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Given(path) => path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
+            Self::Written(model) => format!("{}, {NUM_LAYERS} layers", model.name),
+        }
+    }
+
+    /// Makes sure that it is there.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn written(&self) -> anyhow::Result<FolderPath> {
+        match self {
+            Self::Given(path) => Ok(FolderPath::Given(path.clone())),
+            Self::Written(model) => {
+                let folder = tempfile::tempdir()?;
+                write_checkpoint(folder.path(), model, NUM_LAYERS)?;
+                Ok(FolderPath::Written(folder))
+            }
+        }
+    }
+}
 
 /// What is trained, and how.
 #[derive(Clone, Debug)]
@@ -44,14 +108,21 @@ pub fn trainer(folder: &Path, device: &Device, options: Options) -> anyhow::Resu
 /// # Errors
 /// [`unsloth_rs::train::Error`] for an empty batch.
 pub fn random_batch(device: &Device, vocab_size: usize, (batch, seq_len): (usize, usize)) -> anyhow::Result<Batch> {
-    let stream = Philox::new(7, 0);
-    let bound = u32::try_from(vocab_size)?;
-    let ids: Vec<i32> = (0..batch * seq_len).map(|i| stream.below([i as u32, 0, 0, 0], bound) as i32).collect();
+    let ids = random_ids(vocab_size, batch * seq_len)?;
     let mut targets: Vec<i32> = ids.iter().skip(1).copied().chain([IGNORE_INDEX]).collect();
     targets.chunks_mut(seq_len).filter_map(<[i32]>::last_mut).for_each(|last| *last = IGNORE_INDEX);
     let documents = ids.chunks(seq_len).zip(targets.chunks(seq_len));
     let documents: Vec<Document<'_>> = documents.map(|(ids, targets)| Document { ids, targets }).collect();
     Ok(Batch::new(device, &documents)?)
+}
+
+/// Random token ids, the same every time.
+///
+/// # Errors
+/// For a vocabulary of 2^32 entries or more.
+pub fn random_ids(vocab_size: usize, count: usize) -> anyhow::Result<Vec<i32>> {
+    let (stream, bound) = (Philox::new(7, 0), u32::try_from(vocab_size)?);
+    Ok((0..count).map(|i| stream.below([i as u32, 0, 0, 0], bound) as i32).collect())
 }
 
 /// Writes a Qwen2 checkpoint with `num_layers` layers of this shape and random bf16 weights.

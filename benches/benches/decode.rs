@@ -1,0 +1,5 @@
+//! `decode`: see `cases::decode`.
+
+fn main() -> anyhow::Result<()> {
+    unsloth_benches::criterion::run("decode")
+}

@@ -1,0 +1,5 @@
+//! `elementwise`: see `cases::elementwise`.
+
+fn main() -> anyhow::Result<()> {
+    unsloth_benches::criterion::run("elementwise")
+}

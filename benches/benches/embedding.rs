@@ -1,0 +1,5 @@
+//! `embedding`: see `cases::embedding`.
+
+fn main() -> anyhow::Result<()> {
+    unsloth_benches::criterion::run("embedding")
+}

@@ -1,0 +1,5 @@
+//! `reduce`: see `cases::reduce`.
+
+fn main() -> anyhow::Result<()> {
+    unsloth_benches::criterion::run("reduce")
+}

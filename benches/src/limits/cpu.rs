@@ -1,0 +1,224 @@
+//! Limits of the processor: products in registers alone, and streams through memory, on all threads at once.
+
+use std::{
+    hint::black_box,
+    sync::Barrier,
+    time::{Duration, Instant},
+};
+
+use super::{Limits, Rate};
+
+/// How long products run at a time: short, so that some run without being interrupted. The best counts, for it is a limit.
+const SPRINT: Duration = Duration::from_millis(3);
+
+/// A loop over products in registers; returns the products' FLOPs per iteration times `iterations`.
+type Kernel = fn(iterations: u64) -> u64;
+
+/// Measures with `threads` threads, each rate for about `time`, streaming through `bytes` bytes.
+pub fn measure(threads: usize, time: Duration, bytes: usize) -> Limits {
+    let rate = |(name, kernel): (&str, Kernel)| Rate::new(products(threads, time, kernel), name);
+    let [read, copy] = streams(threads, time, bytes);
+    Limits {
+        f32_flops: rate(fma()),
+        bf16_flops: bf16_dot().map(rate),
+        f16_flops: None,
+        read_bytes: Rate::new(read, "sums of a buffer"),
+        copy_bytes: Rate::new(copy, "copies of a buffer, bytes read and written"),
+    }
+}
+
+/// Runs `work` on all threads at once and returns how long the slowest took from the common start.
+fn together(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
+    let barrier = Barrier::new(threads);
+    std::thread::scope(|scope| {
+        let run = |thread: usize| {
+            let (barrier, work) = (&barrier, &work);
+            scope.spawn(move || {
+                barrier.wait();
+                let start = Instant::now();
+                work(thread);
+                start.elapsed()
+            })
+        };
+        let handles: Vec<_> = (0..threads).map(run).collect();
+        let times =
+            handles.into_iter().map(|handle| handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        times.max().unwrap_or_default()
+    })
+}
+
+/// FLOPs per second.
+fn products(threads: usize, time: Duration, kernel: Kernel) -> f64 {
+    // As many iterations as one thread runs for about a sprint.
+    let mut iterations = 1 << 10;
+    loop {
+        let start = Instant::now();
+        black_box(kernel(iterations));
+        if start.elapsed() >= SPRINT {
+            break;
+        }
+        iterations *= 2;
+    }
+    let (start, mut best) = (Instant::now(), 0.0f64);
+    while best == 0.0 || start.elapsed() < time {
+        let flops = threads as f64 * kernel_flops(kernel, iterations);
+        let slowest = together(threads, |_| {
+            black_box(kernel(iterations));
+        });
+        best = best.max(flops / slowest.as_secs_f64());
+    }
+    best
+}
+
+fn kernel_flops(kernel: Kernel, iterations: u64) -> f64 {
+    // A kernel is linear in its iterations: one tells what each does.
+    kernel(1) as f64 * iterations as f64
+}
+
+/// Bytes per second that all threads read, and that they read and write in a copy.
+fn streams(threads: usize, time: Duration, bytes: usize) -> [f64; 2] {
+    let words = (bytes / size_of::<u64>() / threads).max(1);
+    let sources: Vec<Vec<u64>> = (0..threads).map(|thread| vec![thread as u64 + 1; words]).collect();
+    let targets: Vec<std::sync::Mutex<Vec<u64>>> =
+        (0..threads).map(|_| std::sync::Mutex::new(vec![0; words])).collect();
+    let read = |thread: usize| {
+        // Several sums at once, so that their latency does not count.
+        let mut sums = [0u64; 32];
+        for chunk in sources[thread].chunks_exact(32) {
+            sums.iter_mut().zip(chunk).for_each(|(sum, word)| *sum = sum.wrapping_add(*word));
+        }
+        black_box(sums);
+    };
+    let copy = |thread: usize| {
+        if let Ok(mut target) = targets[thread].lock() {
+            target.copy_from_slice(black_box(&sources[thread]));
+            black_box(&mut *target);
+        }
+    };
+    let total = (threads * words * size_of::<u64>()) as f64;
+    [stream(threads, time, total, read), stream(threads, time, 2.0 * total, copy)]
+}
+
+fn stream(threads: usize, time: Duration, bytes: f64, pass: impl Fn(usize) + Sync) -> f64 {
+    together(threads, &pass);
+    let (start, mut best) = (Instant::now(), 0.0f64);
+    while best == 0.0 || start.elapsed() < time {
+        best = best.max(bytes / together(threads, &pass).as_secs_f64());
+    }
+    best
+}
+
+/// Sums that are kept in registers at once: enough to cover the latency of two units, few enough for 32 registers, and for 16
+/// of the narrower sets.
+const SUMS: usize = 24;
+#[cfg(target_arch = "x86_64")]
+const SUMS_OF_16: usize = 12;
+
+/// The widest fused multiply-add that the processor has.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, reason = "instructions that not every processor has")]
+fn fma() -> (&'static str, Kernel) {
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx512f")]
+    fn wide(iterations: u64) -> u64 {
+        let (x, y) = (_mm512_set1_ps(black_box(0.999)), _mm512_set1_ps(black_box(0.001)));
+        let mut sums = [_mm512_set1_ps(1.0); SUMS];
+        for _ in 0..iterations {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(*sum, x, y);
+            }
+        }
+        black_box(sums);
+        iterations * (SUMS * 16 * 2) as u64
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn narrow(iterations: u64) -> u64 {
+        let (x, y) = (_mm256_set1_ps(black_box(0.999)), _mm256_set1_ps(black_box(0.001)));
+        let mut sums = [_mm256_set1_ps(1.0); SUMS_OF_16];
+        for _ in 0..iterations {
+            for sum in &mut sums {
+                *sum = _mm256_fmadd_ps(*sum, x, y);
+            }
+        }
+        black_box(sums);
+        iterations * (SUMS_OF_16 * 8 * 2) as u64
+    }
+
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the processor has AVX-512F, just asked.
+        ("AVX-512 FMA in registers", |iterations| unsafe { wide(iterations) })
+    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        // SAFETY: the processor has AVX2 and FMA, just asked.
+        ("AVX2 FMA in registers", |iterations| unsafe { narrow(iterations) })
+    } else {
+        ("multiplications and additions in registers", plain)
+    }
+}
+
+/// Neon is part of the architecture.
+#[cfg(target_arch = "aarch64")]
+fn fma() -> (&'static str, Kernel) {
+    fn neon(iterations: u64) -> u64 {
+        let (x, y) = (black_box(0.999f32), black_box(0.001f32));
+        let mut sums = [[1.0f32; 4]; SUMS];
+        for _ in 0..iterations {
+            for sum in sums.as_flattened_mut() {
+                *sum = sum.mul_add(x, y);
+            }
+        }
+        black_box(sums);
+        iterations * (SUMS * 4 * 2) as u64
+    }
+    ("Neon FMA in registers", neon)
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn fma() -> (&'static str, Kernel) {
+    ("multiplications and additions in registers", plain)
+}
+
+/// What the compiler makes of separate multiplications and additions.
+#[cfg(not(target_arch = "aarch64"))]
+fn plain(iterations: u64) -> u64 {
+    let (x, y) = (black_box(0.999f32), black_box(0.001f32));
+    let mut sums = [[1.0f32; 4]; 12];
+    for _ in 0..iterations {
+        for sum in sums.as_flattened_mut() {
+            *sum = *sum * x + y;
+        }
+    }
+    black_box(sums);
+    iterations * (12 * 4 * 2) as u64
+}
+
+/// Dot products of bf16 pairs, where the processor has them.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, reason = "instructions that not every processor has")]
+fn bf16_dot() -> Option<(&'static str, Kernel)> {
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn dot(iterations: u64) -> u64 {
+        let (x, y) = (_mm512_set1_ps(black_box(0.999)), _mm512_set1_ps(black_box(0.001)));
+        let (x, y) = (_mm512_cvtne2ps_pbh(x, x), _mm512_cvtne2ps_pbh(y, y));
+        let mut sums = [_mm512_set1_ps(0.0); SUMS];
+        for _ in 0..iterations {
+            for sum in &mut sums {
+                *sum = _mm512_dpbf16_ps(*sum, x, y);
+            }
+        }
+        black_box(sums);
+        iterations * (SUMS * 32 * 2) as u64
+    }
+
+    let is_there = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
+    // SAFETY: the processor has AVX-512F and AVX-512 BF16, just asked.
+    is_there.then_some(("AVX-512 dot products of bf16 pairs in registers", |iterations| unsafe { dot(iterations) }))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn bf16_dot() -> Option<(&'static str, Kernel)> {
+    None
+}

@@ -1,0 +1,325 @@
+//! Every operator: what a call is, and the call itself handed on.
+
+use unsloth_rs::{
+    DType, Result, Tensor,
+    core::{
+        KvView, Lengths, Sequences, Weight,
+        ops::{
+            Cost, adamw, attention, cross_entropy, elementwise, embedding, glu, linear, linear_cross_entropy,
+            lora_linear, reduce, rms_norm, rope,
+        },
+    },
+};
+
+use super::{About, Recorder, address, weight_address};
+
+/// A call whose sizes are those of a tensor.
+fn like(name: &'static str, tensor: &Tensor, cost: Cost) -> About {
+    About { name, shape: tensor.shape().to_string(), subject: None, cost }
+}
+
+/// A product.
+fn product(name: &'static str, spec: &linear::Spec, subject: Option<usize>, cost: Cost) -> About {
+    let linear::Spec { rows, in_features, out_features, .. } = spec;
+    About { name, shape: format!("{rows} x {in_features} -> {out_features}"), subject, cost }
+}
+
+impl elementwise::Elementwise for Recorder {
+    fn add(&self, a: Tensor, b: &Tensor) -> Result<Tensor> {
+        let cost = elementwise::binary_cost(&a);
+        self.call(|| like("add", b, cost), |backend| backend.add(a, b))
+    }
+    fn mul(&self, a: Tensor, b: &Tensor) -> Result<Tensor> {
+        let cost = elementwise::binary_cost(&a);
+        self.call(|| like("mul", b, cost), |backend| backend.mul(a, b))
+    }
+    fn scale(&self, x: Tensor, factor: f32) -> Result<Tensor> {
+        let (shape, cost) = (*x.shape(), elementwise::unary_cost(&x));
+        let about = || About { name: "scale", shape: shape.to_string(), subject: None, cost };
+        self.call(about, |backend| backend.scale(x, factor))
+    }
+    fn scale_by(&self, x: Tensor, scalar: &Tensor) -> Result<Tensor> {
+        let (shape, cost) = (*x.shape(), elementwise::unary_cost(&x));
+        let about = || About { name: "scale_by", shape: shape.to_string(), subject: None, cost };
+        self.call(about, |backend| backend.scale_by(x, scalar))
+    }
+    fn accumulate(&self, accumulator: &mut Tensor, x: &Tensor) -> Result<()> {
+        let cost = elementwise::accumulate_cost(accumulator, x);
+        self.call(|| like("accumulate", x, cost), |backend| backend.accumulate(accumulator, x))
+    }
+    fn cast(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
+        self.call(|| like("cast", x, elementwise::cast_cost(x, dtype)), |backend| backend.cast(x, dtype))
+    }
+    fn copy(&self, x: &Tensor) -> Result<Tensor> {
+        self.call(|| like("copy", x, elementwise::unary_cost(x)), |backend| backend.copy(x))
+    }
+    fn fill_zero(&self, x: &mut Tensor) -> Result<()> {
+        let (shape, cost) = (*x.shape(), elementwise::fill_cost(x));
+        let about = || About { name: "fill_zero", shape: shape.to_string(), subject: None, cost };
+        self.call(about, |backend| backend.fill_zero(x))
+    }
+}
+
+/// A reduction of many tensors.
+fn list(name: &'static str, tensors: &[&Tensor]) -> About {
+    let elements: usize = tensors.iter().map(|tensor| tensor.num_elements()).sum();
+    let shape = format!("{} tensors, {elements} elements", tensors.len());
+    About { name, shape, subject: None, cost: reduce::cost(tensors) }
+}
+
+impl reduce::Reduce for Recorder {
+    fn sum(&self, x: &Tensor) -> Result<Tensor> {
+        self.call(|| like("sum", x, reduce::cost(&[x])), |backend| backend.sum(x))
+    }
+    fn all_finite(&self, tensors: &[&Tensor]) -> Result<Tensor> {
+        self.call(|| list("all_finite", tensors), |backend| backend.all_finite(tensors))
+    }
+    fn grad_norm(&self, tensors: &[&Tensor]) -> Result<Tensor> {
+        self.call(|| list("grad_norm", tensors), |backend| backend.grad_norm(tensors))
+    }
+}
+
+impl embedding::Embedding for Recorder {
+    fn embedding_forward(&self, spec: &embedding::Spec, weight: &Weight, ids: &Tensor) -> Result<Tensor> {
+        let about = || About {
+            name: "embedding forward",
+            shape: format!("{} x {}", spec.tokens, spec.hidden_size),
+            subject: weight_address(weight),
+            cost: spec.forward_cost(),
+        };
+        self.call(about, |backend| backend.embedding_forward(spec, weight, ids))
+    }
+    fn embedding_backward(
+        &self,
+        spec: &embedding::Spec,
+        ids: &Tensor,
+        dout: &Tensor,
+        dweight: &mut Tensor,
+    ) -> Result<()> {
+        let about = || like("embedding backward", dout, spec.backward_cost());
+        self.call(about, |backend| backend.embedding_backward(spec, ids, dout, dweight))
+    }
+}
+
+impl rms_norm::RmsNorm for Recorder {
+    fn rms_norm_forward(
+        &self,
+        spec: &rms_norm::Spec,
+        x: Tensor,
+        residual: Option<&Tensor>,
+        weight: &Tensor,
+    ) -> Result<rms_norm::Forward> {
+        let about = || About {
+            name: "rms_norm forward",
+            shape: format!("{} x {}", spec.rows, spec.hidden_size),
+            subject: Some(address(weight)),
+            cost: spec.forward_cost(residual.is_some()),
+        };
+        self.call(about, |backend| backend.rms_norm_forward(spec, x, residual, weight))
+    }
+    fn rms_norm_backward(
+        &self,
+        spec: &rms_norm::Spec,
+        inputs: rms_norm::Backward<'_>,
+        dweight: Option<&mut Tensor>,
+    ) -> Result<Tensor> {
+        let about = About {
+            name: "rms_norm backward",
+            shape: format!("{} x {}", spec.rows, spec.hidden_size),
+            subject: Some(address(inputs.weight)),
+            cost: spec.backward_cost(inputs.dsum.is_some(), dweight.is_some()),
+        };
+        self.call(|| about, |backend| backend.rms_norm_backward(spec, inputs, dweight))
+    }
+}
+
+impl rope::Rope for Recorder {
+    fn rope(&self, spec: &rope::Spec, q: Tensor, k: Tensor, angles: rope::Angles<'_>) -> Result<(Tensor, Tensor)> {
+        let name = match spec.direction {
+            rope::Direction::Forward => "rope forward",
+            rope::Direction::Inverse => "rope backward",
+        };
+        let about = || About {
+            name,
+            shape: format!("{} x ({} + {}) x {}", spec.tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim),
+            subject: None,
+            cost: spec.cost(),
+        };
+        self.call(about, |backend| backend.rope(spec, q, k, angles))
+    }
+}
+
+impl glu::Glu for Recorder {
+    fn glu_forward(&self, spec: &glu::Spec, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        let about = || like("glu forward", gate, spec.forward_cost());
+        self.call(about, |backend| backend.glu_forward(spec, gate, up))
+    }
+    fn glu_backward(&self, spec: &glu::Spec, dout: &Tensor, gate: Tensor, up: Tensor) -> Result<glu::Gradients> {
+        let about = || like("glu backward", dout, spec.backward_cost());
+        self.call(about, |backend| backend.glu_backward(spec, dout, gate, up))
+    }
+}
+
+fn heads(spec: &attention::Spec, tokens_q: usize, tokens_k: usize) -> String {
+    let attention::Spec { num_heads, num_kv_heads, head_dim, .. } = spec;
+    format!("{tokens_q} x {num_heads} on {tokens_k} x {num_kv_heads}, {head_dim}")
+}
+
+impl attention::Attention for Recorder {
+    fn attention_forward(&self, spec: &attention::Spec, inputs: attention::Inputs<'_>) -> Result<attention::Forward> {
+        let about = || About {
+            name: "attention forward",
+            shape: heads(spec, inputs.seq_q.num_tokens(), inputs.seq_k.num_tokens()),
+            subject: None,
+            cost: spec.forward_cost(inputs.seq_q.offsets(), inputs.seq_k.offsets()),
+        };
+        self.call(about, |backend| backend.attention_forward(spec, inputs))
+    }
+    fn attention_backward(
+        &self,
+        spec: &attention::Spec,
+        inputs: attention::Inputs<'_>,
+        backward: attention::Backward<'_>,
+    ) -> Result<attention::Gradients> {
+        let about = || About {
+            name: "attention backward",
+            shape: heads(spec, inputs.seq_q.num_tokens(), inputs.seq_k.num_tokens()),
+            subject: None,
+            cost: spec.backward_cost(inputs.seq_q.offsets(), inputs.seq_k.offsets()),
+        };
+        self.call(about, |backend| backend.attention_backward(spec, inputs, backward))
+    }
+    fn attention_cached(
+        &self,
+        spec: &attention::Spec,
+        q: &Tensor,
+        seq_q: &Sequences,
+        kv: KvView<'_>,
+    ) -> Result<Tensor> {
+        let about = || About {
+            name: "attention cached",
+            shape: heads(spec, seq_q.num_tokens(), kv.lens.host().iter().sum()),
+            subject: None,
+            cost: spec.cached_cost(seq_q.offsets(), kv.lens.host()),
+        };
+        self.call(about, |backend| backend.attention_cached(spec, q, seq_q, kv))
+    }
+    fn kv_append(&self, cache: &mut Tensor, rows: &Tensor, seqs: &Sequences, start: &Lengths) -> Result<()> {
+        let about = || like("kv_append", rows, attention::kv_append_cost(rows));
+        self.call(about, |backend| backend.kv_append(cache, rows, seqs, start))
+    }
+}
+
+impl linear::Linear for Recorder {
+    fn linear_forward(
+        &self,
+        spec: &linear::Spec,
+        x: &Tensor,
+        weight: &Weight,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let about = || product("linear forward", spec, weight_address(weight), spec.forward_cost());
+        self.call(about, |backend| backend.linear_forward(spec, x, weight, bias))
+    }
+    fn linear_input_gradient(&self, spec: &linear::Spec, dy: &Tensor, weight: &Weight) -> Result<Tensor> {
+        let about = || product("linear input gradient", spec, weight_address(weight), spec.input_gradient_cost());
+        self.call(about, |backend| backend.linear_input_gradient(spec, dy, weight))
+    }
+    fn linear_weight_gradient(&self, spec: &linear::Spec, dy: &Tensor, x: &Tensor, dweight: &mut Tensor) -> Result<()> {
+        let about = || product("linear weight gradient", spec, None, spec.weight_gradient_cost());
+        self.call(about, |backend| backend.linear_weight_gradient(spec, dy, x, dweight))
+    }
+    fn linear_bias_gradient(&self, spec: &linear::Spec, dy: &Tensor, dbias: &mut Tensor) -> Result<()> {
+        let about = || like("linear bias gradient", dy, spec.bias_gradient_cost());
+        self.call(about, |backend| backend.linear_bias_gradient(spec, dy, dbias))
+    }
+}
+
+impl lora_linear::LoraLinear for Recorder {
+    fn lora_linear_forward(
+        &self,
+        spec: &lora_linear::Spec,
+        x: &Tensor,
+        weight: &Weight,
+        bias: Option<&Tensor>,
+        adapter: lora_linear::Adapter<'_>,
+    ) -> Result<lora_linear::Forward> {
+        let about = || product("lora_linear forward", &spec.base, Some(address(adapter.lora_a)), spec.forward_cost());
+        self.call(about, |backend| backend.lora_linear_forward(spec, x, weight, bias, adapter))
+    }
+    fn lora_linear_backward(
+        &self,
+        spec: &lora_linear::Spec,
+        inputs: lora_linear::Backward<'_>,
+        gradients: lora_linear::ParameterGradients<'_>,
+    ) -> Result<Option<Tensor>> {
+        let (needs_a, needs_b) = (gradients.dlora_a.is_some(), gradients.dlora_b.is_some());
+        let cost = spec.backward_cost(inputs.needs_dx, needs_a, needs_b);
+        let about = || product("lora_linear backward", &spec.base, Some(address(inputs.adapter.lora_a)), cost);
+        self.call(about, |backend| backend.lora_linear_backward(spec, inputs, gradients))
+    }
+}
+
+impl cross_entropy::CrossEntropy for Recorder {
+    fn cross_entropy_forward(
+        &self,
+        spec: &cross_entropy::Spec,
+        logits: &Tensor,
+        targets: &Tensor,
+    ) -> Result<cross_entropy::Forward> {
+        let about = || like("cross_entropy forward", logits, spec.forward_cost());
+        self.call(about, |backend| backend.cross_entropy_forward(spec, logits, targets))
+    }
+    fn cross_entropy_backward(
+        &self,
+        spec: &cross_entropy::Spec,
+        logits: Tensor,
+        targets: &Tensor,
+        lse: &Tensor,
+    ) -> Result<Tensor> {
+        let about = || About {
+            name: "cross_entropy backward",
+            shape: format!("{} x {}", spec.tokens, spec.vocab_size),
+            subject: None,
+            cost: spec.backward_cost(),
+        };
+        self.call(about, |backend| backend.cross_entropy_backward(spec, logits, targets, lse))
+    }
+}
+
+impl linear_cross_entropy::LinearCrossEntropy for Recorder {
+    fn linear_cross_entropy(
+        &self,
+        spec: &linear_cross_entropy::Spec,
+        x: &Tensor,
+        weight: &Weight,
+        targets: &Tensor,
+        dweight: Option<&mut Tensor>,
+    ) -> Result<linear_cross_entropy::Forward> {
+        let about = About {
+            name: "linear_cross_entropy",
+            shape: format!("{} x {} -> {}", spec.tokens, spec.hidden_size, spec.vocab_size),
+            subject: weight_address(weight),
+            cost: spec.cost(dweight.is_some()),
+        };
+        self.call(|| about, |backend| backend.linear_cross_entropy(spec, x, weight, targets, dweight))
+    }
+}
+
+impl adamw::AdamW for Recorder {
+    fn step_control(
+        &self,
+        spec: &adamw::ControlSpec,
+        norm: &Tensor,
+        finite: &Tensor,
+        state: &mut Tensor,
+    ) -> Result<()> {
+        let about = || like("step_control", norm, reduce::cost(&[norm, finite]));
+        self.call(about, |backend| backend.step_control(spec, norm, finite, state))
+    }
+    fn adamw(&self, spec: &adamw::Spec, buffers: adamw::Buffers<'_>, state: &Tensor) -> Result<()> {
+        let (shape, cost) = (*buffers.grad.shape(), buffers.cost());
+        let about = || About { name: "adamw step", shape: shape.to_string(), subject: None, cost };
+        self.call(about, |backend| backend.adamw(spec, buffers, state))
+    }
+}
