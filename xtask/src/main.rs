@@ -8,6 +8,8 @@ use std::{
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
+mod bench;
+mod bench_report;
 mod cargo;
 mod check;
 mod cuda_check;
@@ -31,6 +33,12 @@ enum Task {
     Test(test::Arguments),
     /// Every CUDA kernel compiled without a GPU: registers, spills, shared memory, occupancy.
     CudaCheck(cuda_check::Arguments),
+    /// How fast operators and whole steps are, against the machine's own limits and against peers.
+    Bench(bench::Arguments),
+    /// Makes the tables in docs/performance.md from benches/results.
+    BenchReport(bench_report::Arguments),
+    /// Where the time and the memory of a training step go, by operator and by kind of layer.
+    Profile(bench::Arguments),
     /// Turns golden folders of transformers + PEFT into the fixtures under crates/llm/tests/fixtures.
     Golden(golden::Arguments),
 }
@@ -47,6 +55,9 @@ fn run(task: &Task) -> Result<()> {
         Task::Check => check::run(&root),
         Task::Test(arguments) => test::run(&root, arguments),
         Task::CudaCheck(arguments) => cuda_check::run(&root, arguments),
+        Task::Bench(arguments) => bench::run(&root, arguments),
+        Task::BenchReport(arguments) => bench_report::run(&root, arguments),
+        Task::Profile(arguments) => bench::profile(&root, arguments),
         Task::Golden(arguments) => golden::run(&root, arguments),
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 
-use crate::cargo;
+use crate::{bench_report, cargo};
 
 mod arrows;
 mod files;
@@ -18,13 +18,14 @@ pub(crate) use files::plant;
 /// Finds what breaks one rule under a repository root: one line each, empty when all is well.
 type Rule = fn(&Path) -> Result<Vec<String>>;
 
-const RULES: [(&str, Rule); 6] = [
+const RULES: [(&str, Rule); 7] = [
     ("arrows between crates", arrows::check),
     ("file length", sources::length),
     ("nothing left unfinished", sources::unfinished),
     ("the facade only re-exports", sources::facade),
     ("every op is complete", ops::check),
     ("links in documents", links::check),
+    ("figures in documents", bench_report::check),
 ];
 
 /// Every feature at once, on the crates that have them and on what those are built on.
