@@ -14,6 +14,7 @@ use crate::{
         put_products, score, store, zeros,
     },
     shape::Shape,
+    tensor,
     tile::{Need, Tile},
 };
 
@@ -74,10 +75,10 @@ pub fn backward<R: Runtime, E: Float>(
     if shape.tokens_q > 0 {
         row_sums::<R, E>(&launch, shape, args, width)?;
     }
-    if shape.tokens_k > 0 {
+    if shape.tokens_k > 0 && !tensor::backward::keys::<R, E>(&launch, shape, args)? {
         keys::<R, E>(&launch, shape, args, width)?;
     }
-    if shape.tokens_q > 0 {
+    if shape.tokens_q > 0 && !tensor::backward::queries::<R, E>(&launch, shape, args)? {
         queries::<R, E>(&launch, shape, args, width)?;
     }
     Ok(())
@@ -195,7 +196,7 @@ fn queries<R: Runtime, E: Float>(
 
 /// `P`, and what `dout v^T - D` is multiplied by to give `ds`: the same but for the slope of the softcap. Zeros if not seen.
 #[cube]
-fn pair(product: f32, lse: f32, seen: bool, scoring: &Scoring, #[comptime] capped: bool) -> (f32, f32) {
+pub(crate) fn pair(product: f32, lse: f32, seen: bool, scoring: &Scoring, #[comptime] capped: bool) -> (f32, f32) {
     let s = score(product, scoring, capped);
     let p = select(seen, f32::exp(s - lse), 0.0);
     let mut slope = p;
@@ -208,20 +209,20 @@ fn pair(product: f32, lse: f32, seen: bool, scoring: &Scoring, #[comptime] cappe
 
 /// What is known of the query rows of a tile, `[count]` each, in shared memory.
 #[derive(CubeType)]
-struct QueryTile {
-    seen: Seen,
-    lse: SharedMemory<f32>,
-    row_sums: SharedMemory<f32>,
+pub(crate) struct QueryTile {
+    pub(crate) seen: Seen,
+    pub(crate) lse: SharedMemory<f32>,
+    pub(crate) row_sums: SharedMemory<f32>,
 }
 
 #[cube]
 impl QueryTile {
-    fn new(#[comptime] count: usize) -> QueryTile {
+    pub(crate) fn new(#[comptime] count: usize) -> QueryTile {
         QueryTile { seen: Seen::new(count), lse: SharedMemory::new(count), row_sums: SharedMemory::new(count) }
     }
 
     /// Reads rows `start .. start + count`, one per unit; zeros for a row that does not exist.
-    fn load(
+    pub(crate) fn load(
         &mut self,
         lse: &Array<f32>,
         row_sums: &Array<f32>,
@@ -265,8 +266,14 @@ fn keys_kernel<E: Float, N: Size>(
     #[comptime] capped: bool,
     #[comptime] tile: Tile,
 ) {
-    let problem =
-        problem(bounds_q, bounds_k, &sizes, &scoring, comptime!(Form { holds_keys: true, cached: false }), tile);
+    let problem = problem(
+        bounds_q,
+        bounds_k,
+        &sizes,
+        &scoring,
+        comptime!(Form { holds_keys: true, cached: false }),
+        comptime!(tile.held()),
+    );
     let start = CUBE_POS_X as usize * comptime!(tile.held());
     let (vectors, tokens) = (sizes.vectors as usize, sizes.tokens_q as usize);
     if start < problem.keys().len {
@@ -337,8 +344,14 @@ fn queries_kernel<E: Float, N: Size>(
     #[comptime] capped: bool,
     #[comptime] tile: Tile,
 ) {
-    let problem =
-        problem(bounds_q, bounds_k, &sizes, &scoring, comptime!(Form { holds_keys: false, cached: false }), tile);
+    let problem = problem(
+        bounds_q,
+        bounds_k,
+        &sizes,
+        &scoring,
+        comptime!(Form { holds_keys: false, cached: false }),
+        comptime!(tile.held()),
+    );
     let start = CUBE_POS_X as usize * comptime!(tile.held());
     let (vectors, tokens) = (sizes.vectors as usize, sizes.tokens_q as usize);
     if start < problem.queries().len {

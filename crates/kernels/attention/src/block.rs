@@ -149,7 +149,7 @@ impl Problem {
     }
 }
 
-/// The problem of this cube: block of held rows in x, key head in y, sequence in z. `bounds_k` holds offsets, or lengths when the
+/// The problem of this cube: block of `held` rows in x, key head in y, sequence in z. `bounds_k` holds offsets, or lengths when the
 /// keys lie in a cache. Every unit calls it.
 #[cube]
 pub(crate) fn problem(
@@ -158,7 +158,7 @@ pub(crate) fn problem(
     sizes: &Sizes,
     scoring: &Scoring,
     #[comptime] form: Form,
-    #[comptime] tile: Tile,
+    #[comptime] held: usize,
 ) -> Problem {
     let mut facts = SharedMemory::<i32>::new(FACTS);
     let problem = Problem { facts, sizes: *sizes, scoring: *scoring };
@@ -175,8 +175,8 @@ pub(crate) fn problem(
         facts[2] = first_k;
         facts[3] = seq_k;
         let group = sizes.group as usize;
-        let start = CUBE_POS_X as usize * comptime!(tile.held());
-        let end = start + comptime!(tile.held());
+        let start = CUBE_POS_X as usize * held;
+        let end = start + held;
         // A block without rows has no use for its range.
         let (from, to) = if comptime!(form.holds_keys) {
             let (from, to) = problem.mask().queries(start, min(end, problem.keys().len) - 1);

@@ -12,6 +12,7 @@ use crate::{
         store, unit, zeros,
     },
     shape::Shape,
+    tensor,
     tile::{Need, Tile},
 };
 
@@ -49,9 +50,13 @@ pub fn forward<R: Runtime, E: Float>(
     args: Forward<'_>,
 ) -> Result<(), LaunchError> {
     let launch = Launch::new(client, "attention_forward");
-    let Some(Plan { width, tile, count, dim }) = plan::<R, E>(&launch, shape)? else {
+    if is_nothing::<R, E>(&launch, &shape)? {
         return Ok(());
-    };
+    }
+    if let Some(need) = tensor::forward::need::<R, E>(client, &shape) {
+        return tensor::forward::forward::<R, E>(&launch, shape, need, args);
+    }
+    let Plan { width, tile, count, dim } = plan(&launch, shape)?;
     forward_kernel::launch::<E, R>(
         client,
         count,
@@ -104,9 +109,13 @@ pub fn cached<R: Runtime, E: Float>(
         let (value, rule) = (shape.tokens_k as u64, "num_seqs * max_seqlen_k");
         return Err(LaunchError::Invalid { kernel: launch.kernel(), field: "tokens_k", value, rule });
     }
-    let Some(Plan { width, tile, count, dim }) = plan::<R, E>(&launch, shape)? else {
+    if is_nothing::<R, E>(&launch, &shape)? {
         return Ok(());
-    };
+    }
+    if let Some(need) = tensor::forward::need::<R, E>(client, &shape) {
+        return tensor::forward::cached::<R, E>(&launch, shape, need, args);
+    }
+    let Plan { width, tile, count, dim } = plan(&launch, shape)?;
     cached_kernel::launch::<E, R>(
         client,
         count,
@@ -134,17 +143,18 @@ struct Plan {
     dim: CubeDim,
 }
 
-/// Checks what both launches need; `None` when there is nothing to compute.
-fn plan<R: Runtime, E: Float>(launch: &Launch<'_, R>, shape: Shape) -> Result<Option<Plan>, LaunchError> {
+/// Checks what every launch needs, and whether there is nothing to compute.
+fn is_nothing<R: Runtime, E: Float>(launch: &Launch<'_, R>, shape: &Shape) -> Result<bool, LaunchError> {
     launch.element::<E>()?;
     shape.check(launch.kernel())?;
-    if shape.num_heads == 0 || shape.tokens_q == 0 {
-        return Ok(None);
-    }
+    Ok(shape.num_heads == 0 || shape.tokens_q == 0)
+}
+
+fn plan<R: Runtime>(launch: &Launch<'_, R>, shape: Shape) -> Result<Plan, LaunchError> {
     let width = launch.vector_width::<f32>(shape.head_dim);
     let tile = shape.tile(launch, NEED, width)?;
     let (count, dim) = shape.grid(launch, shape.max_seqlen_q * shape.group(), tile)?;
-    Ok(Some(Plan { width, tile, count, dim }))
+    Ok(Plan { width, tile, count, dim })
 }
 
 /// Grid: x = block of query rows, y = key head, z = sequence.
@@ -163,8 +173,14 @@ fn forward_kernel<E: Float, N: Size>(
     #[comptime] capped: bool,
     #[comptime] tile: Tile,
 ) {
-    let problem =
-        problem(bounds_q, bounds_k, &sizes, &scoring, comptime!(Form { holds_keys: false, cached: false }), tile);
+    let problem = problem(
+        bounds_q,
+        bounds_k,
+        &sizes,
+        &scoring,
+        comptime!(Form { holds_keys: false, cached: false }),
+        comptime!(tile.held()),
+    );
     let start = CUBE_POS_X as usize * comptime!(tile.held());
     let vectors = sizes.vectors as usize;
     if start < problem.queries().len {
@@ -196,7 +212,14 @@ fn cached_kernel<E: Float, N: Size>(
     #[comptime] capped: bool,
     #[comptime] tile: Tile,
 ) {
-    let problem = problem(bounds_q, lens, &sizes, &scoring, comptime!(Form { holds_keys: false, cached: true }), tile);
+    let problem = problem(
+        bounds_q,
+        lens,
+        &sizes,
+        &scoring,
+        comptime!(Form { holds_keys: false, cached: true }),
+        comptime!(tile.held()),
+    );
     let start = CUBE_POS_X as usize * comptime!(tile.held());
     if start < problem.queries().len {
         attend::<E, N>(q, k, v, out, &problem, start, &scoring, sizes.vectors as usize, capped, tile);

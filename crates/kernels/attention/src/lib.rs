@@ -8,7 +8,8 @@
 //! - `D = sum_channels(dout * out)`, `ds = P * (dout v^T - D)`, with softcap `ds *= 1 - (s / c)^2`
 //! - `dq = scale * ds k`, `dk = scale * ds^T q`, `dv = P^T dout`, the last two summed over the heads of a group
 //!
-//! All arrays are contiguous, row-major. Arithmetic is f32 for every element type.
+//! All arrays are contiguous, row-major. Arithmetic is f32 for every element type; where tensor cores multiply the type, `P` and `ds` are
+//! rounded to it before they multiply rows.
 
 mod append;
 mod backward;
@@ -16,6 +17,7 @@ mod block;
 mod decode;
 mod forward;
 mod shape;
+mod tensor;
 mod tile;
 
 pub use append::{Append, AppendShape, append};

@@ -3,6 +3,7 @@
 mod error;
 mod launch;
 pub mod math;
+pub mod mma;
 mod reduce;
 mod rng;
 
