@@ -6,6 +6,7 @@ pub mod linear;
 pub mod lora_linear;
 pub mod product;
 mod sums;
+mod tensor;
 
 /// The CubeCL whose types this crate takes and gives.
 pub use cubecl;

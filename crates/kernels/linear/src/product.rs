@@ -1,21 +1,27 @@
 //! `out = scale * A B + bias`, or `out += scale * A B`, for any sizes, storage types and either orientation of `A` and `B`.
 //!
 //! Work: a cube makes a tile of `out` from tiles of `A` and `B` in shared memory; a unit keeps a block of the tile in
-//! registers. A product of few rows has nothing to reuse and is a dot product per element instead.
+//! registers, or a plane does where tensor cores multiply the type of both. A product of few rows has nothing to reuse and is a dot
+//! product per element instead.
 //! Traffic: `A` is read once per tile column, `B` once per tile row, `out` is written once.
 //! Numerics: products and sums in f32 for every storage type, in an order that depends on the sizes alone; rounded once.
 
 use cubecl::{ir::StorageType, prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, mma};
 
-use crate::few_rows::{Operands, few_rows};
+use crate::{
+    few_rows::{Operands, few_rows},
+    tensor,
+};
 
 /// A matrix as an argument of [`product`]: a checked buffer and its element type.
 pub struct Matrix<R: Runtime> {
     pub(crate) array: ArrayArg<R>,
     pub(crate) element: StorageType,
-    arg: &'static str,
-    len: usize,
+    /// The same in chunks, if tensor cores multiply this type and the buffer is chunks throughout.
+    pub(crate) chunks: Option<ArrayArg<R>>,
+    pub(crate) arg: &'static str,
+    pub(crate) len: usize,
 }
 
 impl<R: Runtime> Matrix<R> {
@@ -31,7 +37,9 @@ impl<R: Runtime> Matrix<R> {
     ) -> Result<Self, LaunchError> {
         launch.element::<E>()?;
         let array = launch.array::<E>(arg, handle, len)?;
-        Ok(Self { array, element: E::as_type_native_unchecked().storage_type(), arg, len })
+        let in_chunks = len.is_multiple_of(mma::CHUNK) && mma::is_supported::<R, E>(launch.client());
+        let chunks = in_chunks.then(|| launch.vectors::<E>(arg, handle, len, mma::CHUNK)).transpose()?;
+        Ok(Self { array, element: E::as_type_native_unchecked().storage_type(), chunks, arg, len })
     }
 
     fn check(&self, launch: &Launch<'_, R>, expected: usize) -> Result<(), LaunchError> {
@@ -156,6 +164,14 @@ pub fn product<R: Runtime>(launch: &Launch<'_, R>, size: Size, form: Form, args:
         let Args { a, b, bias, out, scale } = args;
         return few_rows(launch, size, form, Operands { a: Some(a), b, bias, out, scale });
     }
+    match tensor::Operands::new(size, form, args) {
+        Ok(operands) => tensor::product(launch, size, form, operands),
+        Err(args) => tiled(launch, size, form, *args),
+    }
+}
+
+fn tiled<R: Runtime>(launch: &Launch<'_, R>, size: Size, form: Form, args: Args<R>) -> Result<(), LaunchError> {
+    let Size { rows, cols, depth } = size;
     let bias_element = args.bias.as_ref().map_or(args.out.element, |bias| bias.element);
     let elements = [args.a.element, args.b.element, bias_element, args.out.element];
     let tile = Tile::for_device(launch.client());
