@@ -20,6 +20,9 @@ pub(crate) struct Arguments {
     /// Python whose packages hold NVRTC and CUDA's headers [default: the active one].
     #[arg(long, value_name = "PATH", conflicts_with = "nvrtc")]
     python: Option<PathBuf>,
+    /// NVIDIA's disassembler [default: the one beside NVRTC, else in PATH].
+    #[arg(long, value_name = "PATH")]
+    nvdisasm: Option<PathBuf>,
     /// Where the report goes.
     #[arg(long, value_name = "PATH", default_value = "target/cuda-check.json")]
     json: String,
@@ -39,6 +42,7 @@ pub(crate) struct Arguments {
 struct Toolkit {
     library: PathBuf,
     include: Vec<PathBuf>,
+    nvdisasm: Option<PathBuf>,
 }
 
 pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
@@ -49,7 +53,7 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
         println!(
             "cuda-check: not run (no NVRTC with CUDA headers in CUDA_PATH, /usr/local/cuda, /opt/cuda, /usr, \
              LD_LIBRARY_PATH or Python's packages; to get it: python3 -m venv ENV && ENV/bin/pip install nvidia-cuda-nvrtc \
-             nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt && cargo xtask cuda-check --python ENV/bin/python)"
+             nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nvidia-cuda-nvdisasm && cargo xtask cuda-check --python ENV/bin/python)"
         );
         return Ok(());
     };
@@ -64,12 +68,25 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     if let Some(folder) = &sources {
         command.extend(["--sources", folder]);
     }
+    let nvdisasm = arguments.nvdisasm.clone().or(toolkit.nvdisasm).or_else(in_path);
+    let nvdisasm = nvdisasm.map(|program| program.display().to_string());
+    if let Some(program) = &nvdisasm {
+        command.extend(["--nvdisasm", program]);
+    }
     if arguments.write {
         command.push("--write");
     }
     command.extend(["--json", &arguments.json, &arguments.filter]);
     cargo::run(root, &command, &[])
 }
+
+/// The disassembler, if it is installed as a program.
+fn in_path() -> Option<PathBuf> {
+    let folders = env::var_os("PATH")?;
+    env::split_paths(&folders).map(|folder| folder.join(NVDISASM)).find(|path| path.is_file())
+}
+
+const NVDISASM: &str = "nvdisasm";
 
 /// Folders that may hold a toolkit, the likeliest first.
 fn folders(arguments: &Arguments) -> Vec<PathBuf> {
@@ -116,7 +133,8 @@ impl Toolkit {
         let useful = |folder: &PathBuf| {
             ["cuda_runtime.h", "crt/mma.h", "cuda/std/version"].iter().any(|header| folder.join(header).is_file())
         };
-        Some(Self { library, include: include.into_iter().filter(useful).collect() })
+        let nvdisasm = roots.iter().map(|root| root.join("bin").join(NVDISASM)).find(|path| path.is_file());
+        Some(Self { library, include: include.into_iter().filter(useful).collect(), nvdisasm })
     }
 }
 
@@ -145,7 +163,7 @@ mod tests {
         let files: Vec<(&str, &str)> = files.iter().map(|&file| (file, "")).collect();
         let folder = plant(&files);
         let shown = |path: PathBuf| path.strip_prefix(folder.path()).unwrap_or(Path::new("")).display().to_string();
-        let Toolkit { library, include } = Toolkit::below(folder.path())?;
+        let Toolkit { library, include, .. } = Toolkit::below(folder.path())?;
         Some((shown(library), include.into_iter().map(shown).collect()))
     }
 

@@ -66,8 +66,14 @@ pub enum FailureKind {
         what: String,
     },
     /// An operator returned an error where it had to succeed.
-    #[error("unexpected error: {0}")]
+    #[error("unexpected error: {}", with_causes(.0))]
     Op(Error),
+}
+
+/// An error and what caused it, down to the first.
+fn with_causes(error: &Error) -> String {
+    let causes = std::iter::successors(std::error::Error::source(error), |&cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// A failed check: enough to find the case again. Boxed, since it travels through every `Result`.

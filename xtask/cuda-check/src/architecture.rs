@@ -10,7 +10,7 @@ pub(crate) struct Architecture {
     pub(crate) capability: u32,
     /// What NVRTC is asked for: what CubeCL asks it for on such a device.
     pub(crate) target: &'static str,
-    /// Multiprocessors of the usual card: A100, H100 SXM.
+    /// Multiprocessors of the usual card: A100, H100 SXM, B200.
     pub(crate) multiprocessors: u32,
     /// Memory of that card.
     pub(crate) memory_bytes: u64,
@@ -34,7 +34,7 @@ const SHARED_BLOCK: usize = 128;
 /// Kept by the driver, of each cube.
 const SHARED_RESERVED: usize = 1024;
 
-pub(crate) static ARCHITECTURES: [Architecture; 2] = [
+pub(crate) static ARCHITECTURES: [Architecture; 3] = [
     Architecture {
         capability: 80,
         target: "sm_80",
@@ -48,6 +48,14 @@ pub(crate) static ARCHITECTURES: [Architecture; 2] = [
         target: "sm_90a",
         multiprocessors: 132,
         memory_bytes: 80 << 30,
+        shared_bytes: 228 * 1024,
+        shared_bytes_per_cube: 227 * 1024,
+    },
+    Architecture {
+        capability: 100,
+        target: "sm_100a",
+        multiprocessors: 148,
+        memory_bytes: 180 << 30,
         shared_bytes: 228 * 1024,
         shared_bytes_per_cube: 227 * 1024,
     },

@@ -18,6 +18,7 @@ use serde::Serialize;
 use crate::{
     architecture::{ARCHITECTURES, Architecture, Demand, Occupancy},
     calls::Launch,
+    disassembler::Disassembler,
     kernels,
     nvrtc::{Nvrtc, Usage},
     offline::{Launched, describe},
@@ -51,6 +52,8 @@ pub(crate) struct Uses {
     pub(crate) usage: Usage,
     /// All shared memory of a cube.
     pub(crate) shared_bytes: usize,
+    /// Instructions of tensor cores in a kernel that is written for them; `None` for others, and where nothing disassembles.
+    pub(crate) tensor_core_instructions: Option<usize>,
     #[serde(flatten)]
     pub(crate) occupancy: Occupancy,
 }
@@ -69,16 +72,23 @@ struct Job {
 }
 
 impl Job {
-    /// As `attention.forward.forward_kernel-3.sm_80.cu`.
+    /// As `attention.forward.forward_kernel-3.sm_80`.
     fn file_name(&self, kernels: &[Kernel]) -> String {
         let (kernel, architecture) = self.at;
-        format!("{}-{kernel}.{}.cu", kernels[kernel].name.replace("::", "."), ARCHITECTURES[architecture].target)
+        format!("{}-{kernel}.{}", kernels[kernel].name.replace("::", "."), ARCHITECTURES[architecture].target)
     }
 }
 
-/// Compiles each instantiation once per architecture; `launches` are in the order of [`ARCHITECTURES`]. The generated code is
-/// kept in the folder `sources`.
-pub(crate) fn compile(nvrtc: &Nvrtc, launches: Vec<Vec<Launch>>, sources: Option<&Path>) -> Vec<Kernel> {
+/// What compiles, and what becomes of it.
+pub(crate) struct Tools<'a> {
+    pub(crate) nvrtc: &'a Nvrtc,
+    pub(crate) disassembler: Option<&'a Disassembler>,
+    /// Folder that keeps the generated code.
+    pub(crate) sources: Option<&'a Path>,
+}
+
+/// Compiles each instantiation once per architecture; `launches` are in the order of [`ARCHITECTURES`].
+pub(crate) fn compile(tools: &Tools<'_>, launches: Vec<Vec<Launch>>) -> Vec<Kernel> {
     let (mut kernels, jobs) = instantiations(launches);
     let targets: Vec<Target> = ARCHITECTURES
         .iter()
@@ -91,8 +101,7 @@ pub(crate) fn compile(nvrtc: &Nvrtc, launches: Vec<Vec<Launch>>, sources: Option
     let work = || {
         let mut done = Vec::new();
         while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let source = sources.map(|folder| folder.join(job.file_name(&kernels)));
-            let compiled = match compile_one(nvrtc, &targets[job.at.1], &job.launched, source.as_deref()) {
+            let compiled = match compile_one(tools, &targets[job.at.1], &job.launched, &job.file_name(&kernels)) {
                 Ok(uses) => Compiled::Uses(uses),
                 Err(error) => Compiled::Fails { error: format!("{error:#}") },
             };
@@ -135,23 +144,29 @@ fn instantiations(launches: Vec<Vec<Launch>>) -> (Vec<Kernel>, Vec<Job>) {
     (kernels, jobs.into_iter().map(|(at, launched)| Job { at, launched }).collect())
 }
 
-fn compile_one(nvrtc: &Nvrtc, target: &Target, launched: &Launched, source: Option<&Path>) -> Result<Uses> {
+fn compile_one(tools: &Tools<'_>, target: &Target, launched: &Launched, file_name: &str) -> Result<Uses> {
     let Launched { kernel, mode } = launched;
     // CubeCL's expansion panics on what it cannot express.
     let generate = || kernel.compile(&mut Default::default(), &target.options, *mode, kernel.address_type());
     let generated = catch_unwind(AssertUnwindSafe(generate))
         .map_err(|_| anyhow!("the code generator panicked; its message is above"))?
         .map_err(|error| anyhow!("{error}"))?;
-    if let Some(path) = source {
-        fs::write(path, &generated.source).with_context(|| path.display().to_string())?;
+    if let Some(folder) = tools.sources {
+        let path = folder.join(format!("{file_name}.cu"));
+        fs::write(&path, &generated.source).with_context(|| path.display().to_string())?;
     }
     let repr = generated.repr.context("the code generator gave no kernel")?;
     let (units, limits) = (generated.cube_dim.num_elems(), &target.properties.hardware);
     ensure!(units <= limits.max_units_per_cube, "{units} units in a cube, at most {}", limits.max_units_per_cube);
-    let usage = nvrtc.compile(&generated.source, target.architecture.target)?;
+    let (code, usage) = tools.nvrtc.compile(&generated.source, target.architecture.target)?;
+    let for_tensor_cores = generated.source.contains("mma.sync");
+    let tensor_core_instructions = match tools.disassembler {
+        Some(disassembler) if for_tensor_cores => Some(disassembler.tensor_core_instructions(&code, file_name)?),
+        _ => None,
+    };
     let shared_bytes = repr.shared_memory_size() + usage.static_shared_bytes;
     let most = limits.max_shared_memory_size;
     ensure!(shared_bytes <= most, "{shared_bytes} bytes of shared memory, at most {most}");
     let demand = Demand { registers: usage.registers, shared_bytes, units };
-    Ok(Uses { usage, shared_bytes, occupancy: target.architecture.occupancy(demand) })
+    Ok(Uses { usage, shared_bytes, tensor_core_instructions, occupancy: target.architecture.occupancy(demand) })
 }

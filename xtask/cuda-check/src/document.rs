@@ -100,7 +100,7 @@ fn variants(text: &mut String, kernels: &[Kernel]) {
 
 fn cell(compiled: Option<&Compiled>) -> String {
     match compiled {
-        Some(Compiled::Uses(Uses { usage, shared_bytes, occupancy })) => {
+        Some(Compiled::Uses(Uses { usage, shared_bytes, occupancy, .. })) => {
             format!("{}, {shared_bytes}, {:.0}% ({})", usage.registers, occupancy.percent, occupancy.limit)
         }
         Some(Compiled::Fails { .. }) => "does not compile".to_owned(),

@@ -2,7 +2,8 @@
 //!
 //! The operators run through the contract on a device that notes launches instead of running them; each noted kernel goes through
 //! CubeCL's CUDA code generator and NVRTC, for every architecture in [`architecture::ARCHITECTURES`]. A kernel that does not
-//! compile, spills registers or has a low occupancy without a reason in [`occupancy::LISTED`], a call that the library refuses, and
+//! compile, spills registers, has a low occupancy without a reason in [`occupancy::LISTED`] or lacks the instructions of tensor cores
+//! that it is written for, a call that the library refuses, and
 //! a kernel that no call launches are failures.
 
 use std::{
@@ -19,7 +20,10 @@ use clap::Parser;
 mod architecture;
 mod calls;
 mod compile;
+mod disassembler;
 mod document;
+#[cfg(test)]
+mod emulate;
 mod kernels;
 mod nvrtc;
 mod occupancy;
@@ -27,6 +31,7 @@ mod offline;
 mod report;
 
 use architecture::ARCHITECTURES;
+use disassembler::Disassembler;
 
 /// Compiles every CUDA kernel of the library with NVRTC. Started by `cargo xtask cuda-check`, which finds NVRTC.
 #[derive(Parser)]
@@ -37,6 +42,9 @@ struct Arguments {
     /// Folder of CUDA headers; may be given more than once.
     #[arg(long)]
     include: Vec<PathBuf>,
+    /// NVIDIA's disassembler.
+    #[arg(long)]
+    nvdisasm: Option<PathBuf>,
     /// Where the report goes.
     #[arg(long)]
     json: PathBuf,
@@ -63,21 +71,31 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<()> {
-    let Arguments { nvrtc, include, json, sources, write, filter } = arguments;
+    let Arguments { nvrtc, include, nvdisasm, json, sources, write, filter } = arguments;
     let start = Instant::now();
     ensure!(!write || filter.is_empty(), "--write: the document holds every operator, not only those with `{filter}`");
     if let Some(folder) = &sources {
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
+    let nvrtc = nvrtc::Nvrtc::load(&nvrtc, include)?;
+    let (major, minor) = nvrtc.version();
+    let capabilities = nvrtc.capabilities();
     let (mut launches, mut refused) = (Vec::new(), Vec::new());
     for architecture in &ARCHITECTURES {
+        if !capabilities.contains(&architecture.capability) {
+            println!("{}: not run (NVRTC {major}.{minor} does not compile for it)", architecture.target);
+            launches.push(Vec::new());
+            continue;
+        }
         let outcome = calls::outcome(architecture, &filter)?;
         launches.push(outcome.launches);
         refused.extend(outcome.refused.into_iter().map(|call| format!("{}: {call}", architecture.target)));
     }
-    let nvrtc = nvrtc::Nvrtc::load(&nvrtc, include)?;
-    let (major, minor) = nvrtc.version();
-    let compiled = compile::compile(&nvrtc, launches, sources.as_deref());
+    let folder = json.parent().unwrap_or(Path::new(".")).to_path_buf();
+    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let disassembler = nvdisasm.map(|program| Disassembler { program, folder });
+    let tools = compile::Tools { nvrtc: &nvrtc, disassembler: disassembler.as_ref(), sources: sources.as_deref() };
+    let compiled = compile::compile(&tools, launches);
 
     let names: BTreeSet<String> = compiled.iter().map(|kernel| kernel.name.clone()).collect();
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).context("no repository above this crate")?;
@@ -94,9 +112,10 @@ fn run(arguments: Arguments) -> Result<()> {
     }
     print!("{}", report::table(&compiled));
     print!("\n{}", report::summary(&compiled));
+    println!("\n{}", report::tensor_cores(&compiled, disassembler.is_some()));
     report::write(&json, &version, &compiled, &problems)?;
 
-    let targets = ARCHITECTURES.each_ref().map(|architecture| architecture.target).join(" and ");
+    let targets = ARCHITECTURES.each_ref().map(|architecture| architecture.target).join(", ");
     let (count, num_kernels, seconds) = (compiled.len(), names.len(), start.elapsed().as_secs());
     println!("\n{count} instantiations of {num_kernels} kernels, {targets}, NVRTC {version}, {seconds} s");
     println!("written to {}", json.display());

@@ -19,6 +19,10 @@ type Compile = unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_i
 type LogSize = unsafe extern "C" fn(Program, *mut usize) -> c_int;
 type Log = unsafe extern "C" fn(Program, *mut c_char) -> c_int;
 type Destroy = unsafe extern "C" fn(*mut Program) -> c_int;
+type Count = unsafe extern "C" fn(*mut c_int) -> c_int;
+type Fill = unsafe extern "C" fn(*mut c_int) -> c_int;
+type CodeSize = unsafe extern "C" fn(Program, *mut usize) -> c_int;
+type Code = unsafe extern "C" fn(Program, *mut c_char) -> c_int;
 
 /// The library and where its headers are.
 pub(crate) struct Nvrtc {
@@ -28,6 +32,10 @@ pub(crate) struct Nvrtc {
     log_size: LogSize,
     log: Log,
     destroy: Destroy,
+    count_architectures: Count,
+    architectures: Fill,
+    code_size: CodeSize,
+    code: Code,
     include: Vec<PathBuf>,
     /// Unloaded last: the functions above are its.
     _library: Library,
@@ -68,6 +76,10 @@ impl Nvrtc {
             log_size: symbol(&loaded, "nvrtcGetProgramLogSize")?,
             log: symbol(&loaded, "nvrtcGetProgramLog")?,
             destroy: symbol(&loaded, "nvrtcDestroyProgram")?,
+            count_architectures: symbol(&loaded, "nvrtcGetNumSupportedArchs")?,
+            architectures: symbol(&loaded, "nvrtcGetSupportedArchs")?,
+            code_size: symbol(&loaded, "nvrtcGetCUBINSize")?,
+            code: symbol(&loaded, "nvrtcGetCUBIN")?,
             include,
             _library: loaded,
             _builtins: builtins(library)?.iter().map(|path| load(path)).collect::<Result<_>>()?,
@@ -83,11 +95,23 @@ impl Nvrtc {
         (major, minor)
     }
 
-    /// Compiles `source` to machine code of `target`, such as `sm_90a`, with CubeCL's options.
+    /// The compute capabilities that this version compiles for.
+    #[allow(unsafe_code, reason = "calls into a C library")]
+    pub(crate) fn capabilities(&self) -> Vec<u32> {
+        let mut count = 0;
+        // SAFETY: the pointer is to a live integer.
+        unsafe { (self.count_architectures)(&mut count) };
+        let mut all = vec![0; usize::try_from(count).unwrap_or(0)];
+        // SAFETY: there is room for as many as NVRTC said there are.
+        unsafe { (self.architectures)(all.as_mut_ptr()) };
+        all.into_iter().filter_map(|one| u32::try_from(one).ok()).collect()
+    }
+
+    /// Compiles `source` to machine code of `target`, such as `sm_90a`, with CubeCL's options. The code, and what it uses.
     ///
     /// # Errors
     /// With NVRTC's log if it does not compile.
-    pub(crate) fn compile(&self, source: &str, target: &str) -> Result<Usage> {
+    pub(crate) fn compile(&self, source: &str, target: &str) -> Result<(Vec<u8>, Usage)> {
         let mut options = vec![
             format!("--gpu-architecture={target}"),
             "-lineinfo".to_owned(),
@@ -95,13 +119,15 @@ impl Nvrtc {
             "--ptxas-options=-v".to_owned(),
         ];
         options.extend(self.include.iter().map(|folder| format!("--include-path={}", folder.display())));
-        let (succeeded, log) = self.run(source, &options)?;
-        ensure!(succeeded, "NVRTC refuses it:\n{log}");
-        read_log(&log).with_context(|| format!("NVRTC {:?} does not say what the kernel uses:\n{log}", self.version()))
+        let (code, log) = self.run(source, &options)?;
+        let code = code.with_context(|| format!("NVRTC refuses it:\n{log}"))?;
+        let usage = read_log(&log)
+            .with_context(|| format!("NVRTC {:?} does not say what the kernel uses:\n{log}", self.version()))?;
+        Ok((code, usage))
     }
 
     #[allow(unsafe_code, reason = "calls into a C library")]
-    fn run(&self, source: &str, options: &[String]) -> Result<(bool, String)> {
+    fn run(&self, source: &str, options: &[String]) -> Result<(Option<Vec<u8>>, String)> {
         let source = CString::new(source)?;
         let options = options.iter().map(|option| CString::new(option.as_str())).collect::<Result<Vec<_>, _>>()?;
         let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
@@ -119,10 +145,18 @@ impl Nvrtc {
             // SAFETY: `log` has room for the `len` bytes that NVRTC said it writes.
             unsafe { (self.log)(program, log.as_mut_ptr().cast()) };
         }
+        let mut code_len = 0;
+        let mut code = Vec::new();
+        // SAFETY: `program` is live, `code_len` a live integer.
+        if compiled == 0 && unsafe { (self.code_size)(program, &mut code_len) } == 0 {
+            code = vec![0; code_len];
+            // SAFETY: `code` has room for the `code_len` bytes that NVRTC said it writes.
+            unsafe { (self.code)(program, code.as_mut_ptr().cast()) };
+        }
         // SAFETY: `program` is live and not used again.
         unsafe { (self.destroy)(&mut program) };
         let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy().into_owned();
-        Ok((compiled == 0, log))
+        Ok(((compiled == 0).then_some(code), log))
     }
 }
 

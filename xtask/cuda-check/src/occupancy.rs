@@ -21,17 +21,30 @@ pub(crate) struct Listed {
 }
 
 /// Every kernel that is below [`LOW`] in some instantiation on some architecture.
-pub(crate) static LISTED: [Listed; 4] = [
+pub(crate) static LISTED: [Listed; 9] = [
     Listed { kernel: "attention::forward::forward_kernel", least: 25.0, reason: FORWARD },
     Listed { kernel: "attention::forward::cached_kernel", least: 25.0, reason: FORWARD },
     Listed { kernel: "attention::backward::keys_kernel", least: 25.0, reason: BACKWARD },
     Listed { kernel: "attention::backward::queries_kernel", least: 25.0, reason: BACKWARD },
+    Listed { kernel: "attention::tensor::forward::forward_kernel", least: 25.0, reason: TENSOR_FORWARD },
+    Listed { kernel: "attention::tensor::forward::cached_kernel", least: 25.0, reason: TENSOR_FORWARD },
+    Listed { kernel: "attention::tensor::backward::keys_kernel", least: 12.5, reason: TENSOR_KEYS },
+    Listed { kernel: "attention::tensor::backward::queries_kernel", least: 18.75, reason: TENSOR_QUERIES },
+    Listed { kernel: "linear::tensor::tensor_kernel", least: 25.0, reason: TENSOR_PRODUCT },
 ];
 
 const FORWARD: &str = "a tile of queries and one of keys in shared memory, up to 32 sums of a unit in registers: each number that is \
     loaded is used for several products, and fewer rows would be loaded more often";
 const BACKWARD: &str = "two tiles of queries and two of keys in shared memory, up to 32 sums of a unit in registers: the scores are \
     computed anew beside the gradients, and fewer rows would be loaded more often";
+
+const TENSOR_FORWARD: &str = "the output of 16 rows and their scores in the registers of a plane, where tensor cores need them: nothing of a row goes \
+    through memory";
+const TENSOR_KEYS: &str = "the gradients of 16 keys and 16 values in the registers of a plane, 128 of a unit's for heads of 128 channels, beside the \
+    products that they are summed from";
+const TENSOR_QUERIES: &str = "the gradient of 16 rows and two blocks of products in the registers of a plane, two tiles of queries and two of keys in \
+    shared memory";
+const TENSOR_PRODUCT: &str = "64 sums of a unit in registers: with a block of 64 by 32 per plane an operand that is loaded serves four or eight products";
 
 /// What is wrong with the occupancy of one instantiation of `kernel`.
 pub(crate) fn problem(kernel: &str, occupancy: Occupancy) -> Option<String> {

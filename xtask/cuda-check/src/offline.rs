@@ -53,7 +53,7 @@ use crate::architecture::{ARCHITECTURES, Architecture, MAX_UNITS_PER_CUBE, PLANE
 pub(crate) type CudaCompiler = CppCompiler<CudaDialect<CudaWmmaCompiler>>;
 
 /// Row alignment of CubeCL's CUDA runtime, in bytes.
-const ALIGNMENT: u64 = 512;
+pub(crate) const ALIGNMENT: u64 = 512;
 
 /// A kernel that would have run.
 pub(crate) struct Launched {

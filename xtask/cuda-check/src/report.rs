@@ -30,7 +30,7 @@ pub(crate) fn table(kernels: &[Kernel]) -> String {
     for kernel in kernels {
         for architecture in &ARCHITECTURES {
             match kernel.on.get(architecture.target) {
-                Some(Compiled::Uses(Uses { usage, shared_bytes, occupancy })) => {
+                Some(Compiled::Uses(Uses { usage, shared_bytes, occupancy, .. })) => {
                     let (registers, spill, stack) = (usage.registers, usage.spill_bytes, usage.stack_bytes);
                     let percent = occupancy.percent;
                     let _ = write!(text, "{registers:>5} {spill:>6} {stack:>6} {shared_bytes:>7} {percent:>6.1}%    ");
@@ -58,7 +58,10 @@ pub(crate) fn problems(kernels: &[Kernel], refused: &[String], not_launched: &BT
         for (architecture, compiled) in &kernel.on {
             match compiled {
                 Compiled::Fails { error } => problems.push(format!("{name} on {architecture} ({call}): {error}")),
-                Compiled::Uses(Uses { usage, occupancy, .. }) => {
+                Compiled::Uses(Uses { usage, occupancy, tensor_core_instructions, .. }) => {
+                    if *tensor_core_instructions == Some(0) {
+                        problems.push(format!("{name} on {architecture} ({call}): no instruction of tensor cores"));
+                    }
                     if usage.spill_bytes > 0 {
                         problems.push(format!("{name} on {architecture} ({call}): spills {} bytes", usage.spill_bytes));
                     }
@@ -70,6 +73,21 @@ pub(crate) fn problems(kernels: &[Kernel], refused: &[String], not_launched: &BT
         }
     }
     problems
+}
+
+/// How many kernels are known to use tensor cores, or why that is not known.
+pub(crate) fn tensor_cores(kernels: &[Kernel], disassembled: bool) -> String {
+    if !disassembled {
+        return "tensor cores: not run (no nvdisasm beside NVRTC or in PATH; Python's package is nvidia-cuda-nvdisasm)"
+            .to_owned();
+    }
+    let on = kernels.iter().flat_map(|kernel| kernel.on.values());
+    let counts = on.filter_map(|compiled| match compiled {
+        Compiled::Uses(Uses { tensor_core_instructions, .. }) => *tensor_core_instructions,
+        Compiled::Fails { .. } => None,
+    });
+    let (all, with) = counts.fold((0, 0), |(all, with), count| (all + 1, with + usize::from(count > 0)));
+    format!("tensor cores: HMMA in {with} of {all} kernels that are written for them")
 }
 
 /// One line per kernel and architecture: the most that an instantiation uses, and the least occupancy.
@@ -118,7 +136,7 @@ pub(crate) struct Worst {
 
 impl Worst {
     fn add(&mut self, uses: &Uses) {
-        let Uses { usage, shared_bytes, occupancy } = uses;
+        let Uses { usage, shared_bytes, occupancy, .. } = uses;
         self.count += 1;
         self.low += usize::from(occupancy.percent < occupancy::LOW);
         self.registers = self.registers.max(usage.registers);

@@ -27,6 +27,33 @@ pub fn run(device: &Device) {
     report::finish(OP, device, check(device));
 }
 
+/// Runs the part of the suite that tensor cores may run.
+///
+/// # Panics
+/// If the device fails it.
+pub fn run_on_tensor_cores(device: &Device) {
+    report::finish(OP, device, check_on_tensor_cores(device));
+}
+
+/// The part of the suite that tensor cores may run: half-precision types, and heads of a multiple of 16 channels, also where many
+/// rows make several blocks.
+///
+/// # Errors
+/// The first failure.
+pub fn check_on_tensor_cores(device: &Device) -> Checked {
+    for dtype in device.float_dtypes().into_iter().filter(|&dtype| dtype != DType::F32) {
+        for problem in problems() {
+            let head_dim = problem.head_dim.next_multiple_of(64).min(128);
+            attend(device, Values::new(Problem { head_dim, ..problem }, dtype, 1.0))?;
+        }
+        for head_dim in [16, 80, 128] {
+            attend(device, Values::new(problem((4, 2, head_dim), (&[150, 3], &[200, 70])), dtype, 1.0))?;
+        }
+        attend(device, Values::new(problem((2, 1, 64), (&[65], &[65])), dtype, 9.0))?;
+    }
+    cached::on_tensor_cores(device)
+}
+
 /// The suite.
 ///
 /// # Errors

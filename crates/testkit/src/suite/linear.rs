@@ -62,6 +62,30 @@ pub fn check(device: &Device) -> Checked {
     rejects(device, &case).map_err(|failure| failure.within(&case))
 }
 
+/// As [`SHAPES`], with sizes that tensor cores take: in units of eight, also where many make several blocks.
+const SHAPES_OF_CHUNKS: [(usize, usize, usize); 7] =
+    [(64, 64, 64), (8, 8, 8), (200, 136, 264), (5, 40, 72), (144, 1032, 16), (9, 16, 4099), (1031, 24, 8)];
+
+/// The part of the suite that tensor cores may run: half-precision types, in sizes of whole chunks.
+///
+/// # Panics
+/// If the device fails it.
+pub fn run_on_tensor_cores(device: &Device) {
+    let check = || -> Checked {
+        for dtype in device.float_dtypes().into_iter().filter(|&dtype| dtype != DType::F32) {
+            for (rows, in_features, out_features) in SHAPES_OF_CHUNKS {
+                let dims = Dims { rows, in_features, out_features };
+                let case = Case::new(device, OP, format!("{rows} rows, {in_features} -> {out_features}, {dtype}"));
+                products(device, &case, dims, (dtype, dtype)).map_err(|failure| failure.within(&case))?;
+            }
+            let case = Case::new(device, OP, format!("sums_in_f32, {dtype}"));
+            sums_in_f32(device, &case, dtype).map_err(|failure| failure.within(&case))?;
+        }
+        Ok(())
+    };
+    report::finish(OP, device, check());
+}
+
 /// Every storage type of activations with every storage type of weights.
 pub(super) fn dtype_pairs(device: &Device) -> Vec<(DType, DType)> {
     let all = device.float_dtypes();

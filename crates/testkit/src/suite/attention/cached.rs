@@ -26,6 +26,19 @@ pub(super) fn check(device: &Device) -> Checked {
     Ok(())
 }
 
+/// [`check`] of half-precision types, with heads that tensor cores take.
+pub(super) fn on_tensor_cores(device: &Device) -> Checked {
+    for dtype in device.float_dtypes().into_iter().filter(|&dtype| dtype != DType::F32) {
+        let more = problem((4, 2, 64), (&[70, 5, 0, 90], &[130, 5, 7, 40]));
+        for problem in problems().into_iter().chain([more]) {
+            let case = Case::new(device, OP, format!("cached, {dtype}, {problem:?}"));
+            let problem = Problem { head_dim: 64, ..problem };
+            cached(device, &case, (problem, dtype)).map_err(|failure| failure.within(&case))?;
+        }
+    }
+    Ok(())
+}
+
 /// Generation: one query per sequence, a prompt, both at once, and the options.
 fn problems() -> Vec<Problem> {
     let decode = problem((4, 2, 16), (&[1, 1, 1, 1], &[5, 1, 67, 130]));
