@@ -4,9 +4,9 @@ use std::{fmt::Write as _, io::Write};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use unsloth_rs::{DeviceInfo, cpu};
+use unsloth_rs::{ByteSize, DeviceInfo, cpu};
 
-use crate::{args::ByteSize, note};
+use crate::note;
 
 /// Options of `unsloth devices`.
 #[derive(clap::Args)]

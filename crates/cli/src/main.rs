@@ -14,6 +14,7 @@ mod train;
 use std::{io::Write, process::ExitCode};
 
 use clap::Parser;
+use unsloth_rs::{llm, recipe::RunError};
 
 /// Fine-tune language models on whatever processor you have.
 #[derive(Parser)]
@@ -46,8 +47,10 @@ fn main() -> ExitCode {
     match result {
         Ok(status) => status,
         Err(error) => {
-            // `{:#}` joins the causes; a library's message may still have lines of its own.
-            note(&format!("error: {error:#}").replace('\n', " "));
+            // `{:#}` joins the causes; a library's message may still have lines of its own. Those of ours are meant.
+            let text = format!("error: {error:#}");
+            let has_lines = matches!(error.downcast_ref(), Some(llm::Error::Run(RunError::OverBudget(_))));
+            note(&if has_lines { text } else { text.replace('\n', " ") });
             ExitCode::FAILURE
         }
     }

@@ -7,21 +7,19 @@ use std::{
     path::PathBuf,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use unsloth_rs::{
-    Category, Device,
-    core::Usage,
+    ByteSize, Category, DeviceName,
     llm::decoder::Targets,
-    plan::{PlanBackend, PlanOptions},
-    recipe::{Method, Offload, PlanConfig, plan},
-    train::Checkpointing,
+    plan::Target,
+    recipe::{Command, MemoryPlan, Method, Offload, Planner, Policy, TrainConfig},
 };
 
-use crate::args::{ByteSize, FloatType};
+use crate::args::FloatType;
 
-/// The device whose memory is planned.
-const DEVICE: &str = "cpu";
+/// Memory of common devices, in GB.
+const SIZES: [u64; 12] = [8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192];
 
 /// Options of `unsloth plan`.
 #[derive(clap::Args)]
@@ -29,6 +27,9 @@ pub(crate) struct Args {
     /// Folder with the model's config.json; of safetensors, if there are any, only the headers are read
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
+    /// Device to plan for, which need not be there: cpu, vulkan:N, wgpu or cuda:N
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    device: DeviceName,
     /// Type of activations
     #[arg(long, value_enum, value_name = "TYPE", default_value = "f32")]
     dtype: FloatType,
@@ -51,33 +52,30 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME,NAME,..")]
     targets: Option<Targets>,
     /// What is computed again in the backward pass instead of kept: none, every:N (segments of N layers), sqrt, layers:A,B,..
-    /// (from 0), selective (norms and gated units), selective:norm or selective:glu
+    /// (from 0), selective (norms and gated units), selective:norm, selective:glu or auto (what --memory takes)
     #[arg(long, value_name = "POLICY", default_value = "none")]
-    checkpointing: Checkpointing,
+    checkpointing: Policy,
     /// Where inputs of layers that are computed again wait: none (on the device), host or disk
     #[arg(long, value_name = "PLACE", default_value = "none")]
     offload: Offload,
-    /// Fail, naming what is held, if the run would need more, such as 12GiB
+    /// Fail, naming what is held and what would help, if the run would need more, such as 12GiB; without, a table of common
+    /// sizes is printed
     #[arg(long, value_name = "SIZE")]
     memory: Option<ByteSize>,
     /// Threads of the CPU, which have scratch of their own [default: one per core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Print {"peak_bytes", "by_category", "device"} instead of a table
+    /// Print {"peak_bytes", "by_category", "device"} instead of text, with --memory also {"checkpointing", "largest_seq",
+    /// "largest_batch"}, with --offload also {"offloaded_bytes"}
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) fn run(args: Args) -> Result<()> {
-    let mut options = PlanOptions { budget_bytes: args.memory.map(|size| size.0), ..PlanOptions::default() };
-    if let Some(num_threads) = args.threads {
-        options.num_threads = num_threads;
-    }
-    let device = Device::new(PlanBackend::new(options)?);
-    let config = PlanConfig {
-        model: args.model,
+    let planner = planner(&args)?;
+    let config = TrainConfig {
         dtype: args.dtype.into(),
-        seq_len: args.seq,
+        max_seq_len: Some(args.seq),
         batch_size: args.batch,
         method: args.method,
         rank: args.rank,
@@ -85,10 +83,28 @@ pub(crate) fn run(args: Args) -> Result<()> {
         targets: args.targets,
         checkpointing: args.checkpointing,
         offload: args.offload,
+        memory_bytes: args.memory.map(|ByteSize(bytes)| bytes),
+        ..TrainConfig::new(args.model, Vec::new(), PathBuf::new())
     };
-    let usage = plan(&device, &config)?;
-    let text = if args.json { serde_json::to_string(&Found::from(&usage))? } else { table(&usage, args.memory)? };
+    let found = Found::new(&planner, &config, args.device)?;
+    let text = match args.json {
+        true => serde_json::to_string(&found)?,
+        false if args.memory.is_some() => found.text(&config)?,
+        false => found.text(&config)? + "\n\n" + &sizes(&planner, &config)?,
+    };
     writeln!(std::io::stdout(), "{text}").context("cannot write to standard output")
+}
+
+fn planner(args: &Args) -> Result<Planner> {
+    let target = match (args.device, args.threads) {
+        (DeviceName::Cpu, None) => Target::default(),
+        (DeviceName::Cpu, Some(num_threads)) => Target::Cpu { num_threads },
+        (_, None) => Target::Kernels,
+        (name, Some(_)) => bail!("--threads is for --device cpu, not {name}"),
+    };
+    // CubeCL has no bf16 for graphics interfaces.
+    let bf16 = matches!(args.device, DeviceName::Cpu | DeviceName::Cuda(_));
+    Ok(Planner { target, bf16, command: Command::Plan })
 }
 
 /// What `--json` prints.
@@ -97,27 +113,92 @@ struct Found {
     peak_bytes: u64,
     /// Sums to `peak_bytes`.
     by_category: BTreeMap<&'static str, u64>,
-    device: &'static str,
+    device: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offloaded_bytes: Option<u64>,
+    #[serde(flatten)]
+    within: Option<Within>,
 }
 
-impl From<&Usage> for Found {
-    fn from(usage: &Usage) -> Self {
+/// What a limit has room for.
+#[derive(Serialize)]
+struct Within {
+    checkpointing: String,
+    largest_seq: Option<usize>,
+    largest_batch: Option<usize>,
+    #[serde(skip)]
+    is_chosen: bool,
+}
+
+impl Found {
+    fn new(planner: &Planner, config: &TrainConfig, device: DeviceName) -> Result<Self> {
+        let (plan, within) = match config.memory_bytes {
+            None => (planner.plan(config)?, None),
+            Some(budget_bytes) => {
+                let fitted = planner.fit(config, budget_bytes)?;
+                let config = TrainConfig { checkpointing: fitted.checkpointing.clone().into(), ..config.clone() };
+                let within = Within {
+                    checkpointing: fitted.checkpointing.to_string(),
+                    largest_seq: planner.largest_seq_len(&config, budget_bytes)?,
+                    largest_batch: planner.largest_batch_size(&config, budget_bytes)?,
+                    is_chosen: fitted.is_chosen,
+                };
+                (fitted.plan, Some(within))
+            }
+        };
+        let MemoryPlan { usage, elsewhere } = plan;
         let by_category = Category::ALL.into_iter().map(|category| (category.name(), usage.at_peak(category)));
-        Self { peak_bytes: usage.total_peak_bytes(), by_category: by_category.collect(), device: DEVICE }
+        Ok(Self {
+            peak_bytes: usage.total_peak_bytes(),
+            by_category: by_category.collect(),
+            device: device.to_string(),
+            offloaded_bytes: elsewhere.map(|usage| usage.peak_bytes),
+            within,
+        })
+    }
+
+    fn text(&self, config: &TrainConfig) -> Result<String, fmt::Error> {
+        let mut text = String::new();
+        for category in Category::ALL {
+            let bytes = self.by_category[category.name()];
+            if bytes > 0 {
+                writeln!(text, "{:<12}{:>12}", category.name(), ByteSize(bytes))?;
+            }
+        }
+        write!(text, "{:<12}{:>12} on {}", "peak", ByteSize(self.peak_bytes), self.device)?;
+        if let Some(bytes) = config.memory_bytes {
+            write!(text, ", fits {}", ByteSize(bytes))?;
+        }
+        if let Some(bytes) = self.offloaded_bytes {
+            write!(text, "\n{:<12}{:>12} offloaded to {}", "", ByteSize(bytes), config.offload)?;
+        }
+        let Some(Within { checkpointing, largest_seq, largest_batch, is_chosen }) = &self.within else {
+            return Ok(text);
+        };
+        if *is_chosen {
+            write!(text, "\ncheckpointing {checkpointing} chosen")?;
+        }
+        let (seq, batch) = (config.max_seq_len.unwrap_or_default(), config.batch_size);
+        write!(text, "\nlongest sequences at --batch {batch}: {}", count(*largest_seq))?;
+        write!(text, "\nlargest batch at --seq {seq}: {}", count(*largest_batch))?;
+        Ok(text)
     }
 }
 
-fn table(usage: &Usage, memory: Option<ByteSize>) -> Result<String, fmt::Error> {
-    let mut text = String::new();
-    for category in Category::ALL {
-        let bytes = usage.at_peak(category);
-        if bytes > 0 {
-            writeln!(text, "{:<12}{:>12}", category.name(), ByteSize(bytes))?;
-        }
-    }
-    write!(text, "{:<12}{:>12} on {DEVICE}", "peak", ByteSize(usage.total_peak_bytes()))?;
-    if let Some(memory) = memory {
-        write!(text, ", fits {memory}")?;
+fn count(largest: Option<usize>) -> String {
+    largest.map_or_else(|| "none".to_owned(), |count| count.to_string())
+}
+
+/// What common devices have room for. A run needs somewhat more than its buffers: a tenth of the memory is left for that.
+fn sizes(planner: &Planner, config: &TrainConfig) -> Result<String> {
+    let (seq, batch) = (config.max_seq_len.unwrap_or_default(), config.batch_size);
+    let mut text = format!("memory    longest sequences at --batch {batch}    largest batch at --seq {seq}");
+    for gigabytes in SIZES {
+        let budget_bytes = gigabytes * 900_000_000;
+        let longest = count(planner.largest_seq_len(config, budget_bytes)?);
+        let largest = count(planner.largest_batch_size(config, budget_bytes)?);
+        let width = format!("longest sequences at --batch {batch}").len();
+        write!(text, "\n{:<10}{longest:<width$}    {largest}", format!("{gigabytes} GB"))?;
     }
     Ok(text)
 }

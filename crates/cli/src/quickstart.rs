@@ -3,13 +3,18 @@
 use std::{fmt::Write as _, io::Write as _, path::PathBuf};
 
 use anyhow::{Context, Result};
-use unsloth_rs::recipe::{
-    Event,
-    quickstart::{Examined, QuickstartConfig, QuickstartEvent, QuickstartReport, Score, Training, Written, quickstart},
+use unsloth_rs::{
+    ByteSize,
+    recipe::{
+        Event,
+        quickstart::{
+            Examined, QuickstartConfig, QuickstartEvent, QuickstartReport, Score, Training, Written, quickstart,
+        },
+    },
 };
 
 use crate::{
-    args::{ByteSize, DeviceArgs, quoted},
+    args::{DeviceArgs, quoted},
     note,
 };
 

@@ -18,12 +18,15 @@ use signal_hook::{
     consts::{SIGINT, SIGTERM},
     flag,
 };
-use unsloth_rs::recipe::{End, Summary, train};
+use unsloth_rs::{
+    ByteSize,
+    recipe::{End, Summary, train},
+};
 
 pub(crate) use self::args::Args;
 use self::progress::Progress;
 use crate::{
-    args::{ByteSize, DeviceArgs, quoted},
+    args::{DeviceArgs, quoted},
     note,
 };
 

@@ -61,6 +61,10 @@ pub trait Memory {
     fn read(&self, buffer: &dyn Buffer, bytes: &mut [u8]) -> Result<()>;
     /// Memory held, by category.
     fn usage(&self) -> Usage;
+    /// Most bytes that may be held from now on; `None` means what the device gives. Gives what it was before.
+    fn set_budget(&self, bytes: Option<u64>) -> Option<u64>;
+    /// Threads of this process that operators run on, each with scratch of its own; `None` where something else computes.
+    fn host_threads(&self) -> Option<usize>;
     /// Forgets peaks: each becomes what is live now.
     fn reset_peak(&self);
     /// How often the host has read a buffer since the backend was made, waiting for what the device had to do before; 0 where the

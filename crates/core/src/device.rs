@@ -114,6 +114,17 @@ impl Device {
         Weight::dense(dense)
     }
 
+    /// Most bytes that may be held from now on; `None` means what the device gives. Gives what it was before. What is held
+    /// already stays.
+    pub fn set_budget(&self, bytes: Option<u64>) -> Option<u64> {
+        self.0.set_budget(bytes)
+    }
+
+    /// Threads of this process that operators run on, each with scratch of its own; `None` where something else computes.
+    pub fn host_threads(&self) -> Option<usize> {
+        self.0.host_threads()
+    }
+
     /// Memory held, by category.
     pub fn usage(&self) -> Usage {
         self.0.usage()

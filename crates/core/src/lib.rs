@@ -6,6 +6,7 @@
 
 mod backend;
 mod buffer;
+mod byte_size;
 mod category;
 mod device;
 mod device_name;
@@ -21,6 +22,7 @@ mod weight;
 
 pub use backend::{AllocationCounts, Backend, Init, Memory};
 pub use buffer::{Buffer, HostBytes};
+pub use byte_size::ByteSize;
 pub use category::{Category, Usage};
 pub use device::Device;
 pub use device_name::{DeviceInfo, DeviceName};

@@ -214,6 +214,14 @@ impl Memory for CpuBackend {
         Ok(())
     }
 
+    fn set_budget(&self, bytes: Option<u64>) -> Option<u64> {
+        self.pool.ledger().set_budget(bytes)
+    }
+
+    fn host_threads(&self) -> Option<usize> {
+        Some(self.num_threads())
+    }
+
     fn usage(&self) -> Usage {
         self.pool.ledger().usage()
     }

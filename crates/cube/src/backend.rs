@@ -248,6 +248,14 @@ impl<R: Runtime> Memory for CubeBackend<R> {
         Ok(())
     }
 
+    fn set_budget(&self, bytes: Option<u64>) -> Option<u64> {
+        self.ledger.set_budget(bytes)
+    }
+
+    fn host_threads(&self) -> Option<usize> {
+        None
+    }
+
     fn usage(&self) -> Usage {
         self.ledger.usage()
     }

@@ -8,14 +8,20 @@ use unsloth_core::{Category, Error, Result, Usage};
 #[derive(Debug)]
 pub struct Ledger {
     device: String,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
     budget_bytes: Option<u64>,
-    usage: Mutex<Usage>,
+    usage: Usage,
 }
 
 impl Ledger {
     /// An empty account. Without a budget only the system's own limit holds.
     pub fn new(device: impl Into<String>, budget_bytes: Option<u64>) -> Arc<Self> {
-        Arc::new(Self { device: device.into(), budget_bytes, usage: Mutex::new(Usage::default()) })
+        let state = Mutex::new(State { budget_bytes, usage: Usage::default() });
+        Arc::new(Self { device: device.into(), state })
     }
 
     /// Enters `bytes` (counted as rounded by [`crate::round_up`]) until the [`Charge`] is dropped.
@@ -24,40 +30,45 @@ impl Ledger {
     /// [`Error::OutOfMemory`] if the total would exceed the budget; nothing is entered then.
     pub fn charge(self: &Arc<Self>, bytes: usize, category: Category) -> Result<Charge> {
         let bytes = crate::round_up(bytes) as u64;
-        let mut usage = self.lock();
-        let total = usage.total_live_bytes().saturating_add(bytes);
+        let mut state = self.lock();
+        let total = state.usage.total_live_bytes().saturating_add(bytes);
         // Without a budget a request beyond the address space still has to fail as an error, not as an abort.
-        let budget_bytes = self.budget_bytes.unwrap_or(isize::MAX as u64);
+        let budget_bytes = state.budget_bytes.unwrap_or(isize::MAX as u64);
         if total > budget_bytes {
-            let (device, breakdown) = (self.device.clone(), Box::new(*usage));
+            let (device, breakdown) = (self.device.clone(), Box::new(state.usage));
             return Err(Error::OutOfMemory { device, requested_bytes: bytes, category, budget_bytes, breakdown });
         }
-        usage.live_bytes[category.index()] += bytes;
-        record_peaks(&mut usage);
-        drop(usage);
+        state.usage.live_bytes[category.index()] += bytes;
+        record_peaks(&mut state.usage);
+        drop(state);
         Ok(Charge { ledger: Arc::clone(self), bytes, category: Mutex::new(category) })
     }
 
     /// The limit on the total, if one was set.
     pub fn budget_bytes(&self) -> Option<u64> {
-        self.budget_bytes
+        self.lock().budget_bytes
+    }
+
+    /// Sets the limit on the total and gives the one before. What is entered stays, even beyond it.
+    pub fn set_budget(&self, bytes: Option<u64>) -> Option<u64> {
+        std::mem::replace(&mut self.lock().budget_bytes, bytes)
     }
 
     /// What is held now and what the peaks were.
     pub fn usage(&self) -> Usage {
-        *self.lock()
+        self.lock().usage
     }
 
     /// Forgets peaks: each becomes what is live now.
     pub fn reset_peak(&self) {
-        let mut usage = self.lock();
+        let usage = &mut self.lock().usage;
         usage.peak_bytes = usage.live_bytes;
         usage.at_peak_bytes = usage.live_bytes;
     }
 
     /// The account holds numbers only: whatever panicked elsewhere while it was locked left them whole.
-    fn lock(&self) -> MutexGuard<'_, Usage> {
-        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -92,10 +103,10 @@ impl Charge {
     /// Moves the bytes to another category. The total does not change, so it cannot fail.
     pub fn retag(&self, category: Category) {
         let mut current = self.category.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut usage = self.ledger.lock();
+        let usage = &mut self.ledger.lock().usage;
         usage.live_bytes[current.index()] -= self.bytes;
         usage.live_bytes[category.index()] += self.bytes;
-        record_peaks(&mut usage);
+        record_peaks(usage);
         *current = category;
     }
 }
@@ -103,7 +114,7 @@ impl Charge {
 impl Drop for Charge {
     fn drop(&mut self) {
         let category = self.category();
-        self.ledger.lock().live_bytes[category.index()] -= self.bytes;
+        self.ledger.lock().usage.live_bytes[category.index()] -= self.bytes;
     }
 }
 
@@ -151,6 +162,11 @@ mod tests {
             "out of memory on cpu: 512 bytes for activations do not fit the budget of 1024 bytes; in use: weights 768"
         );
         assert_eq!(ledger.usage().total_live_bytes(), 768);
+        assert_eq!(ledger.set_budget(Some(512)), Some(1024));
+        assert!(ledger.charge(1, Category::Activations).is_err());
+        assert_eq!((ledger.set_budget(None), ledger.usage().total_live_bytes()), (Some(512), 768));
+        assert!(ledger.charge(1 << 40, Category::Activations).is_ok());
+        assert_eq!(ledger.set_budget(Some(1024)), None);
         drop(held);
         assert!(ledger.charge(1024, Category::Activations).is_ok());
     }

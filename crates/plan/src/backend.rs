@@ -3,34 +3,52 @@
 use std::{any::Any, ops::Range, sync::Arc};
 
 use unsloth_core::{
-    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, Result, Shape, Tensor,
+    AllocationCounts, Buffer, Category, DType, Device, Error, HostBytes, Init, Memory, Place, Result, Shape, Tensor,
     TensorStore, Usage,
 };
 use unsloth_memory::{Charge, Ledger};
 
 use crate::store::PlanStore;
 
+/// What operators take besides their results depends on what runs them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The CPU backend with so many threads, each of which has scratch of its own.
+    Cpu {
+        /// 1 or more.
+        num_threads: usize,
+    },
+    /// CubeCL's kernels, on any device.
+    Kernels,
+}
+
+impl Default for Target {
+    /// The CPU with as many threads as this machine has cores.
+    fn default() -> Self {
+        Target::Cpu { num_threads: std::thread::available_parallelism().map_or(1, usize::from) }
+    }
+}
+
+impl Target {
+    /// What stands for this device.
+    pub fn of(device: &Device) -> Self {
+        device.host_threads().map_or(Target::Kernels, |num_threads| Target::Cpu { num_threads })
+    }
+}
+
 /// Which device is planned for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PlanOptions {
     /// Most bytes that may be held at once; `None` means no limit.
     pub budget_bytes: Option<u64>,
-    /// Threads of the planned CPU: each has scratch of its own in attention.
-    pub num_threads: usize,
-}
-
-impl Default for PlanOptions {
-    /// No limit, and as many threads as this machine has cores.
-    fn default() -> Self {
-        let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { budget_bytes: None, num_threads }
-    }
+    /// What would run the operators.
+    pub target: Target,
 }
 
 /// The device `plan`: shapes and a ledger.
 pub struct PlanBackend {
     ledger: Arc<Ledger>,
-    pub(crate) num_threads: usize,
+    target: Target,
 }
 
 impl PlanBackend {
@@ -39,18 +57,34 @@ impl PlanBackend {
     /// # Errors
     /// [`Error::InvalidSpec`] for zero threads.
     pub fn new(options: PlanOptions) -> Result<Self> {
-        let PlanOptions { budget_bytes, num_threads } = options;
-        if num_threads == 0 {
+        let PlanOptions { budget_bytes, target } = options;
+        if target == (Target::Cpu { num_threads: 0 }) {
             let (value, rule) = ("0".to_owned(), "at least 1");
             return Err(Error::InvalidSpec { op: "plan", field: "num_threads", value, rule });
         }
-        Ok(Self { ledger: Ledger::new("plan", budget_bytes), num_threads })
+        Ok(Self { ledger: Ledger::new("plan", budget_bytes), target })
     }
 
     /// Enters scratch, buffers of so many f32, until the result is dropped.
     pub(crate) fn workspace(&self, lens: impl IntoIterator<Item = usize>) -> Result<Vec<Charge>> {
         let charge = |len: usize| self.ledger.charge(len.saturating_mul(size_of::<f32>()), Category::Workspace);
         lens.into_iter().map(charge).collect()
+    }
+
+    /// The same where the CPU is planned for, with so many threads.
+    pub(crate) fn on_cpu<const N: usize>(&self, lens: impl FnOnce(usize) -> [usize; N]) -> Result<Vec<Charge>> {
+        match self.target {
+            Target::Cpu { num_threads } => self.workspace(lens(num_threads)),
+            Target::Kernels => Ok(Vec::new()),
+        }
+    }
+
+    /// The same where kernels are planned for.
+    pub(crate) fn on_kernels<const N: usize>(&self, lens: impl FnOnce() -> [usize; N]) -> Result<Vec<Charge>> {
+        match self.target {
+            Target::Cpu { .. } => Ok(Vec::new()),
+            Target::Kernels => self.workspace(lens()),
+        }
     }
 }
 
@@ -113,6 +147,17 @@ impl Memory for PlanBackend {
     fn read(&self, _buffer: &dyn Buffer, bytes: &mut [u8]) -> Result<()> {
         bytes.fill(0);
         Ok(())
+    }
+
+    fn host_threads(&self) -> Option<usize> {
+        match self.target {
+            Target::Cpu { num_threads } => Some(num_threads),
+            Target::Kernels => None,
+        }
+    }
+
+    fn set_budget(&self, bytes: Option<u64>) -> Option<u64> {
+        self.ledger.set_budget(bytes)
     }
 
     fn usage(&self) -> Usage {

@@ -16,8 +16,9 @@
 //! ```
 
 mod backend;
+mod kernels;
 mod ops;
 mod scratch;
 mod store;
 
-pub use backend::{PlanBackend, PlanOptions};
+pub use backend::{PlanBackend, PlanOptions, Target};

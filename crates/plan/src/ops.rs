@@ -10,6 +10,7 @@ use unsloth_core::{
 
 use crate::{
     backend::{PlanBackend, output, take_or_copy},
+    kernels,
     scratch::{self, all_f32},
 };
 
@@ -77,7 +78,7 @@ impl rms_norm::RmsNorm for PlanBackend {
     ) -> Result<rms_norm::Forward> {
         let out = output(&x, spec.dtype, [spec.rows, spec.hidden_size])?;
         let rstd = output(&x, DType::F32, [spec.rows])?;
-        let _scratch = self.workspace([spec.hidden_size])?;
+        let _scratch = self.on_cpu(|_| [spec.hidden_size])?;
         let sum = residual.map(|_| take_or_copy(x)).transpose()?;
         Ok(rms_norm::Forward { out, sum, rstd })
     }
@@ -88,7 +89,9 @@ impl rms_norm::RmsNorm for PlanBackend {
         dweight: Option<&mut Tensor>,
     ) -> Result<Tensor> {
         let dx = take_or_copy(inputs.dout)?;
-        let _scratch = self.workspace(scratch::rms_norm_backward(spec, dweight.is_some()))?;
+        let with_dweight = dweight.is_some();
+        let _scratch = self.on_cpu(|_| scratch::rms_norm_backward(spec, with_dweight))?;
+        let _parts = self.on_kernels(|| [kernels::rms_norm_backward(spec, with_dweight)])?;
         Ok(dx)
     }
 }
@@ -112,7 +115,7 @@ impl attention::Attention for PlanBackend {
     fn attention_forward(&self, spec: &attention::Spec, inputs: attention::Inputs<'_>) -> Result<attention::Forward> {
         let out = output(inputs.q, spec.dtype, *inputs.q.shape())?;
         let lse = output(inputs.q, DType::F32, [spec.num_heads, inputs.q.shape()[0]])?;
-        let _scratch = self.workspace([scratch::attention_forward(spec, inputs.seq_q, self.num_threads)])?;
+        let _scratch = self.on_cpu(|threads| [scratch::attention_forward(spec, inputs.seq_q, threads)])?;
         Ok(attention::Forward { out, lse })
     }
     fn attention_backward(
@@ -123,7 +126,8 @@ impl attention::Attention for PlanBackend {
     ) -> Result<attention::Gradients> {
         let like = |x: &Tensor| output(x, spec.dtype, *x.shape());
         let gradients = attention::Gradients { dq: like(inputs.q)?, dk: like(inputs.k)?, dv: like(inputs.v)? };
-        let _scratch = self.workspace([scratch::attention_backward(spec, inputs.seq_k, self.num_threads)])?;
+        let _scratch = self.on_cpu(|threads| [scratch::attention_backward(spec, inputs.seq_k, threads)])?;
+        let _row_sums = self.on_kernels(|| [spec.num_heads * inputs.seq_q.num_tokens()])?;
         Ok(gradients)
     }
     fn attention_cached(
@@ -134,8 +138,8 @@ impl attention::Attention for PlanBackend {
         _kv: KvView<'_>,
     ) -> Result<Tensor> {
         let out = output(q, spec.dtype, *q.shape())?;
-        for len in scratch::attention_cached(spec, seq_q, self.num_threads) {
-            self.workspace([len])?;
+        for part in 0..2 {
+            self.on_cpu(|threads| [scratch::attention_cached(spec, seq_q, threads)[part]])?;
         }
         Ok(out)
     }
@@ -182,12 +186,12 @@ impl linear::Linear for PlanBackend {
 impl PlanBackend {
     /// Scratch of a product: rows, columns, and the dimension summed over.
     fn product(&self, all_f32: bool, size: [usize; 3]) -> Result<()> {
-        self.workspace([scratch::product(all_f32, size, self.num_threads)]).map(drop)
+        self.on_cpu(|threads| [scratch::product(all_f32, size, threads)]).map(drop)
     }
 
     /// Scratch of a product of which few rows are not packed.
     fn product_of_rows(&self, dtype: DType, all_f32: bool, size: [usize; 3]) -> Result<()> {
-        self.workspace([scratch::product_of_rows(dtype, all_f32, size, self.num_threads)]).map(drop)
+        self.on_cpu(|threads| [scratch::product_of_rows(dtype, all_f32, size, threads)]).map(drop)
     }
 }
 
@@ -202,8 +206,9 @@ impl lora_linear::LoraLinear for PlanBackend {
     ) -> Result<lora_linear::Forward> {
         let lora_linear::Spec { base, rank, .. } = spec;
         let h = output(x, DType::F32, [base.rows, *rank])?;
-        self.workspace(scratch::lora_input(spec, self.num_threads))?;
+        self.on_cpu(|threads| scratch::lora_input(spec, threads))?;
         let y = output(x, base.dtype, [base.rows, base.out_features])?;
+        self.on_kernels(|| [kernels::lora(spec)])?;
         let depth = if base.rows > scratch::FEW_ROWS { base.in_features.max(*rank) } else { base.in_features };
         let all_f32 = all_f32([base.dtype, base.weight_dtype, spec.adapter_dtype]);
         self.product_of_rows(base.dtype, all_f32, [base.rows, base.out_features, depth])?;
@@ -226,13 +231,15 @@ impl lora_linear::LoraLinear for PlanBackend {
         let _dh = output(dy, DType::F32, [base.rows, *rank])?;
         self.product(all_f32([base.dtype, spec.adapter_dtype]), [base.rows, *rank, base.out_features])?;
         if gradients.dlora_a.is_some() {
-            self.workspace(scratch::lora_input_transposed(spec, self.num_threads))?;
+            self.on_cpu(|threads| scratch::lora_input_transposed(spec, threads))?;
+            self.on_kernels(|| [kernels::lora(spec)])?;
         }
         if !needs_dx {
             return Ok(None);
         }
         let dx = output(dy, base.dtype, [base.rows, base.in_features])?;
-        self.workspace(scratch::lora_input_gradient(spec, self.num_threads))?;
+        self.on_cpu(|threads| scratch::lora_input_gradient(spec, threads))?;
+        self.on_kernels(|| [kernels::lora(spec)])?;
         Ok(Some(dx))
     }
 }
@@ -245,9 +252,8 @@ impl cross_entropy::CrossEntropy for PlanBackend {
         _targets: &Tensor,
     ) -> Result<cross_entropy::Forward> {
         let lse = output(logits, DType::F32, [spec.tokens])?;
-        let [losses, chunk] = scratch::cross_entropy(spec);
-        let _losses = self.workspace([losses])?;
-        self.workspace([chunk])?;
+        let _losses = self.workspace([spec.tokens])?;
+        self.on_cpu(|_| [scratch::cross_entropy_chunk(spec)])?;
         Ok(cross_entropy::Forward { loss: output(logits, DType::F32, [1])?, lse })
     }
     fn cross_entropy_backward(
@@ -258,7 +264,7 @@ impl cross_entropy::CrossEntropy for PlanBackend {
         _lse: &Tensor,
     ) -> Result<Tensor> {
         let dlogits = take_or_copy(logits)?;
-        self.workspace([scratch::cross_entropy_chunk(spec)])?;
+        self.on_cpu(|_| [scratch::cross_entropy_chunk(spec)])?;
         Ok(dlogits)
     }
 }
@@ -273,8 +279,9 @@ impl linear_cross_entropy::LinearCrossEntropy for PlanBackend {
         dweight: Option<&mut Tensor>,
     ) -> Result<linear_cross_entropy::Forward> {
         let dx = spec.needs_dx.then(|| output(x, spec.dtype, *x.shape())).transpose()?;
-        let _losses = self.workspace([scratch::losses(spec)])?;
-        self.workspace(scratch::loss_chunk(spec, dweight.is_some(), self.num_threads))?;
+        let _losses = self.on_cpu(|_| [scratch::losses(spec)])?;
+        self.on_cpu(|threads| scratch::loss_chunk(spec, dweight.is_some(), threads))?;
+        self.on_kernels(|| kernels::loss(spec))?;
         Ok(linear_cross_entropy::Forward { loss: output(x, DType::F32, [1])?, dx })
     }
 }

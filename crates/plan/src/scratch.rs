@@ -152,11 +152,7 @@ pub(crate) fn rms_norm_backward(spec: &ops::rms_norm::Spec, with_dweight: bool) 
     [spec.hidden_size, if with_dweight { num_parts * spec.hidden_size } else { 0 }]
 }
 
-/// Losses of the rows, and a chunk of logits.
-pub(crate) fn cross_entropy(spec: &ops::cross_entropy::Spec) -> [usize; 2] {
-    [spec.tokens, cross_entropy_chunk(spec)]
-}
-
+/// A widened chunk of given logits.
 pub(crate) fn cross_entropy_chunk(spec: &ops::cross_entropy::Spec) -> usize {
     spec.tokens.min((GIVEN_LOGITS / spec.vocab_size).max(1)) * spec.vocab_size
 }

@@ -11,7 +11,7 @@ use unsloth_core::{
     rng::Philox,
 };
 use unsloth_cpu::{CpuBackend, CpuOptions};
-use unsloth_plan::{PlanBackend, PlanOptions};
+use unsloth_plan::{PlanBackend, PlanOptions, Target};
 
 /// Not what a machine is likely to have, so that a default in either backend would show.
 const NUM_THREADS: usize = 3;
@@ -27,7 +27,7 @@ fn usage(device: &Device, run: &impl Fn(&Device) -> Result<()>) -> Usage {
 fn same(what: &str, run: impl Fn(&Device) -> Result<()>) {
     let options = CpuOptions { num_threads: Some(NUM_THREADS), ..CpuOptions::default() };
     let cpu = usage(&Device::new(CpuBackend::new(options).unwrap()), &run);
-    let options = PlanOptions { num_threads: NUM_THREADS, budget_bytes: None };
+    let options = PlanOptions { target: Target::Cpu { num_threads: NUM_THREADS }, budget_bytes: None };
     let plan = usage(&Device::new(PlanBackend::new(options).unwrap()), &run);
     assert_eq!(plan, cpu, "{what}");
     assert_eq!(cpu.total_live_bytes(), 0, "{what}");
@@ -256,10 +256,11 @@ fn adamw() {
 
 #[test]
 fn refuses_beyond_the_budget_and_without_threads() {
-    let options = PlanOptions { budget_bytes: Some(1000), num_threads: 1 };
+    let options = PlanOptions { budget_bytes: Some(1000), ..PlanOptions::default() };
     let device = Device::new(PlanBackend::new(options.clone()).unwrap());
     let error = zeros(&device, [300], DType::F32).unwrap_err().to_string();
     assert!(error.contains("1280 bytes for activations do not fit the budget of 1000 bytes"), "{error}");
-    let error = PlanBackend::new(PlanOptions { num_threads: 0, ..options }).err().unwrap().to_string();
+    let error =
+        PlanBackend::new(PlanOptions { target: Target::Cpu { num_threads: 0 }, ..options }).err().unwrap().to_string();
     assert_eq!(error, "plan: num_threads = 0, must be at least 1");
 }

@@ -48,22 +48,26 @@
 //! # }
 //! ```
 //!
-//! What such a run would hold, by running it on a [device that computes nothing](plan) but memory:
+//! What such a run would hold, by running it on a [device that computes nothing](plan) but memory, and the longest sequences that
+//! 12 GiB have room for:
 //!
 //! ```no_run
-//! use unsloth_rs::{Category, Device, plan::{PlanBackend, PlanOptions}, recipe::{PlanConfig, plan}};
+//! use unsloth_rs::{Category, device, recipe::{Planner, TrainConfig}};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let device = Device::new(PlanBackend::new(PlanOptions::default())?);
-//! let usage = plan(&device, &PlanConfig { batch_size: 4, ..PlanConfig::new("Llama-3.2-1B".into(), 2048) })?;
+//! let planner = Planner::of(&device("cpu")?);
+//! let run = TrainConfig::new("Llama-3.2-1B".into(), vec![], "out".into());
+//! let run = TrainConfig { batch_size: 4, max_seq_len: Some(2048), ..run };
+//! let usage = planner.plan(&run)?.usage;
 //! println!("{} bytes, {} of them activations", usage.total_peak_bytes(), usage.at_peak(Category::Activations));
+//! println!("{:?} tokens", planner.largest_seq_len(&run, 12 << 30)?);
 //! # Ok(())
 //! # }
 //! ```
 
 pub use unsloth_autograd as autograd;
 pub use unsloth_core as core;
-pub use unsloth_core::{Category, DType, Device, DeviceInfo, DeviceName, Error, Result, Shape, Tensor};
+pub use unsloth_core::{ByteSize, Category, DType, Device, DeviceInfo, DeviceName, Error, Result, Shape, Tensor};
 pub use unsloth_cpu as cpu;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub use unsloth_cube as cube;

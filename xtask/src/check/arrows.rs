@@ -43,7 +43,7 @@ const ARROWS: [(&str, &[&str]); 23] = [
     ("crates/plan", &["unsloth-core", "unsloth-memory"]),
     ("crates/autograd", &["unsloth-core"]),
     ("crates/train", &["unsloth-core", "unsloth-autograd"]),
-    ("crates/llm", &["unsloth-core", "unsloth-autograd", "unsloth-train"]),
+    ("crates/llm", &["unsloth-core", "unsloth-plan", "unsloth-autograd", "unsloth-train"]),
     (
         "crates/unsloth-rs",
         &[

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::ArgAction;
 use unsloth_rs::{
+    ByteSize,
     core::DType,
     llm::{dataset::TrainOn, decoder::Targets},
-    recipe::{Method, Offload, OneOrMany, TrainOptions},
-    train::{Checkpointing, ScheduleKind},
+    recipe::{Method, Offload, OneOrMany, Policy, TrainOptions},
+    train::ScheduleKind,
 };
 
 use crate::args::{DeviceArgs, FloatType};
@@ -85,13 +86,17 @@ pub(crate) struct Args {
     #[command(flatten)]
     optimizer: OptimizerArgs,
     /// What is computed again in the backward pass instead of kept: none, every:N (segments of N layers), sqrt, layers:A,B,..
-    /// (from 0), selective (norms and gated units), selective:norm or selective:glu [default: none]
+    /// (from 0), selective (norms and gated units), selective:norm, selective:glu or auto (what --memory takes) [default: none]
     #[arg(long, value_name = "POLICY")]
-    checkpointing: Option<Checkpointing>,
+    checkpointing: Option<Policy>,
     /// Where inputs of layers that are computed again wait: none (on the device), host (its memory; gains nothing on the CPU) or
     /// disk (files in OUTPUT that vanish with the run) [default: none]
     #[arg(long, value_name = "PLACE")]
     offload: Option<Offload>,
+    /// Most memory that the run may hold on the device, such as 12GiB: one that would not fit is refused before it begins
+    /// [default: what the device has]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<ByteSize>,
     #[command(flatten)]
     run: RunArgs,
 }
@@ -200,6 +205,7 @@ impl Args {
             max_grad_norm: optimizer.max_grad_norm,
             checkpointing: self.checkpointing.map(|policy| policy.to_string()),
             offload: self.offload,
+            memory: self.memory.map(|ByteSize(bytes)| bytes.to_string()),
             save_every: run.save_every,
             keep_last: run.keep_last,
             eval_every: run.eval_every,

@@ -4,15 +4,12 @@ use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use unsloth_rs::{
-    Device,
+    ByteSize, Device,
     llm::dataset::Sample,
-    recipe::{EvalRecord, Event, Prepared, Resumed, StepRecord},
+    recipe::{EvalRecord, Event, Fitted, Prepared, Resumed, StepRecord},
 };
 
-use crate::{
-    args::{ByteSize, describe},
-    note,
-};
+use crate::{args::describe, note};
 
 /// Shows the events of a run.
 pub(super) struct Progress {
@@ -40,6 +37,7 @@ impl Progress {
     /// Shows an event.
     pub(super) fn event(&mut self, event: Event) {
         match event {
+            Event::Fitted(fitted) => self.tell(&describe_fitted(&fitted)),
             Event::Prepared(prepared) => self.prepared(&prepared),
             Event::Resumed(resumed) => self.resumed(&resumed),
             Event::Step(record) => self.step(&record),
@@ -147,6 +145,16 @@ fn describe_step(record: &StepRecord, live_bytes: u64) -> String {
         (None, scale) => format!("skipped: gradients overflow at loss scale {}", scale.unwrap_or(1.0)),
     };
     format!("loss {loss:.4}  lr {lr:.3e}  {norm}  {tokens_per_second:.0} tokens/s  memory {now}, peak {peak}")
+}
+
+/// What the run will hold, and the policy that was chosen for that.
+fn describe_fitted(fitted: &Fitted) -> String {
+    let (peak, budget) = (ByteSize(fitted.plan.usage.total_peak_bytes()), ByteSize(fitted.budget_bytes));
+    let mut line = format!("memory: {peak} planned, {budget} allowed");
+    if fitted.is_chosen {
+        line += &format!("; checkpointing {} chosen", fitted.checkpointing);
+    }
+    line
 }
 
 /// The first example, indented, with what is learnt in brackets.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use unsloth_core::DType;
 use unsloth_train::{AdamWConfig, Checkpointing, LoraConfig, LossScaleConfig, Schedule, ScheduleKind, TrainerConfig};
 
-use super::{Method, Offload};
+use super::{Method, Offload, Policy};
 use crate::{
     Error, Result,
     dataset::TrainOn,
@@ -120,9 +120,11 @@ pub struct TrainConfig {
     /// Gradients with a larger norm are scaled down to it; positive. `None`: never.
     pub max_grad_norm: Option<f32>,
     /// What is computed again in the backward pass instead of kept.
-    pub checkpointing: Checkpointing,
+    pub checkpointing: Policy,
     /// Where what it keeps waits.
     pub offload: Offload,
+    /// Most bytes that the run may hold on the device. `None`: what the device gives.
+    pub memory_bytes: Option<u64>,
     /// What happens to a run that the output folder holds.
     pub start: Start,
     /// Steps between checkpoints of the run, at least 1. `None`: only when it is stopped.
@@ -163,8 +165,9 @@ impl TrainConfig {
             warmup: Warmup::Ratio(0.03),
             adamw: AdamWConfig::default(),
             max_grad_norm: Some(1.0),
-            checkpointing: Checkpointing::None,
+            checkpointing: Checkpointing::None.into(),
             offload: Offload::None,
+            memory_bytes: None,
             start: Start::New,
             save_every: None,
             keep_last: 2,
@@ -179,6 +182,15 @@ impl TrainConfig {
     /// [`Error::InvalidOption`] or [`unsloth_train::Error::InvalidConfig`], naming the field.
     pub fn validate(&self) -> Result<()> {
         at_least("data", self.data.len(), 1)?;
+        if self.checkpointing == Policy::Auto && self.memory_bytes.is_none() {
+            self.checkpointing.given()?;
+        }
+        self.validate_training()?;
+        self.validate_evaluation()
+    }
+
+    /// Checks what does not concern the data.
+    pub(super) fn validate_training(&self) -> Result<()> {
         self.method.check_adapter_settings(&[
             ("adapter", self.adapter.is_some()),
             ("rank", self.rank.is_some()),
@@ -206,8 +218,9 @@ impl TrainConfig {
         }
         at_least("save_every", self.save_every.unwrap_or(1), 1)?;
         at_least("keep_last", self.keep_last, 1)?;
-        self.offload.check(&self.checkpointing)?;
-        self.validate_evaluation()?;
+        if let Policy::Given(checkpointing) = &self.checkpointing {
+            self.offload.check(checkpointing)?;
+        }
         self.trainer(1).validate()?;
         Ok(())
     }
@@ -284,7 +297,7 @@ mod tests {
     #[test]
     fn every_field_is_checked() {
         type Spoil = fn(&mut TrainConfig);
-        let cases: [(&str, Spoil); 21] = [
+        let cases: [(&str, Spoil); 22] = [
             ("data", |c| c.data.clear()),
             ("rank", |c| c.rank = Some(0)),
             ("alpha", |c| c.alpha = Some(f32::NAN)),
@@ -303,6 +316,7 @@ mod tests {
             ("save_every", |c| c.save_every = Some(0)),
             ("keep_last", |c| c.keep_last = 0),
             ("offload", |c| c.offload = Offload::Disk),
+            ("checkpointing", |c| c.checkpointing = Policy::Auto),
             ("eval_data", |c| c.eval = Some(EvalSource::Files(vec![]))),
             ("eval_split", |c| c.eval = Some(EvalSource::Split(1.0))),
             ("eval_every", |c| c.eval_every = Some(5)),

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::OverBudget;
 use crate::Error;
 
 /// An error of managing a run. Messages name the file or folder, the option, the value and the rule.
@@ -81,6 +82,9 @@ pub enum RunError {
         /// The checkpoint.
         checkpoint: PathBuf,
     },
+    /// A run would exceed the limit on its device's memory; found out before its weights are loaded.
+    #[error("{0}")]
+    OverBudget(Box<OverBudget>),
     /// A checkpoint could not be written; those before it are as they were.
     #[error(
         "the checkpoint of step {step} could not be saved; {}",

@@ -66,7 +66,7 @@ pub fn evaluate(device: &Device, config: &EvalConfig) -> Result<Evaluation> {
     config.validate()?;
     let config = &EvalConfig { model: hub::folder(&config.model, Parts::All)?, ..config.clone() };
     let model = load_model(device, &config.model, config.adapter.as_deref(), config.dtype)?;
-    let max_seq_len = max_seq_len(config.max_seq_len, &model);
+    let max_seq_len = max_seq_len(config.max_seq_len, model.config());
     let options = ReadOptions {
         model: &config.model,
         vocab_size: model.config().vocab_size,

@@ -5,12 +5,14 @@ mod config;
 mod curve;
 mod error;
 mod evaluate;
+mod fit;
 mod method;
 mod metrics;
 mod offload;
 mod options;
 mod output;
 mod plan;
+mod policy;
 pub mod quickstart;
 mod train;
 
@@ -19,16 +21,19 @@ use std::path::Path;
 pub use config::{EvalSource, RunLength, Start, TrainConfig, Warmup};
 pub use error::{Damage, RunError};
 pub use evaluate::{EvalConfig, Evaluation, evaluate};
+pub use fit::{Command, Fitted, OverBudget, Planner, Suggestion};
 pub use method::Method;
 pub use metrics::{EvalRecord, StepRecord};
 pub use offload::Offload;
 pub use options::{OneOrMany, TrainOptions};
-pub use plan::{PlanConfig, plan};
+pub use plan::{MemoryPlan, plan};
+pub use policy::Policy;
 pub use train::{End, EvalReport, Event, Prepared, Resumed, Summary, train};
 use unsloth_core::{DType, Device};
 
 use crate::{
     Result,
+    config::DecoderConfig,
     decoder::{Decoder, LoadOptions},
     peft,
 };
@@ -49,6 +54,6 @@ pub fn load_model(device: &Device, model: &Path, adapter: Option<&Path>, dtype: 
 }
 
 /// The limit asked for, or the model's or [`DEFAULT_MAX_SEQ_LEN`], the smaller.
-fn max_seq_len(asked: Option<usize>, model: &Decoder) -> usize {
-    asked.unwrap_or_else(|| model.config().max_position_embeddings.min(DEFAULT_MAX_SEQ_LEN))
+fn max_seq_len(asked: Option<usize>, model: &DecoderConfig) -> usize {
+    asked.unwrap_or_else(|| model.max_position_embeddings.min(DEFAULT_MAX_SEQ_LEN))
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
-use unsloth_core::DType;
+use unsloth_core::{ByteSize, DType};
 use unsloth_train::{AdamWConfig, ScheduleKind};
 
 use super::{
@@ -55,6 +55,7 @@ pub struct TrainOptions {
     pub max_grad_norm: Option<f64>,
     pub checkpointing: Option<String>,
     pub offload: Option<Offload>,
+    pub memory: Option<String>,
     pub save_every: Option<usize>,
     pub keep_last: Option<usize>,
     pub eval_every: Option<usize>,
@@ -182,6 +183,7 @@ impl TrainOptions {
             },
             checkpointing: self.checkpointing.map_or(Ok(defaults.checkpointing), |text| text.parse())?,
             offload: self.offload.unwrap_or(defaults.offload),
+            memory_bytes: self.memory.map(|text| text.parse()).transpose()?.map(|ByteSize(bytes)| bytes),
             start,
             save_every: self.save_every,
             keep_last: self.keep_last.unwrap_or(defaults.keep_last),
@@ -260,6 +262,7 @@ impl TrainOptions {
             max_grad_norm: Some(config.max_grad_norm.map_or(f64::INFINITY, decimal)),
             checkpointing: Some(config.checkpointing.to_string()),
             offload: Some(config.offload),
+            memory: config.memory_bytes.map(|bytes| bytes.to_string()),
             save_every: config.save_every,
             keep_last: Some(config.keep_last),
             eval_every: config.eval_every,
@@ -350,6 +353,7 @@ mod tests {
             max_grad_norm: None,
             checkpointing: "every:3".parse().unwrap(),
             offload: Offload::Disk,
+            memory_bytes: Some(12 << 30),
             start: Start::New,
             save_every: Some(5),
             keep_last: 6,
@@ -429,7 +433,7 @@ mod tests {
     fn names_and_missing_paths_are_checked() {
         let whole = TrainOptions::of(&every_option(), "cpu");
         type Spoil = fn(&mut TrainOptions);
-        let cases: [(&str, Spoil); 7] = [
+        let cases: [(&str, Spoil); 8] = [
             ("model = missing", |o| o.model = None),
             ("data = missing", |o| o.data = None),
             ("output = missing", |o| o.output = None),
@@ -437,6 +441,7 @@ mod tests {
             ("targets = `a,`", |o| o.targets = Some(OneOrMany::Many(vec!["a".into(), String::new()]))),
             ("train_on = x", |o| o.train_on = Some("x".into())),
             ("checkpointing = x", |o| o.checkpointing = Some("x".into())),
+            ("memory: bytes = `x`", |o| o.memory = Some("x".into())),
         ];
         for (start, spoil) in cases {
             let mut options = whole.clone();

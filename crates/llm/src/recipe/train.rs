@@ -16,15 +16,17 @@ use unsloth_train::{Model, Trainer};
 pub use self::event::{End, EvalReport, Event, Prepared, Resumed, Summary};
 use self::{data::Data, run::Run};
 use super::{
-    EvalRecord, Method, RunError, Start, TrainOptions,
+    EvalRecord, Method, Planner, RunError, Start, TrainOptions,
     checkpoint::{Checkpoints, Progress, Saved, State, VERSION},
     config::{TrainConfig, invalid},
     metrics::Metrics,
     options::Difference,
     output::OutputFolder,
+    plan::{load_shapes, shapes_only},
 };
 use crate::{
     Error, Result,
+    config::DecoderConfig,
     decoder::{Decoder, LoadOptions, Targets},
     export, hub,
     packing::{Batches, Position},
@@ -33,8 +35,8 @@ use crate::{
 
 /// Options that a resumed run may have otherwise: they change nothing of what it computes. Data files are compared by what is
 /// in them.
-const MAY_CHANGE: [&str; 8] =
-    ["output", "data", "save_every", "keep_last", "eval_every", "eval_data", "checkpointing", "offload"];
+const MAY_CHANGE: [&str; 9] =
+    ["output", "data", "save_every", "keep_last", "eval_every", "eval_data", "checkpointing", "offload", "memory"];
 
 /// Trains adapters or a whole model and writes, into the output folder, what [`peft::save`] or [`export::save`] writes, the
 /// tokenizer's files, `config.toml` (the options), `metrics.jsonl`, `loss.svg` and, where they are asked for, checkpoints.
@@ -45,7 +47,8 @@ const MAY_CHANGE: [&str; 8] =
 /// # Errors
 /// As [`TrainConfig::validate`]; [`Error::Io`] if the output folder is not writable and [`RunError::HoldsRun`] if it holds
 /// another run, found out before the model is loaded; whatever loading model, adapter and data refuses; [`Error::Stopped`] for a
-/// step that is not finite, after what the step before it left has been saved; [`RunError::NotSaved`]. With
+/// step that is not finite, after what the step before it left has been saved; [`RunError::NotSaved`]; [`RunError::OverBudget`], before
+/// the model is loaded. With
 /// [`Start::Resume`], [`RunError::NoCheckpoint`], [`RunError::AllDamaged`], [`RunError::Checkpoint`] and [`RunError::Changed`].
 pub fn train(
     device: &Device,
@@ -54,6 +57,19 @@ pub fn train(
     stop: &AtomicBool,
 ) -> Result<Summary> {
     config.validate()?;
+    let before = device.set_budget(config.memory_bytes);
+    let summary = train_within(device, config, on_event, stop);
+    device.set_budget(before);
+    summary
+}
+
+/// [`train`] under the device's budget.
+fn train_within(
+    device: &Device,
+    config: &TrainConfig,
+    on_event: &mut dyn FnMut(Event),
+    stop: &AtomicBool,
+) -> Result<Summary> {
     let output = OutputFolder::open(config)?;
     let options = TrainOptions::of(config, &device.name());
     let saved = match config.start {
@@ -61,10 +77,13 @@ pub fn train(
         Start::New | Start::Overwrite => None,
     };
     let config = &TrainConfig { model: hub::folder(&config.model, config.method.parts())?, ..config.clone() };
-    let model = prepare_model(device, config)?;
-    let data = Data::read(config, &model)?;
+    let data = Data::read(config, &DecoderConfig::load(&config.model)?)?;
     let mut batches = Batches::new(&data.train, data.batching)?;
     let total_steps = config.num_steps(&batches)?;
+    let shape = data.largest_micro_batch(batches.clone(), total_steps);
+    let config = &fitted(device, config, shape, on_event)?;
+    let options = TrainOptions { checkpointing: Some(config.checkpointing.to_string()), ..options };
+    let model = prepare_model(device, config, Loading::Weights)?;
     let mut trainer = Trainer::new(model, config.trainer(total_steps))?;
     if let Some(saved) = &saved {
         saved.restore(&mut trainer)?;
@@ -92,6 +111,21 @@ pub fn train(
         stop,
     };
     finish(run)
+}
+
+/// The run with a checkpointing policy under which it stays within its limit on memory, if it has one.
+fn fitted(
+    device: &Device,
+    config: &TrainConfig,
+    (seq_len, batch_size): (usize, usize),
+    on_event: &mut dyn FnMut(Event),
+) -> Result<TrainConfig> {
+    let Some(budget_bytes) = config.memory_bytes else { return Ok(config.clone()) };
+    let largest = TrainConfig { max_seq_len: Some(seq_len), batch_size, ..config.clone() };
+    let fitted = Planner::of(device).fit(&largest, budget_bytes)?;
+    let checkpointing = fitted.checkpointing.clone().into();
+    on_event(Event::Fitted(fitted));
+    Ok(TrainConfig { checkpointing, ..config.clone() })
 }
 
 /// The newest whole checkpoint, if it is of a run with these options.
@@ -206,19 +240,45 @@ fn save(method: Method, folder: &Path, model: &Decoder) -> Result<()> {
     }
 }
 
-fn prepare_model(device: &Device, config: &TrainConfig) -> Result<Decoder> {
+/// Where the contents of a model come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Loading {
+    /// The model's folder, or random numbers.
+    Weights,
+    /// Nowhere: the device does not look at them.
+    Shapes,
+}
+
+impl Loading {
+    fn load(self, device: &Device, config: &TrainConfig, options: LoadOptions) -> Result<Decoder> {
+        match self {
+            Loading::Weights => Decoder::load(&config.model, device, options),
+            Loading::Shapes => load_shapes(&config.model, device, options),
+        }
+    }
+
+    fn random(self, device: &Device, config: &TrainConfig) -> Result<Decoder> {
+        match self {
+            Loading::Weights => Decoder::random(&config.model, device, config.dtype, config.seed),
+            Loading::Shapes => shapes_only(&config.model, device, LoadOptions::trainable(config.dtype)),
+        }
+    }
+}
+
+/// The model with what is trained of it, as the run has it.
+pub(super) fn prepare_model(device: &Device, config: &TrainConfig, loading: Loading) -> Result<Decoder> {
     let mut model = match config.method {
-        Method::Lora => adapted_model(device, config)?,
-        Method::Full => Decoder::load(&config.model, device, LoadOptions::trainable(config.dtype))?,
-        Method::Scratch => Decoder::random(&config.model, device, config.dtype, config.seed)?,
+        Method::Lora => adapted_model(device, config, loading)?,
+        Method::Full => loading.load(device, config, LoadOptions::trainable(config.dtype))?,
+        Method::Scratch => loading.random(device, config)?,
     };
-    model.set_checkpointing(config.checkpointing.clone())?;
+    model.set_checkpointing(config.checkpointing.given()?.clone())?;
     model.set_offload(config.offload.open(device, &config.output)?);
     Ok(model)
 }
 
-fn adapted_model(device: &Device, config: &TrainConfig) -> Result<Decoder> {
-    let mut model = Decoder::load(&config.model, device, LoadOptions::frozen(config.dtype))?;
+fn adapted_model(device: &Device, config: &TrainConfig, loading: Loading) -> Result<Decoder> {
+    let mut model = loading.load(device, config, LoadOptions::frozen(config.dtype))?;
     let Some(folder) = &config.adapter else {
         let targets = config.targets.as_ref().unwrap_or(&Targets::AllLinear);
         model.add_adapters(&config.new_adapter(), targets, config.seed)?;

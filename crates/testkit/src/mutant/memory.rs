@@ -44,6 +44,14 @@ impl<B: Backend> Memory for MutantBackend<B> {
         Ok(())
     }
 
+    fn set_budget(&self, bytes: Option<u64>) -> Option<u64> {
+        self.inner.set_budget(bytes)
+    }
+
+    fn host_threads(&self) -> Option<usize> {
+        self.inner.host_threads()
+    }
+
     fn usage(&self) -> Usage {
         self.inner.usage()
     }

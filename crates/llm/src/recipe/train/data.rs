@@ -4,9 +4,10 @@ use unsloth_train::{Batch, Document, Model};
 
 use crate::{
     Result,
+    config::DecoderConfig,
     dataset::{Dataset, ReadOptions, Sample},
     decoder::Decoder,
-    packing::{self, BatchOptions, Step},
+    packing::{self, BatchOptions, Batches, Step},
     recipe::{EvalReport, EvalSource, TrainConfig},
     tokenizer::Tokenizer,
 };
@@ -30,14 +31,10 @@ pub(super) struct EvalData {
 }
 
 impl Data {
-    pub(super) fn read(config: &TrainConfig, model: &Decoder) -> Result<Self> {
+    pub(super) fn read(config: &TrainConfig, model: &DecoderConfig) -> Result<Self> {
         let max_seq_len = crate::recipe::max_seq_len(config.max_seq_len, model);
-        let options = ReadOptions {
-            model: &config.model,
-            vocab_size: model.config().vocab_size,
-            max_seq_len,
-            train_on: config.train_on,
-        };
+        let options =
+            ReadOptions { model: &config.model, vocab_size: model.vocab_size, max_seq_len, train_on: config.train_on };
         let batching = config.batch_options(max_seq_len);
         let whole = Dataset::read(&config.data, options)?;
         let (train, eval) = match &config.eval {
@@ -52,6 +49,17 @@ impl Data {
         let sample = tokenizer.map(|tokenizer| train.sample(&tokenizer)).transpose()?;
         let eval = eval.map(|dataset| EvalData::new(dataset, &train, batching));
         Ok(Self { sha256: train.sha256(), train, eval, sample, batching })
+    }
+
+    /// The shape of the micro-batch with most tokens among those of the first steps: the length of a sequence, and sequences.
+    pub(super) fn largest_micro_batch(&self, mut batches: Batches, num_steps: usize) -> (usize, usize) {
+        let lengths = self.train.lengths();
+        let tokens = |documents: &Vec<usize>| documents.iter().map(|&document| lengths[document]).sum::<usize>();
+        // Further epochs pack the same documents in another order.
+        let steps = num_steps.min(lengths.len());
+        let most = (0..steps).flat_map(|_| batches.next_step()).map(|documents| tokens(&documents)).max().unwrap_or(0);
+        let batch_size = self.batching.batch_size.min(lengths.len());
+        (most.div_ceil(batch_size).max(2), batch_size)
     }
 
     /// The micro-batches of a step.

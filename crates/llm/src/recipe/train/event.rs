@@ -6,13 +6,15 @@ use unsloth_core::StoreUsage;
 
 use crate::{
     dataset::{Report, Sample},
-    recipe::{Damage, EvalRecord, StepRecord},
+    recipe::{Damage, EvalRecord, Fitted, StepRecord},
 };
 
 /// What a run tells while it works.
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// The run fits the limit on memory that it was given.
+    Fitted(Fitted),
     /// Model and data are loaded; training begins.
     Prepared(Prepared),
     /// The run goes on from a checkpoint; follows [`Event::Prepared`].
