@@ -228,10 +228,38 @@ fn options_as_measured() {
         "--threads 1",
         "--checkpointing every:3",
         "--dropout 0.1",
+        "--checkpointing layers:1,2 --offload host",
+        "--checkpointing selective --dtype f16",
         "--method full --dtype bf16",
         "--method scratch",
     ] {
         Run { model: &tiny(), seq_len: 100, batch_size: 3, options }.check();
+    }
+}
+
+/// Two models, two lengths, policies, types and methods on a device that CubeCL's kernels run on.
+#[cfg(feature = "wgpu")]
+#[test]
+#[ignore = "full: minutes on a software device"]
+fn vulkan_as_measured() {
+    let small = tempfile::tempdir().unwrap();
+    SMALL.write(small.path());
+    let configurations: [(&Path, usize, usize, &str); 12] = [
+        (&tiny(), 64, 1, ""),
+        (&tiny(), 256, 2, ""),
+        (&tiny(), 256, 2, "--checkpointing selective"),
+        (&tiny(), 200, 3, "--checkpointing every:1 --offload host"),
+        (&tiny(), 100, 3, "--method full"),
+        (&tiny(), 100, 2, "--dropout 0.1 --rank 4"),
+        (&tiny(), 100, 2, "--dtype f16"),
+        (small.path(), 128, 1, ""),
+        (small.path(), 256, 1, "--checkpointing sqrt"),
+        (small.path(), 256, 2, "--checkpointing every:1 --offload disk"),
+        (small.path(), 128, 2, "--dtype f16 --checkpointing layers:0,1,2"),
+        (small.path(), 96, 1, "--method full --checkpointing every:2"),
+    ];
+    for (model, seq_len, batch_size, options) in configurations {
+        Run { model, seq_len, batch_size, options: &format!("--device vulkan:0 {options}") }.check();
     }
 }
 
@@ -271,9 +299,16 @@ fn a_table_and_a_limit() {
     let limited = |bytes: u64| unsloth(line(&format!("plan --model {{}} --seq 100 --memory {bytes}"), &[&tiny()]));
     let table = limited(planned).succeeded().stdout;
     let names: Vec<&str> = table.lines().filter_map(|line| line.split(' ').next()).collect();
-    assert_eq!(names, ["weights", "adapters", "gradients", "optimiser", "activations", "workspace", "peak"]);
+    let categories = ["weights", "adapters", "gradients", "optimiser", "activations", "workspace", "peak"];
+    assert_eq!(names, [&categories[..], &["longest", "largest"]].concat());
     assert!(table.contains("on cpu, fits ") && table.contains("peak  "), "{table}");
-    limited(planned - 1).failed_with(&["out of memory", "do not fit the budget", "in use: weights ", "activations "]);
+    let refused = limited(planned - 1);
+    assert_eq!(refused.status, 1);
+    for part in
+        ["error: the run needs ", "\n  weights ", "\n  activations ", " with --checkpointing selective, which fits"]
+    {
+        assert!(refused.stderr.contains(part), "{part}: {}", refused.stderr);
+    }
 }
 
 #[test]

@@ -1,0 +1,167 @@
+//! Limits on memory: runs that do not fit, what is said of them, and what is chosen so that they do.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a helper of a test may panic like the test itself")]
+
+mod support;
+
+use std::path::PathBuf;
+
+use serde_json::json;
+use support::*;
+use tempfile::TempDir;
+
+const SEQ: usize = 200;
+
+/// Documents of `SEQ` tokens for `tiny-llama`, and output folders.
+struct Runs(TempDir);
+
+impl Runs {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let document = |i: usize| json!({"input_ids": (0..SEQ).map(|j| (7 * i + 3 * j) % 100).collect::<Vec<_>>()});
+        let lines: String = (0..8).map(|i| format!("{}\n", document(i))).collect();
+        std::fs::write(folder.path().join("data.jsonl"), lines).unwrap();
+        Self(folder)
+    }
+
+    fn output(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn train(&self, name: &str, options: &str) -> Outcome {
+        let (model, data) = (fixture("tiny-llama").join("model"), self.output("data.jsonl"));
+        let text = format!(
+            "train --model {{}} --data {{}} --output {{}} --steps 2 --packing false --learning-rate 1e-2 --warmup-steps 0 \
+             --max-seq-len {SEQ} --batch-size 4"
+        );
+        let mut args = line(&text, &[&model, &data, &self.output(name)]);
+        // What is named again takes the place of what stands above.
+        for option in options.split(' ').filter(|option| option.starts_with("--")) {
+            if let Some(at) = args.iter().position(|arg| arg == option) {
+                args.drain(at..at + 2);
+            }
+        }
+        args.extend(options.split(' ').filter(|option| !option.is_empty()).map(Into::into));
+        unsloth(args)
+    }
+
+    fn peak(&self, name: &str) -> u64 {
+        read_metrics(&self.output(name)).last().unwrap()["peak_bytes"].as_u64().unwrap()
+    }
+
+    fn peak_of(&self, name: &str, options: &str) -> u64 {
+        self.train(name, options).succeeded();
+        self.peak(name)
+    }
+}
+
+/// The options of each suggestion that is said to fit.
+fn fitting(stderr: &str) -> Vec<String> {
+    let options = |line: &str| Some(line.split_once(" with ")?.1.strip_suffix(", which fits")?.to_owned());
+    stderr.lines().filter_map(options).collect()
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_it_begins_and_each_suggestion_works() {
+    let runs = Runs::new();
+    let free = runs.peak_of("free", "");
+    let limit = free * 3 / 4;
+    let refused = runs.train("refused", &format!("--memory {limit}"));
+    assert_eq!((refused.status, refused.stdout.as_str()), (1, ""));
+    let head = refused.stderr.lines().find(|line| line.starts_with("error: ")).unwrap();
+    assert!(head.contains("the run needs ") && head.contains(" are allowed"), "{head}");
+    for category in ["weights", "adapters", "gradients", "optimiser", "activations", "workspace"] {
+        assert!(refused.stderr.contains(&format!("\n  {category} ")), "{category}: {}", refused.stderr);
+    }
+    assert!(!runs.output("refused").exists(), "nothing was written");
+
+    let suggestions = fitting(&refused.stderr);
+    for kind in ["--checkpointing ", "--batch-size ", "--max-seq-len "] {
+        assert!(suggestions.iter().any(|options| options.starts_with(kind)), "{kind}: {}", refused.stderr);
+    }
+    for (index, options) in suggestions.iter().enumerate() {
+        let name = format!("suggested-{index}");
+        let peak = runs.peak_of(&name, &format!("--memory {limit} {options}"));
+        assert!(peak <= limit, "{options}: {peak} of {limit}");
+        println!("{options}: {peak} of {limit} bytes, {free} without");
+    }
+}
+
+#[test]
+fn where_no_change_is_enough_all_are_put_together() {
+    let runs = Runs::new();
+    let free = runs.peak_of("free", "");
+    // Less than half of this model's memory depends on anything but the weights.
+    let mut found = None;
+    for share in (1..20).rev() {
+        let refused = runs.train("refused", &format!("--memory {}", free * share / 20));
+        let suggestions = fitting(&refused.stderr);
+        if refused.status == 1 && suggestions.len() == 1 && suggestions[0].contains("--offload disk --batch-size 1") {
+            found = Some((free * share / 20, suggestions[0].clone()));
+            break;
+        }
+    }
+    let (limit, options) = found.expect("a limit that only several changes together keep");
+    let peak = runs.peak_of("together", &format!("--memory {limit} {options}"));
+    assert!(peak <= limit, "{options}: {peak} of {limit}");
+    let hopeless = runs.train("hopeless", "--memory 1000");
+    assert_eq!(hopeless.status, 1);
+    assert!(
+        fitting(&hopeless.stderr).is_empty() && hopeless.stderr.contains("which does not fit"),
+        "{}",
+        hopeless.stderr
+    );
+}
+
+#[test]
+fn auto_picks_the_least_that_fits_says_so_and_changes_no_bit() {
+    let runs = Runs::new();
+    let policies = ["none", "selective", "layers:0,1", "every:1"];
+    let peaks = policies.map(|policy| runs.peak_of(policy, &format!("--checkpointing {policy}")));
+    assert!(peaks.is_sorted_by(|a, b| a > b), "{peaks:?}");
+    for (policy, peak) in policies.into_iter().zip(peaks) {
+        let name = format!("auto-{peak}");
+        let outcome = runs.train(&name, &format!("--checkpointing auto --memory {peak}")).succeeded();
+        assert!(outcome.stderr.contains(&format!("; checkpointing {policy} chosen")), "{policy}: {}", outcome.stderr);
+        assert!(runs.peak(&name) <= peak);
+        assert_eq!(adapter_bytes(&runs.output(&name)), adapter_bytes(&runs.output("none")), "{policy}");
+        let config = std::fs::read_to_string(runs.output(&name).join("config.toml")).unwrap();
+        assert!(config.contains(&format!("checkpointing = \"{policy}\"\n")), "{config}");
+    }
+    let refused = runs.train("refused", &format!("--checkpointing auto --memory {}", peaks[3] / 2));
+    assert!(refused.status == 1 && refused.stderr.contains("the run needs "), "{}", refused.stderr);
+    runs.train("open", "--checkpointing auto").failed_with(&["checkpointing = auto, must be given with memory"]);
+}
+
+#[test]
+fn a_plan_tells_what_a_limit_has_room_for() {
+    let model = fixture("tiny-llama").join("model");
+    let plan = |options: String| unsloth(line(&format!("plan --model {{}} {options}"), &[&model]));
+    let peak = |seq: u64, batch: u64| {
+        let found = plan(format!("--seq {seq} --batch {batch} --json")).succeeded().json();
+        found["peak_bytes"].as_u64().unwrap()
+    };
+    for device in ["cpu", "vulkan:0"] {
+        let limit = peak(100, 2) * 2;
+        let found = plan(format!("--seq 100 --batch 2 --memory {limit} --json --device {device}")).succeeded().json();
+        let [seq, batch] = ["largest_seq", "largest_batch"].map(|name| found[name].as_u64().unwrap());
+        assert_eq!((&found["device"], &found["checkpointing"]), (&json!(device), &json!("none")));
+        let fits = |seq: u64, batch: u64| {
+            plan(format!("--seq {seq} --batch {batch} --memory {limit} --device {device}")).status == 0
+        };
+        assert!(fits(seq, 2) && !fits(seq + 16, 2), "{seq}");
+        assert!(fits(100, batch) && !fits(100, batch + 1), "{batch}");
+    }
+    let few = peak(100, 4) * 2 / 3;
+    let refused = plan(format!("--seq 100 --batch 4 --memory {few}"));
+    assert_eq!(refused.status, 1);
+    let suggestions = fitting(&refused.stderr);
+    for kind in ["--checkpointing ", "--batch ", "--seq "] {
+        assert!(suggestions.iter().any(|options| options.starts_with(kind)), "{kind}: {}", refused.stderr);
+    }
+    let chosen = plan(format!("--seq 100 --batch 4 --memory {few} --checkpointing auto")).succeeded().stdout;
+    assert!(chosen.contains(" chosen\n") && chosen.contains("longest sequences at --batch 4: "), "{chosen}");
+
+    let table = plan("--seq 100".into()).succeeded().stdout;
+    let sizes: Vec<&str> = table.lines().filter_map(|line| line.split_once(" GB")).map(|(size, _)| size).collect();
+    assert_eq!(sizes, ["8", "12", "16", "24", "32", "40", "48", "64", "80", "96", "128", "192"]);
+}
