@@ -209,6 +209,14 @@ impl Memory for Recorder {
         self.inner.backend().allocation_counts()
     }
 
+    fn set_budget(&self, bytes: Option<u64>) -> Option<u64> {
+        self.inner.set_budget(bytes)
+    }
+
+    fn host_threads(&self) -> Option<usize> {
+        self.inner.host_threads()
+    }
+
     fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {
         self.inner.store(place)
     }
