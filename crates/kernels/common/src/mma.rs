@@ -14,6 +14,7 @@
 use cubecl::{
     cmma::{MatrixIdent, MmaDefinition},
     features::{MmaConfig, Plane},
+    ir::StorageType,
     prelude::*,
 };
 
@@ -35,10 +36,9 @@ pub type Chunk<E> = Vector<E, Const<8>>;
 /// Sums of tiles of 16 rows and 8 columns, side by side.
 pub type Sums = Sequence<Array<Pair<f32>>>;
 
-/// Whether the device multiplies tiles of `E` as this module describes; such devices are of NVIDIA's, from compute capability 8.0
-/// on, and `E` is a half-precision type.
-pub fn is_supported<R: Runtime, E: CubePrimitive>(client: &ComputeClient<R>) -> bool {
-    let element = E::as_type_native_unchecked().storage_type();
+/// Whether the device multiplies tiles of `element` as this module describes; such devices are of NVIDIA's, from compute capability 8.0
+/// on, and `element` is a half-precision type.
+pub fn is_supported<R: Runtime>(client: &ComputeClient<R>, element: StorageType) -> bool {
     let sums = f32::as_type_native_unchecked().storage_type();
     let config = MmaConfig { a_type: element, b_type: element, cd_type: sums, m: ROWS as u32, n: 8, k: DEPTH as u32 };
     let properties = client.properties();

@@ -18,7 +18,7 @@ use crate::{
 pub struct Matrix<R: Runtime> {
     pub(crate) array: ArrayArg<R>,
     pub(crate) element: StorageType,
-    /// The same in chunks, if tensor cores multiply this type and the buffer is chunks throughout.
+    /// The same in chunks, if the device has tensor cores that take this type, as it is or in parts, and the buffer is chunks throughout.
     pub(crate) chunks: Option<ArrayArg<R>>,
     pub(crate) arg: &'static str,
     pub(crate) len: usize,
@@ -37,9 +37,10 @@ impl<R: Runtime> Matrix<R> {
     ) -> Result<Self, LaunchError> {
         launch.element::<E>()?;
         let array = launch.array::<E>(arg, handle, len)?;
-        let in_chunks = len.is_multiple_of(mma::CHUNK) && mma::is_supported::<R, E>(launch.client());
+        let element = E::as_type_native_unchecked().storage_type();
+        let in_chunks = len.is_multiple_of(mma::CHUNK) && tensor::takes(launch.client(), element);
         let chunks = in_chunks.then(|| launch.vectors::<E>(arg, handle, len, mma::CHUNK)).transpose()?;
-        Ok(Self { array, element: E::as_type_native_unchecked().storage_type(), chunks, arg, len })
+        Ok(Self { array, element, chunks, arg, len })
     }
 
     fn check(&self, launch: &Launch<'_, R>, expected: usize) -> Result<(), LaunchError> {

@@ -1,10 +1,16 @@
-//! The product of two half-precision matrices on tensor cores.
+//! The product of two half-precision matrices on tensor cores, or of one of bf16 and one of f32.
 //!
 //! Work: a cube makes a tile of `out`, a plane a block of it, its sums in registers. While the planes multiply what is in one half of
 //! shared memory, the units have the loads of the next terms under way, and put them into the other half. Traffic: as the portable
 //! kernel, in loads of 16 bytes. Numerics: products of halves are exact; sums in f32; rounded once.
+//!
+//! A number of f32 is the sum of three of bf16: the nearest one, the nearest to what is left, and to what is left then. So is its product
+//! with another of bf16, and the parts are multiplied one after another. f16 has too few exponents for that.
 
-use cubecl::{ir::StorageType, prelude::*};
+use cubecl::{
+    ir::{ElemType, FloatKind, StorageType},
+    prelude::*,
+};
 use unsloth_common::{
     Launch, LaunchError,
     mma::{self, Chunk, Pair, Sums},
@@ -33,13 +39,16 @@ const TILES: [Tile; 2] = [
     Tile { rows: 64, cols: 64, depth: 32, plane_rows: 32, plane_cols: 32 },
 ];
 
+/// Shared memory of a cube, at most: several cubes share a multiprocessor.
+const SHARED_BYTES: usize = 48 * 1024;
+
 impl Tile {
     /// The first tile whose cubes are enough for the device, else the last; of those that fit it.
-    fn for_device<R: Runtime>(client: &ComputeClient<R>, size: Size, form: Form) -> Option<Self> {
+    fn for_device<R: Runtime>(client: &ComputeClient<R>, size: Size, form: Form, parts: Parts) -> Option<Self> {
         let hardware = &client.properties().hardware;
         let fits = |tile: &Self| {
             tile.units() <= hardware.max_units_per_cube as usize
-                && tile.shared_bytes(form) <= hardware.max_shared_memory_size
+                && tile.shared_bytes(form, parts) <= hardware.max_shared_memory_size.min(SHARED_BYTES)
         };
         let enough = hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
         let cubes = |tile: &Self| size.rows.div_ceil(tile.rows) * size.cols.div_ceil(tile.cols);
@@ -51,8 +60,8 @@ impl Tile {
         self.rows / self.plane_rows * (self.cols / self.plane_cols) * mma::PLANE
     }
 
-    fn shared_bytes(&self, form: Form) -> usize {
-        2 * (self.left(form).len() + self.right(form).len()) * mma::CHUNK * 2
+    fn shared_bytes(&self, form: Form, parts: Parts) -> usize {
+        2 * (parts.a * self.left(form).len() + parts.b * self.right(form).len()) * mma::CHUNK * 2
     }
 
     /// The tile of `A`, as it lies in memory.
@@ -65,6 +74,16 @@ impl Tile {
         Extent::new(self, (self.depth, self.cols), form.b_transposed)
     }
 }
+
+/// Numbers of the operands' type that each number of a matrix is the sum of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Parts {
+    a: usize,
+    b: usize,
+}
+
+/// Parts of a number of f32.
+const PARTS_OF_F32: usize = 3;
 
 /// A tile of one operand in shared memory, and the units that fill it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -103,8 +122,9 @@ pub(crate) struct Operands<R: Runtime> {
     pub(crate) a: ArrayArg<R>,
     /// `[depth, cols]`, or transposed, in chunks.
     pub(crate) b: ArrayArg<R>,
-    /// Type of both.
-    pub(crate) element: StorageType,
+    /// Types of both, and the one that is multiplied.
+    elements: [StorageType; 3],
+    parts: Parts,
     /// `[cols]`, added to every row.
     pub(crate) bias: Option<Matrix<R>>,
     /// `[rows, cols]`, written.
@@ -120,18 +140,41 @@ impl<R: Runtime> Operands<R> {
         let a_line = if form.a_transposed { size.rows } else { size.depth };
         let b_line = if form.b_transposed { size.depth } else { size.cols };
         let in_chunks = a_line.is_multiple_of(mma::CHUNK) && b_line.is_multiple_of(mma::CHUNK);
-        let element = args.a.element;
+        let elements = [args.a.element, args.b.element];
+        let multiplied = multiplied(elements).filter(|_| in_chunks);
         let Args { a, b, bias, out, scale } = args;
-        match (a.chunks, b.chunks) {
-            (Some(a), Some(b_chunks)) if in_chunks && element == b.element => {
-                Ok(Self { a, b: b_chunks, element, bias, out, scale })
+        match (a.chunks, b.chunks, multiplied) {
+            (Some(a), Some(b), Some(element)) => {
+                let parts = |stored: StorageType| if stored == element { 1 } else { PARTS_OF_F32 };
+                let parts = Parts { a: parts(elements[0]), b: parts(elements[1]) };
+                Ok(Self { a, b, elements: [elements[0], elements[1], element], parts, bias, out, scale })
             }
-            (a_chunks, b_chunks) => {
+            (a_chunks, b_chunks, _) => {
                 let (a, b) = (Matrix { chunks: a_chunks, ..a }, Matrix { chunks: b_chunks, ..b });
                 Err(Box::new(Args { a, b, bias, out, scale }))
             }
         }
     }
+}
+
+/// What tensor cores multiply matrices of two types as, if they do.
+fn multiplied([a, b]: [StorageType; 2]) -> Option<StorageType> {
+    let (f32, bf16) = (float(FloatKind::F32), float(FloatKind::BF16));
+    match [a, b] {
+        _ if a == b => (a != f32).then_some(a),
+        both if both == [f32, bf16] || both == [bf16, f32] => Some(bf16),
+        _ => None,
+    }
+}
+
+fn float(kind: FloatKind) -> StorageType {
+    ElemType::Float(kind).into()
+}
+
+/// Whether the device's tensor cores may take a matrix of this type, as it is or in parts.
+pub(crate) fn takes<R: Runtime>(client: &ComputeClient<R>, element: StorageType) -> bool {
+    let multiplied = if element == float(FloatKind::F32) { float(FloatKind::BF16) } else { element };
+    mma::is_supported(client, multiplied)
 }
 
 /// Launches a product.
@@ -145,11 +188,13 @@ pub(crate) fn product<R: Runtime>(
     args: Operands<R>,
 ) -> Result<(), LaunchError> {
     let Size { rows, cols, depth } = size;
-    let tile = Tile::for_device(launch.client(), size, form).unwrap_or(TILES[1]);
+    let parts = args.parts;
+    let tile = Tile::for_device(launch.client(), size, form, parts).unwrap_or(TILES[1]);
     let dim = CubeDim::new_1d(tile.units() as u32);
-    launch.cube(dim, tile.shared_bytes(form))?;
+    launch.cube(dim, tile.shared_bytes(form, parts))?;
     let bias_element = args.bias.as_ref().map_or(args.out.element, |bias| bias.element);
-    let elements = [args.element, bias_element, args.out.element];
+    let [a_element, b_element, multiplied] = args.elements;
+    let elements = [a_element, b_element, multiplied, bias_element, args.out.element];
     tensor_kernel::launch(
         launch.client(),
         launch.cubes(cols.div_ceil(tile.cols), rows.div_ceil(tile.rows), 1)?,
@@ -164,6 +209,7 @@ pub(crate) fn product<R: Runtime>(
         args.scale,
         tile,
         form,
+        parts,
         elements,
     );
     Ok(())
@@ -171,9 +217,9 @@ pub(crate) fn product<R: Runtime>(
 
 /// Grid: x = tile of columns, y = tile of rows.
 #[cube(launch)]
-fn tensor_kernel<E: Float, D: Numeric, Y: Numeric>(
-    a: &Array<Chunk<E>>,
-    b: &Array<Chunk<E>>,
+fn tensor_kernel<A: Float, B: Float, E: Float, D: Numeric, Y: Numeric>(
+    a: &Array<Chunk<A>>,
+    b: &Array<Chunk<B>>,
     bias: &ComptimeOption<Array<D>>,
     out: &mut Array<Y>,
     rows: u32,
@@ -182,30 +228,31 @@ fn tensor_kernel<E: Float, D: Numeric, Y: Numeric>(
     scale: f32,
     #[comptime] tile: Tile,
     #[comptime] form: Form,
-    #[define(E, D, Y)] _elements: [StorageType; 3],
+    #[comptime] parts: Parts,
+    #[define(A, B, E, D, Y)] _elements: [StorageType; 5],
 ) {
     let (rows, cols, depth) = (rows as usize, cols as usize, depth as usize);
     let (row0, col0) = (CUBE_POS_Y as usize * tile.rows, CUBE_POS_X as usize * tile.cols);
     let (left, right) = comptime!((tile.left(form), tile.right(form)));
-    let mut a_tile = SharedMemory::<Chunk<E>>::new(comptime!(2 * left.len()));
-    let mut b_tile = SharedMemory::<Chunk<E>>::new(comptime!(2 * right.len()));
+    let mut a_tile = SharedMemory::<Chunk<E>>::new(comptime!(2 * parts.a * left.len()));
+    let mut b_tile = SharedMemory::<Chunk<E>>::new(comptime!(2 * parts.b * right.len()));
     let mut sums = mma::zeros(comptime!(tile.plane_rows / mma::ROWS * (tile.plane_cols / 8)));
-    let a_held = fetch::<E>(a, (row0, 0usize.runtime()), (rows, depth), left, form.a_transposed);
-    let b_held = fetch::<E>(b, (0usize.runtime(), col0), (depth, cols), right, form.b_transposed);
-    put::<E>(&mut a_tile, 0usize.runtime(), &a_held, left);
-    put::<E>(&mut b_tile, 0usize.runtime(), &b_held, right);
+    let a_held = fetch::<A>(a, (row0, 0usize.runtime()), (rows, depth), left, form.a_transposed);
+    let b_held = fetch::<B>(b, (0usize.runtime(), col0), (depth, cols), right, form.b_transposed);
+    put::<A, E>(&mut a_tile, 0usize.runtime(), &a_held, left, parts.a);
+    put::<B, E>(&mut b_tile, 0usize.runtime(), &b_held, right, parts.b);
     let mut half = 0usize.runtime();
     let mut k0 = 0usize.runtime();
     while k0 < depth {
         sync_cube();
         let next = k0 + tile.depth;
         // Beyond the last terms these are zeros, which nothing reads.
-        let a_held = fetch::<E>(a, (row0, next), (rows, depth), left, form.a_transposed);
-        let b_held = fetch::<E>(b, (next, col0), (depth, cols), right, form.b_transposed);
-        multiply::<E>(&mut sums, &a_tile, &b_tile, half, tile, form);
+        let a_held = fetch::<A>(a, (row0, next), (rows, depth), left, form.a_transposed);
+        let b_held = fetch::<B>(b, (next, col0), (depth, cols), right, form.b_transposed);
+        multiply::<E>(&mut sums, &a_tile, &b_tile, half, tile, form, parts);
         half = 1 - half;
-        put::<E>(&mut a_tile, half * comptime!(left.len()), &a_held, left);
-        put::<E>(&mut b_tile, half * comptime!(right.len()), &b_held, right);
+        put::<A, E>(&mut a_tile, half, &a_held, left, parts.a);
+        put::<B, E>(&mut b_tile, half, &b_held, right, parts.b);
         k0 = next;
     }
     let (plane_row, plane_col) = block(tile);
@@ -262,13 +309,30 @@ fn fetch<E: Float>(
     held
 }
 
-/// Puts what [`fetch`] loaded into the tile that starts at `at`.
+/// Puts what [`fetch`] loaded into one half of shared memory, a tile for each part.
 #[cube]
-fn put<E: Float>(tile: &mut SharedMemory<Chunk<E>>, at: usize, held: &Array<Chunk<E>>, #[comptime] extent: Extent) {
+fn put<S: Float, E: Float>(
+    tiles: &mut SharedMemory<Chunk<E>>,
+    half: usize,
+    held: &Array<Chunk<S>>,
+    #[comptime] extent: Extent,
+    #[comptime] parts: usize,
+) {
     #[unroll]
     for i in 0..extent.per_unit() {
         let item = UNIT_POS as usize + comptime!(i * extent.units);
-        tile[at + item / extent.chunks * extent.stride() + item % extent.chunks] = held[i];
+        let at = half * comptime!(parts * extent.len()) + item / extent.chunks * extent.stride() + item % extent.chunks;
+        if comptime!(parts == 1) {
+            tiles[at] = Chunk::cast_from(held[i]);
+        } else {
+            let mut rest = Chunk::<f32>::cast_from(held[i]);
+            #[unroll]
+            for part in 0..parts {
+                let nearest = Chunk::<E>::cast_from(rest);
+                tiles[at + comptime!(part * extent.len())] = nearest;
+                rest -= Chunk::<f32>::cast_from(nearest);
+            }
+        }
     }
 }
 
@@ -281,43 +345,62 @@ fn multiply<E: Float>(
     half: usize,
     #[comptime] tile: Tile,
     #[comptime] form: Form,
+    #[comptime] parts: Parts,
 ) {
     let (row, col) = block(tile);
-    let (a_stride, b_stride) = comptime!((tile.left(form).stride(), tile.right(form).stride()));
-    let (a_lines, b_lines) = comptime!((tile.left(form).lines, tile.right(form).lines));
-    let tiles_across = comptime!(tile.plane_cols / 8);
+    let (left, right) = comptime!((tile.left(form), tile.right(form)));
     #[unroll]
     for k in 0..comptime!(tile.depth / mma::DEPTH) {
-        let mut across = Sequence::<Array<Pair<E>>>::new();
         #[unroll]
-        for j in 0..comptime!(tile.plane_cols / mma::COLUMNS) {
-            let column = col + comptime!(j * mma::COLUMNS);
-            let right = if comptime!(form.b_transposed) {
-                mma::right_transposed::<E>(b_tile, half * b_lines + column, comptime!(2 * k), b_stride)
-            } else {
-                mma::right::<E>(b_tile, half * b_lines + comptime!(k * mma::DEPTH), column / mma::CHUNK, b_stride)
-            };
-            across.push(right.first);
-            across.push(right.second);
-        }
-        #[unroll]
-        for i in 0..comptime!(tile.plane_rows / mma::ROWS) {
-            let line = row + comptime!(i * mma::ROWS);
-            let left = if comptime!(form.a_transposed) {
-                mma::left_transposed::<E>(
-                    a_tile,
-                    half * a_lines + comptime!(k * mma::DEPTH),
-                    line / mma::CHUNK,
-                    a_stride,
-                )
-            } else {
-                mma::left::<E>(a_tile, half * a_lines + line, comptime!(2 * k), a_stride)
-            };
+        for part in 0..parts.b {
+            let b_line = (half * parts.b + part) * right.lines;
+            let mut across = Sequence::<Array<Pair<E>>>::new();
             #[unroll]
-            for j in 0..tiles_across {
-                let tile_of_sums = sums.index_mut(comptime!(i * tiles_across + j));
-                mma::multiply_add::<E>(&left, across.index(j), tile_of_sums);
+            for j in 0..comptime!(tile.plane_cols / mma::COLUMNS) {
+                let column = col + comptime!(j * mma::COLUMNS);
+                let operand = if comptime!(form.b_transposed) {
+                    mma::right_transposed::<E>(b_tile, b_line + column, comptime!(2 * k), comptime!(right.stride()))
+                } else {
+                    let line = b_line + comptime!(k * mma::DEPTH);
+                    mma::right::<E>(b_tile, line, column / mma::CHUNK, comptime!(right.stride()))
+                };
+                across.push(operand.first);
+                across.push(operand.second);
             }
+            #[unroll]
+            for part in 0..parts.a {
+                let a_line = (half * parts.a + part) * left.lines;
+                multiply_rows::<E>(sums, a_tile, &across, (a_line, row), k, tile, form);
+            }
+        }
+    }
+}
+
+/// Adds the products of the left operands at step `k`, whose tile starts at line `from.0` and whose rows at `from.1`, with those across.
+#[cube]
+fn multiply_rows<E: Float>(
+    sums: &mut Sums,
+    a_tile: &SharedMemory<Chunk<E>>,
+    across: &Sequence<Array<Pair<E>>>,
+    from: (usize, usize),
+    #[comptime] k: usize,
+    #[comptime] tile: Tile,
+    #[comptime] form: Form,
+) {
+    let stride = comptime!(tile.left(form).stride());
+    let tiles_across = comptime!(tile.plane_cols / 8);
+    #[unroll]
+    for i in 0..comptime!(tile.plane_rows / mma::ROWS) {
+        let row = from.1 + comptime!(i * mma::ROWS);
+        let left = if comptime!(form.a_transposed) {
+            mma::left_transposed::<E>(a_tile, from.0 + comptime!(k * mma::DEPTH), row / mma::CHUNK, stride)
+        } else {
+            mma::left::<E>(a_tile, from.0 + row, comptime!(2 * k), stride)
+        };
+        #[unroll]
+        for j in 0..tiles_across {
+            let tile_of_sums = sums.index_mut(comptime!(i * tiles_across + j));
+            mma::multiply_add::<E>(&left, across.index(j), tile_of_sums);
         }
     }
 }

@@ -47,11 +47,8 @@ pub fn run(device: &Device) {
 /// The first failure.
 pub fn check(device: &Device) -> Checked {
     for (dtype, weight_dtype) in dtype_pairs(device) {
-        for (rows, in_features, out_features) in SHAPES {
-            let dims = Dims { rows, in_features, out_features };
-            let detail = format!("{rows} rows, {in_features} -> {out_features}, {dtype}, weight {weight_dtype}");
-            let case = Case::new(device, OP, detail);
-            products(device, &case, dims, (dtype, weight_dtype)).map_err(|failure| failure.within(&case))?;
+        for shape in SHAPES {
+            on_shape(device, shape, (dtype, weight_dtype))?;
         }
     }
     for dtype in device.float_dtypes() {
@@ -66,17 +63,26 @@ pub fn check(device: &Device) -> Checked {
 const SHAPES_OF_CHUNKS: [(usize, usize, usize); 7] =
     [(64, 64, 64), (8, 8, 8), (200, 136, 264), (5, 40, 72), (144, 1032, 16), (9, 16, 4099), (1031, 24, 8)];
 
+/// Products of so many rows and columns that a large device is full with large blocks: forward, the input's gradient, the weight's.
+const LARGE_SHAPES: [(usize, usize, usize); 3] = [(1031, 24, 1664), (1031, 1664, 24), (24, 1664, 1032)];
+
 /// The part of the suite that tensor cores may run: half-precision types, in sizes of whole chunks.
 ///
 /// # Panics
 /// If the device fails it.
 pub fn run_on_tensor_cores(device: &Device) {
     let check = || -> Checked {
+        for (dtype, weight_dtype) in [(DType::BF16, DType::F32), (DType::F32, DType::BF16)] {
+            for shape in SHAPES_OF_CHUNKS {
+                on_shape(device, shape, (dtype, weight_dtype))?;
+            }
+        }
+        for shape in LARGE_SHAPES {
+            on_shape(device, shape, (DType::BF16, DType::BF16))?;
+        }
         for dtype in device.float_dtypes().into_iter().filter(|&dtype| dtype != DType::F32) {
-            for (rows, in_features, out_features) in SHAPES_OF_CHUNKS {
-                let dims = Dims { rows, in_features, out_features };
-                let case = Case::new(device, OP, format!("{rows} rows, {in_features} -> {out_features}, {dtype}"));
-                products(device, &case, dims, (dtype, dtype)).map_err(|failure| failure.within(&case))?;
+            for shape in SHAPES_OF_CHUNKS {
+                on_shape(device, shape, (dtype, dtype))?;
             }
             let case = Case::new(device, OP, format!("sums_in_f32, {dtype}"));
             sums_in_f32(device, &case, dtype).map_err(|failure| failure.within(&case))?;
@@ -84,6 +90,17 @@ pub fn run_on_tensor_cores(device: &Device) {
         Ok(())
     };
     report::finish(OP, device, check());
+}
+
+fn on_shape(
+    device: &Device,
+    (rows, in_features, out_features): (usize, usize, usize),
+    (dtype, weight_dtype): (DType, DType),
+) -> Checked {
+    let dims = Dims { rows, in_features, out_features };
+    let detail = format!("{rows} rows, {in_features} -> {out_features}, {dtype}, weight {weight_dtype}");
+    let case = Case::new(device, OP, detail);
+    products(device, &case, dims, (dtype, weight_dtype)).map_err(|failure| failure.within(&case))
 }
 
 /// Every storage type of activations with every storage type of weights.

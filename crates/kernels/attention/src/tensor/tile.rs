@@ -35,7 +35,8 @@ impl Need {
     /// The need with a tile that fits the device; `None` where tensor cores cannot do it: without them, for another element type, for
     /// a head that is not a multiple of 16 or above 128, or with too little shared memory.
     pub(crate) fn on_device<R: Runtime, E: Float>(self, client: &ComputeClient<R>) -> Option<Self> {
-        if mma::is_supported::<R, E>(client) { self.within(client.properties()) } else { None }
+        let element = E::as_type_native_unchecked().storage_type();
+        if mma::is_supported(client, element) { self.within(client.properties()) } else { None }
     }
 
     fn within(self, properties: &DeviceProperties) -> Option<Self> {
