@@ -11,7 +11,10 @@ use tempfile::TempDir;
 use unsloth_rs::{
     DType, Device,
     core::{ops::cross_entropy::IGNORE_INDEX, rng::Philox},
-    llm::decoder::{Decoder, LoadOptions, Targets},
+    llm::{
+        adapter::AdapterConfig,
+        decoder::{Decoder, LoadOptions, Targets},
+    },
     train::{AdamWConfig, Batch, Checkpointing, Document, LoraConfig, Schedule, ScheduleKind, Trainer, TrainerConfig},
 };
 
@@ -96,7 +99,7 @@ pub fn trainer(folder: &Path, device: &Device, options: Options) -> anyhow::Resu
     let Options { dtype, rank, checkpointing } = options;
     let mut decoder = Decoder::load(folder, device, LoadOptions::frozen(dtype))?;
     decoder.set_checkpointing(checkpointing)?;
-    decoder.add_adapters(&LoraConfig::new(rank, 16.0), &Targets::AllLinear, 0)?;
+    decoder.add_adapters(&AdapterConfig::new(LoraConfig::new(rank, 16.0), Targets::AllLinear), 0)?;
     let schedule = Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-4, warmup_steps: 0, total_steps: 1 };
     let adamw = AdamWConfig::default();
     let config = TrainerConfig { adamw, schedule, max_grad_norm: Some(1.0), loss_scale: None, seed: 0 };

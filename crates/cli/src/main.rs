@@ -3,6 +3,7 @@
 //! Exit status: 0 done, 1 failed with one line on standard error, 2 wrong usage, 130 stopped by a signal
 //! after saving.
 
+mod adapter_args;
 mod args;
 mod devices;
 mod eval;

@@ -11,12 +11,11 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use unsloth_rs::{
     ByteSize, Category, DeviceName,
-    llm::decoder::Targets,
     plan::Target,
     recipe::{Command, MemoryPlan, Method, Offload, Planner, Policy, TrainConfig},
 };
 
-use crate::args::FloatType;
+use crate::{adapter_args::AdapterArgs, args::FloatType};
 
 /// Memory of common devices, in GB.
 const SIZES: [u64; 12] = [8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 192];
@@ -42,15 +41,8 @@ pub(crate) struct Args {
     /// What is trained: lora (adapters), full (every weight) or scratch (every weight, from random ones)
     #[arg(long, value_name = "METHOD", default_value = "lora")]
     method: Method,
-    /// Inner dimension of the adapters [default: 16]
-    #[arg(long, value_name = "N")]
-    rank: Option<usize>,
-    /// Share of the adapters' input that is set to zero in training [default: 0]
-    #[arg(long, value_name = "F")]
-    dropout: Option<f32>,
-    /// all-linear, or names of the layers to adapt, such as q_proj,v_proj [default: all-linear]
-    #[arg(long, value_name = "NAME,NAME,..")]
-    targets: Option<Targets>,
+    #[command(flatten)]
+    adapters: AdapterArgs,
     /// What is computed again in the backward pass instead of kept: none, every:N (segments of N layers), sqrt, layers:A,B,..
     /// (from 0), selective (norms and gated units), selective:norm, selective:glu or auto (what --memory takes)
     #[arg(long, value_name = "POLICY", default_value = "none")]
@@ -78,9 +70,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         max_seq_len: Some(args.seq),
         batch_size: args.batch,
         method: args.method,
-        rank: args.rank,
-        dropout: args.dropout,
-        targets: args.targets,
+        adapters: args.adapters.options().adapters()?,
         checkpointing: args.checkpointing,
         offload: args.offload,
         memory_bytes: args.memory.map(|ByteSize(bytes)| bytes),

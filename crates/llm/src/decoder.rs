@@ -5,6 +5,8 @@
 //! some families. [`DecoderConfig`] says what a family adds to that. Rows are packed tokens, `[tokens, hidden_size]`; no token sees
 //! another sequence.
 
+mod adapters;
+
 use std::{
     fmt,
     path::{Path, PathBuf},
@@ -14,10 +16,11 @@ use std::{
 
 use unsloth_autograd::{Matrix, Parameter, Recompute, Tape, Var, Vector, checkpoint_in, ops};
 use unsloth_core::{Category, DType, Device, Sequences, Tensor, TensorStore, ops::cross_entropy::LossSpec};
-use unsloth_train::{Batch, Checkpointing, DrawRows, KvCache, KvCacheSpec, Linear, LoraConfig, Model, Segment};
+use unsloth_train::{Adapter, Batch, Checkpointing, DrawRows, KvCache, KvCacheSpec, Linear, Model, Segment};
 
 use crate::{
     Error, Result,
+    adapter::AdapterConfig,
     config::{DecoderConfig, LayerConfig},
     initial::RandomWeights,
     layer::{Context, Dimensions, Layer, Place},
@@ -104,6 +107,10 @@ pub struct Decoder {
     offload: Option<Arc<dyn TensorStore>>,
     /// The weights that are trained, in the order in which they were loaded.
     trained: Vec<TrainedWeight>,
+    /// What the adapters were made by.
+    adapters: Option<AdapterConfig>,
+    /// What is trained whole beside the adapters: biases, then modules.
+    beside: Vec<Parameter>,
     unused_tensors: Vec<String>,
 }
 
@@ -175,6 +182,8 @@ impl Decoder {
             checkpointing: Checkpointing::None,
             offload: None,
             trained: loader.into_trained(),
+            adapters: None,
+            beside: Vec::new(),
             unused_tensors: Vec::new(),
         })
     }
@@ -233,53 +242,6 @@ impl Decoder {
     /// The store of [`Decoder::set_offload`].
     pub fn offload(&self) -> Option<&dyn TensorStore> {
         self.offload.as_deref()
-    }
-
-    /// Adds adapters that change nothing yet. The initial `A` of a layer depends on `seed` and the layer alone, not on which
-    /// others are targeted. If it fails, no layer has been changed.
-    ///
-    /// # Errors
-    /// [`Error::UnknownTarget`], [`Error::HeadTarget`]; otherwise as [`Linear::add_adapter`].
-    pub fn add_adapters(&mut self, config: &LoraConfig, targets: &Targets, seed: u64) -> Result<()> {
-        let selected = self.select(targets)?;
-        // On clones, so that what only some layers refuse leaves the model as it was.
-        let mut layers = self.layers.as_ref().clone();
-        let linears = layers.iter_mut().flat_map(Layer::linears_mut);
-        for (index, (linear, _)) in (0u32..).zip(linears.zip(selected)).filter(|(_, (_, selected))| *selected) {
-            linear.add_adapter(config, seed, index)?;
-        }
-        self.layers = Arc::new(layers);
-        Ok(())
-    }
-
-    /// Changes the share of the adapters' input that is zero in training.
-    ///
-    /// # Errors
-    /// [`unsloth_train::Error::InvalidConfig`] for a share outside `[0, 1)`; nothing has been changed then.
-    pub fn set_dropout(&mut self, dropout: f32) -> Result<()> {
-        LoraConfig { dropout, ..LoraConfig::new(1, 1.0) }.validate()?;
-        for adapter in self.linears_mut().filter_map(|linear| linear.adapter.as_mut()) {
-            adapter.config.dropout = dropout;
-        }
-        Ok(())
-    }
-
-    /// For each of [`Decoder::linears`], whether it is among the targets.
-    pub(crate) fn select(&self, targets: &Targets) -> Result<Vec<bool>> {
-        let paths: Vec<&str> = self.linears().map(|linear| linear.name.as_str()).collect();
-        let Targets::Names(names) = targets else {
-            return Ok(vec![true; paths.len()]);
-        };
-        if let Some(name) = names.iter().find(|name| !paths.iter().any(|path| matches(path, name))) {
-            if matches("lm_head", name) {
-                return Err(Error::HeadTarget { name: name.clone() });
-            }
-            let mut available: Vec<&str> = paths.iter().filter_map(|path| path.rsplit('.').next()).collect();
-            available.sort_unstable();
-            available.dedup();
-            return Err(Error::UnknownTarget { name: name.clone(), available: available.join(", ") });
-        }
-        Ok(paths.iter().map(|path| names.iter().any(|name| matches(path, name))).collect())
     }
 
     /// Final hidden states of all tokens, normed: `[tokens, hidden_size]`.
@@ -400,11 +362,6 @@ fn embedding_scale(config: &DecoderConfig, dtype: DType) -> Option<f32> {
     config.scaled_embedding.then_some(rounded)
 }
 
-/// Whether a target name means a module path: all of it, or its last parts.
-fn matches(path: &str, name: &str) -> bool {
-    path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-}
-
 impl Model for Decoder {
     fn loss(&self, tape: &Tape, batch: &Batch, loss: LossSpec) -> unsloth_core::Result<Var> {
         let hidden = self.hidden(tape, batch)?;
@@ -414,9 +371,9 @@ impl Model for Decoder {
     }
 
     fn parameters(&self) -> Vec<Parameter> {
-        let weights = self.trained.iter().map(|weight| weight.parameter.clone());
+        let weights = self.trained.iter().map(|weight| weight.parameter.clone()).chain(self.beside.iter().cloned());
         let adapters = self.linears().filter_map(|linear| linear.adapter.as_ref());
-        weights.chain(adapters.flat_map(|adapter| [adapter.lora_a.clone(), adapter.lora_b.clone()])).collect()
+        weights.chain(adapters.flat_map(Adapter::parameters)).collect()
     }
 
     fn device(&self) -> &Device {

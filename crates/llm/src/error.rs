@@ -204,14 +204,14 @@ pub enum Error {
         /// Name of the tensor.
         name: String,
     },
-    /// An adapted layer differs from the others in rank or scale, which one `adapter_config.json` cannot say.
-    #[error("layer `{name}` has adapter {field} {actual}, the others have {expected}")]
+    /// The adapter of a layer is not the one that the configuration of the model's adapters gives it.
+    #[error("layer `{name}` has adapter {field} {actual}, the model's adapters have {expected}")]
     MixedAdapters {
         /// Path of the layer.
         name: String,
-        /// `rank` or `scale`.
+        /// `rank`, `alpha`, `scale` or `dropout`.
         field: &'static str,
-        /// Of the other layers.
+        /// By the configuration.
         expected: f32,
         /// Of this layer.
         actual: f32,

@@ -29,7 +29,6 @@ pub(crate) enum Neutral {
     False,
     True,
     Number(f64),
-    Text(&'static str),
     /// Absent, or an empty list, object or string.
     Empty,
 }
@@ -41,7 +40,6 @@ impl Neutral {
             Neutral::False => *value == Value::Bool(false),
             Neutral::True => *value == Value::Bool(true),
             Neutral::Number(number) => value.as_f64() == Some(number),
-            Neutral::Text(text) => value.as_str() == Some(text),
             Neutral::Empty => match value {
                 Value::Array(list) => list.is_empty(),
                 Value::Object(map) => map.is_empty(),

@@ -4,6 +4,7 @@
 //! [`peft::load`]), and is trained by [`unsloth_train::Trainer`] on packed batches made by [`dataset`] and [`packing`].
 //! [`recipe`] puts the parts together; [`generate`] continues a prompt.
 
+pub mod adapter;
 mod atomic;
 pub mod chat_template;
 pub mod config;

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use unsloth_autograd::{Matrix, Parameter, Vector};
-use unsloth_core::{Category, DType, Device, Shape};
+use unsloth_core::{Category, DType, Device, Shape, Tensor, ops::elementwise};
 use unsloth_train::Linear;
 
 use crate::{
@@ -78,4 +78,30 @@ impl<'a> Loader<'a> {
         let keep = self.options.dtype == DType::F32 && self.device.supports(stored);
         Ok(if keep { stored } else { self.options.dtype })
     }
+}
+
+/// A parameter that begins as what `start` makes of an f32 copy of this matrix.
+pub(crate) fn trained_matrix(
+    name: &str,
+    matrix: &Matrix,
+    start: impl FnOnce(Tensor) -> Result<Tensor>,
+) -> Result<Parameter> {
+    Ok(Parameter::new(name, start(f32_copy(&matrix.weight()?.to_dense()?)?)?))
+}
+
+/// The same of a vector.
+pub(crate) fn trained_vector(
+    name: &str,
+    vector: &Vector,
+    start: impl FnOnce(Tensor) -> Result<Tensor>,
+) -> Result<Parameter> {
+    Ok(Parameter::new(name, start(f32_copy(&vector.tensor())?)?))
+}
+
+/// A cast to the same type would share the buffer, which may be read-only.
+fn f32_copy(tensor: &Tensor) -> Result<Tensor> {
+    let copy =
+        if tensor.dtype() == DType::F32 { elementwise::copy(tensor)? } else { elementwise::cast(tensor, DType::F32)? };
+    copy.retag(Category::Weights);
+    Ok(copy)
 }

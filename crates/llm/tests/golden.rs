@@ -15,6 +15,7 @@ use unsloth_autograd::{GradStore, Tape};
 use unsloth_core::{DType, Device, Tensor, ops::cross_entropy::LossSpec};
 use unsloth_cpu::{CpuBackend, CpuOptions, Isa};
 use unsloth_llm::{
+    adapter::AdapterConfig,
     config::DecoderConfig,
     decoder::{Decoder, LoadOptions, Targets},
     generate::{GenerateOptions, StopReason, generate},
@@ -64,7 +65,7 @@ for_each!(
 fn load_adapted(device: &Device, model: &str) -> Decoder {
     let mut decoder = load(device, model);
     let config = peft::load(&fixture(model).join("adapter"), &mut decoder).unwrap();
-    assert_eq!(config, Golden::open(model).adapter());
+    assert_eq!(config.lora, Golden::open(model).adapter());
     decoder
 }
 
@@ -324,7 +325,7 @@ fn saved_adapter_round_trips(model: &str) {
     assert_eq!(names.len(), 2, "no temporary file stays: {names:?}");
 
     let mut again = load(&device, model);
-    assert_eq!(peft::load(&output, &mut again).unwrap(), Golden::open(model).adapter());
+    assert_eq!(peft::load(&output, &mut again).unwrap().lora, Golden::open(model).adapter());
     let values = |decoder: &Decoder| -> Vec<(String, Vec<f32>)> {
         let value = |tensor: Tensor| tensor.to_vec().unwrap();
         decoder.parameters().iter().map(|parameter| (parameter.name().to_owned(), value(parameter.value()))).collect()
@@ -354,7 +355,7 @@ fn new_adapters_change_nothing_and_depend_on_seed_and_layer_alone() {
     let config = LoraConfig::new(4, 8.0);
     let with = |targets: &Targets, seed| {
         let mut decoder = load(&device, "tiny-llama");
-        decoder.add_adapters(&config, targets, seed).unwrap();
+        decoder.add_adapters(&AdapterConfig::new(config, targets.clone()), seed).unwrap();
         decoder
     };
     let values = |decoder: &Decoder| -> BTreeMap<String, Vec<f32>> {
@@ -381,7 +382,7 @@ fn adapters_on_single_layers_are_saved_by_path() {
     let device = unsloth_cpu::device();
     let mut decoder = load(&device, "tiny-llama");
     let targets = "q_proj,model.layers.3.mlp.gate_proj".parse().unwrap();
-    decoder.add_adapters(&LoraConfig::new(2, 3.0), &targets, 0).unwrap();
+    decoder.add_adapters(&AdapterConfig::new(LoraConfig::new(2, 3.0), targets), 0).unwrap();
     let folder = tempfile::tempdir().unwrap();
     peft::save(folder.path(), &decoder).unwrap();
     let config = std::fs::read_to_string(folder.path().join("adapter_config.json")).unwrap();

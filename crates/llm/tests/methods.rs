@@ -389,7 +389,7 @@ fn adapted(
     }
     let mut decoder = Decoder::load(&fixture(model).join("model"), device, LoadOptions::frozen(dtype)).unwrap();
     let config = peft::load(folder.path(), &mut decoder).unwrap();
-    (decoder, config)
+    (decoder, config.lora)
 }
 
 fn saved_config(decoder: &Decoder) -> (tempfile::TempDir, serde_json::Value) {
@@ -411,7 +411,7 @@ fn rank_stabilised_as_peft(model: &str) {
     let (output, saved) = saved_config(&decoder);
     assert_eq!((&saved["use_rslora"], &saved["lora_alpha"]), (&true.into(), &16.into()));
     let mut again = common::load(&device, model);
-    assert_eq!(peft::load(output.path(), &mut again).unwrap(), config);
+    assert_eq!(peft::load(output.path(), &mut again).unwrap().lora, config);
 }
 
 /// What is dropped is drawn again by the second run of a segment: the same bits as without one.
@@ -446,7 +446,7 @@ fn dropout_is_saved_and_checked() {
     let (output, saved) = saved_config(&decoder);
     assert_eq!((&saved["lora_dropout"], &saved["use_rslora"]), (&serde_json::json!(0.1), &false.into()));
     let mut again = common::load(&device, "tiny-llama");
-    assert_eq!(peft::load(output.path(), &mut again).unwrap().dropout, 0.1);
+    assert_eq!(peft::load(output.path(), &mut again).unwrap().lora.dropout, 0.1);
 
     for dropout in [1.0, -0.5, f32::NAN] {
         let error = decoder.set_dropout(dropout).unwrap_err().to_string();

@@ -22,6 +22,16 @@ pub fn normal_matrix(seed: u64, name: &str, [rows, columns]: [usize; 2], std: f3
     values
 }
 
+/// A matrix `[rows, columns]`, row-major, of numbers that are uniform in `(-bound, bound)`. An element is a function of the
+/// stream and its place alone.
+pub(crate) fn uniform_matrix(stream: &Philox, [rows, columns]: [usize; 2], bound: f64) -> Vec<f32> {
+    let element = |row: usize, column: usize| {
+        let uniform = f64::from(stream.uniform(0, row as u32, 0, column as u32));
+        ((2.0 * uniform - 1.0) * bound) as f32
+    };
+    (0..rows).flat_map(|row| (0..columns).map(move |column| element(row, column))).collect()
+}
+
 /// A hash that is the same in every build.        Fowler, Noll & Vo, "FNV-1a", 64 bits
 fn fnv1a(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))

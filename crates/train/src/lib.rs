@@ -16,6 +16,7 @@ mod loss_scale;
 mod model;
 mod optimizer;
 mod schedule;
+mod svd;
 mod trainer;
 
 pub use batch::{Batch, Document};
@@ -26,7 +27,7 @@ pub use evaluate::evaluate;
 pub use initial::normal_matrix;
 pub use kv_cache::{KvCache, KvCacheSpec};
 pub use linear::Linear;
-pub use lora::{Adapter, LoraConfig};
+pub use lora::{Adapter, LoraConfig, LoraInit};
 pub use loss_scale::{LossScaleConfig, LossScaleError, LossScaleState, LossScaler, Unscaled};
 pub use model::Model;
 pub use optimizer::{AdamW, AdamWConfig};

@@ -1,9 +1,13 @@
 //! A linear layer that may carry a low-rank adapter.
 
 use unsloth_autograd::{Matrix, Parameter, Tape, Var, Vector, ops};
-use unsloth_core::{Category, DType, rng::Philox};
+use unsloth_core::{
+    Category, DType,
+    ops::{elementwise, linear as core_linear},
+    rng::Philox,
+};
 
-use crate::{Adapter, DrawRows, Error, LoraConfig, Result};
+use crate::{Adapter, DrawRows, Error, LoraConfig, LoraInit, Result, error::invalid, initial, svd::truncated_svd};
 
 /// `y = x W^T + bias`, and `+ scale (drop(x) A^T) B^T` where there is an adapter.
 #[derive(Clone, Debug)]
@@ -56,35 +60,42 @@ impl Linear {
             parameters.push(bias.clone());
         }
         if let Some(adapter) = &self.adapter {
-            parameters.extend([adapter.lora_a.clone(), adapter.lora_b.clone()]);
+            parameters.extend(adapter.parameters());
         }
         parameters
     }
 
-    /// Adds an f32 adapter that changes nothing yet: `A` is uniform in `(-1 / sqrt(in_features), 1 / sqrt(in_features))`
-    /// (`kaiming_uniform_(a=sqrt(5))`, as PEFT) and `B` is zero.
+    /// Adds an f32 adapter as [`LoraConfig::init`] says. It changes nothing yet, except that with [`LoraInit::Pissa`] the frozen
+    /// weight is replaced by a copy without what the adapter has, as [`Linear::remove_principal`] makes it.
     ///
-    /// `A[i, j]` is a function of `seed`, `index` and `(i, j)` alone; give each layer its own `index`, which also tells the
-    /// zeros of its dropout from those of others. The parameters are
-    /// called `<name>.lora_A.weight` and `<name>.lora_B.weight`.
+    /// A random `A[i, j]` is a function of `seed`, `index` and `(i, j)` alone; give each layer its own `index`, which also tells
+    /// the zeros of its dropout from those of others. The parameters are called `<name>.lora_A.weight` and
+    /// `<name>.lora_B.weight`.
     ///
     /// # Errors
     /// As [`LoraConfig::validate`]; [`Error::InvalidRank`] for a rank above the smaller dimension of the layer;
-    /// [`Error::AdapterExists`]; [`unsloth_core::Error::OutOfMemory`].
+    /// [`Error::AdapterExists`]; [`Error::InvalidConfig`] for PiSSA on a weight that is trained;
+    /// [`unsloth_core::Error::OutOfMemory`]. The layer has not been changed then.
     pub fn add_adapter(&mut self, config: &LoraConfig, seed: u64, index: u32) -> Result<()> {
+        self.check_adapter(config)?;
         let (out_features, in_features) = dimensions(&self.weight);
-        let max_rank = out_features.min(in_features);
-        if !(1..=max_rank).contains(&config.rank) {
-            return Err(Error::InvalidRank { layer: self.name.clone(), rank: config.rank, max_rank });
-        }
-        config.validate()?;
-        if self.adapter.is_some() {
-            return Err(Error::AdapterExists { layer: self.name.clone() });
-        }
+        let (a, b) = match config.init {
+            LoraInit::Pissa { .. } => self.remove_principal(config)?,
+            LoraInit::Kaiming => {
+                let bound = 1.0 / (in_features as f64).sqrt();
+                (initial::uniform_matrix(&Philox::new(seed, index), [config.rank, in_features], bound), Vec::new())
+            }
+            LoraInit::Gaussian => {
+                let std = (1.0 / config.rank as f64) as f32;
+                (initial::normal_matrix(seed, &self.name, [config.rank, in_features], std), Vec::new())
+            }
+        };
         let device = self.weight.device();
-        let a = initial_a(&Philox::new(seed, index), config.rank, in_features);
         let lora_a = device.from_slice(&a, [config.rank, in_features], Category::Adapters)?;
-        let lora_b = device.zeros([out_features, config.rank], DType::F32, Category::Adapters)?;
+        let lora_b = match b.is_empty() {
+            true => device.zeros([out_features, config.rank], DType::F32, Category::Adapters)?,
+            false => device.from_slice(&b, [out_features, config.rank], Category::Adapters)?,
+        };
         self.adapter = Some(Adapter {
             lora_a: Parameter::new(format!("{}.lora_A.weight", self.name), lora_a),
             lora_b: Parameter::new(format!("{}.lora_B.weight", self.name), lora_b),
@@ -93,6 +104,62 @@ impl Linear {
         });
         Ok(())
     }
+
+    /// # Errors
+    /// As [`Linear::add_adapter`].
+    fn check_adapter(&self, config: &LoraConfig) -> Result<()> {
+        let (out_features, in_features) = dimensions(&self.weight);
+        let max_rank = out_features.min(in_features);
+        if !(1..=max_rank).contains(&config.rank) {
+            return Err(Error::InvalidRank { layer: self.name.clone(), rank: config.rank, max_rank });
+        }
+        config.validate()?;
+        match self.adapter {
+            Some(_) => Err(Error::AdapterExists { layer: self.name.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes the largest `rank` singular values out of the frozen weight, which becomes a copy of its own, and gives them as the
+    /// two matrices of an adapter with this configuration: `scale * B A` is what was taken out, and `B^T B = A A^T`.
+    ///
+    /// What is found depends on the weight and the configuration alone: who loads an adapter that began so finds the same base.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] for a weight that is trained, or a configuration that does not ask for it;
+    /// [`unsloth_core::Error::OutOfMemory`]. The layer has not been changed then.
+    pub fn remove_principal(&mut self, config: &LoraConfig) -> Result<(Vec<f32>, Vec<f32>)> {
+        let (LoraInit::Pissa { num_iterations }, Matrix::Frozen(weight)) = (config.init, &self.weight) else {
+            return invalid("lora_init", config.init, "pissa, on frozen weights alone");
+        };
+        let found = truncated_svd(weight, config.rank, num_iterations)?;
+        let scale = config.scale();
+        // Half of each value for either matrix; the product must not have the scale twice.
+        let roots: Vec<f64> = found.values.iter().map(|value| (value / f64::from(scale)).sqrt()).collect();
+        let (out_features, in_features) = (weight.out_features(), weight.in_features());
+        let scaled = |rows: &[f64], width: usize| -> Vec<f32> {
+            let row = |(row, root): (&[f64], &f64)| row.iter().map(|value| (root * value) as f32).collect::<Vec<_>>();
+            rows.chunks_exact(width).zip(&roots).flat_map(row).collect()
+        };
+        let a = scaled(&found.right, in_features);
+        let b = transposed(&scaled(&found.left, out_features), out_features);
+        let device = weight.device();
+        let b_rows = device.from_slice(&b, [out_features, config.rank], Category::Workspace)?;
+        let a_columns = transposed(&a, in_features);
+        let a_columns = device.from_slice(&a_columns, [in_features, config.rank], Category::Workspace)?;
+        let update = core_linear::forward(&b_rows, &device.prepare_weight(a_columns)?, None)?;
+        let dense = elementwise::cast(&weight.to_dense()?, DType::F32)?;
+        let rest = elementwise::add(elementwise::scale(update, -scale)?, &dense)?;
+        let rest = elementwise::cast(&rest, weight.dtype())?;
+        rest.retag(Category::Weights);
+        self.weight = Matrix::Frozen(device.prepare_weight(rest)?);
+        Ok((a, b))
+    }
+}
+
+/// Columns as rows; `width` is the number of columns.
+fn transposed(rows: &[f32], width: usize) -> Vec<f32> {
+    (0..width).flat_map(|column| rows.iter().skip(column).step_by(width)).copied().collect()
 }
 
 /// `(out_features, in_features)`; 0 for dimensions that a malformed trainable matrix lacks, which `forward` then refuses.
@@ -105,13 +172,4 @@ fn dimensions(weight: &Matrix) -> (usize, usize) {
         }
         Matrix::Frozen(weight) => (weight.out_features(), weight.in_features()),
     }
-}
-
-fn initial_a(stream: &Philox, rank: usize, in_features: usize) -> Vec<f32> {
-    let bound = 1.0 / (in_features as f64).sqrt();
-    let element = |row: usize, column: usize| {
-        let uniform = f64::from(stream.uniform(0, row as u32, 0, column as u32));
-        ((2.0 * uniform - 1.0) * bound) as f32
-    };
-    (0..rank).flat_map(|row| (0..in_features).map(move |column| element(row, column))).collect()
 }

@@ -11,8 +11,7 @@ use std::{error::Error, path::PathBuf, sync::atomic::AtomicBool};
 
 use unsloth_rs::{
     device,
-    llm::decoder::Targets,
-    recipe::{Event, RunLength, Start, TrainConfig, train},
+    recipe::{AdapterSettings, Event, RunLength, Start, TrainConfig, train},
 };
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -30,8 +29,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Everything that is not set is as `unsloth train` has it without options.
     let config = TrainConfig {
         start: Start::Overwrite,
-        rank: Some(8),
-        targets: Some("q_proj,v_proj".parse::<Targets>()?),
+        adapters: AdapterSettings {
+            rank: Some(8),
+            targets: Some("q_proj,v_proj".parse()?),
+            ..AdapterSettings::default()
+        },
         length: RunLength::Steps(20),
         batch_size: 4,
         learning_rate: 1e-2,

@@ -7,12 +7,15 @@ use clap::ArgAction;
 use unsloth_rs::{
     ByteSize,
     core::DType,
-    llm::{dataset::TrainOn, decoder::Targets},
+    llm::dataset::TrainOn,
     recipe::{Method, Offload, OneOrMany, Policy, TrainOptions},
     train::ScheduleKind,
 };
 
-use crate::args::{DeviceArgs, FloatType};
+use crate::{
+    adapter_args::AdapterArgs,
+    args::{DeviceArgs, FloatType},
+};
 
 /// Options of `unsloth train`.
 #[derive(clap::Args)]
@@ -44,21 +47,8 @@ pub(crate) struct Args {
     /// Seed of the order of the data, of new adapters, of random weights, of dropout and of what is held out [default: 0]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// Inner dimension of the adapters [default: that of --adapter, else 16]
-    #[arg(long, value_name = "N")]
-    rank: Option<usize>,
-    /// The adapters' update is multiplied by alpha / rank [default: that of --adapter, else 16]
-    #[arg(long, value_name = "F")]
-    alpha: Option<f64>,
-    /// Share of the adapters' input that is set to zero in training [default: that of --adapter, else 0]
-    #[arg(long, value_name = "F")]
-    dropout: Option<f64>,
-    /// Multiply the adapters' update by alpha / sqrt(rank) instead [default: as in --adapter]
-    #[arg(long)]
-    rslora: bool,
-    /// all-linear, or names of the layers to adapt, such as q_proj,v_proj [default: those of --adapter, else all-linear]
-    #[arg(long, value_name = "NAME,NAME,..")]
-    targets: Option<Targets>,
+    #[command(flatten)]
+    adapters: AdapterArgs,
     /// Tokens to learn: answers (of chats, and completions) or all [default: answers, all for plain text, labels for tokens]
     #[arg(long, value_name = "answers|all")]
     train_on: Option<TrainOn>,
@@ -181,11 +171,6 @@ impl Args {
             threads: self.device.threads,
             dtype: self.dtype.map(|dtype| DType::from(dtype).to_string()),
             seed: self.seed,
-            rank: self.rank,
-            alpha: self.alpha,
-            dropout: self.dropout,
-            rslora: self.rslora.then_some(true),
-            targets: self.targets.map(|targets| OneOrMany::One(targets.to_string())),
             train_on: self.train_on.map(|train_on| train_on.to_string()),
             max_seq_len: self.max_seq_len,
             packing: self.packing,
@@ -214,6 +199,7 @@ impl Args {
             resume: run.resume.then_some(true),
             overwrite: run.overwrite.then_some(true),
             quiet: run.quiet.then_some(true),
+            ..self.adapters.options()
         }
     }
 }

@@ -3,18 +3,14 @@
 use std::path::PathBuf;
 
 use unsloth_core::DType;
-use unsloth_train::{AdamWConfig, Checkpointing, LoraConfig, LossScaleConfig, Schedule, ScheduleKind, TrainerConfig};
+use unsloth_train::{AdamWConfig, Checkpointing, LossScaleConfig, Schedule, ScheduleKind, TrainerConfig};
 
-use super::{Method, Offload, Policy};
+use super::{AdapterSettings, Method, Offload, Policy};
 use crate::{
     Error, Result,
     dataset::TrainOn,
-    decoder::Targets,
     packing::{BatchOptions, Batches, at_least},
 };
-
-/// Inner dimension of a new adapter where none is asked for.
-pub(super) const DEFAULT_RANK: usize = 16;
 
 /// How long a run is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -84,17 +80,8 @@ pub struct TrainConfig {
     pub dtype: DType,
     /// Of the order of the data, of new adapters, of random weights and of dropout.
     pub seed: u64,
-    /// Inner dimension of the adapters. `None`: that of `adapter`, or 16 for a new one.
-    pub rank: Option<usize>,
-    /// Scale numerator of the adapters. `None`: that of `adapter`, or 16 for a new one.
-    pub alpha: Option<f32>,
-    /// Share of the adapters' input that is zero in training, in `[0, 1)`. `None`: that of `adapter`, or 0 for a new one.
-    pub dropout: Option<f32>,
-    /// Whether the update is multiplied by `alpha / sqrt(rank)` instead of `alpha / rank`. `None`: as in `adapter`, or not for a
-    /// new one.
-    pub rslora: Option<bool>,
-    /// Layers that have adapters. `None`: those of `adapter`, or every linear layer for a new one.
-    pub targets: Option<Targets>,
+    /// The adapters, and what is trained beside them.
+    pub adapters: AdapterSettings,
     /// Which tokens are learnt. `None`: answers of chats and completions, all of plain text; tokens bring their own labels.
     pub train_on: Option<TrainOn>,
     /// Longer examples are cut to their first tokens. `None`: the model's limit or 2048, the smaller.
@@ -148,11 +135,7 @@ impl TrainConfig {
             adapter: None,
             dtype: DType::F32,
             seed: 0,
-            rank: None,
-            alpha: None,
-            dropout: None,
-            rslora: None,
-            targets: None,
+            adapters: AdapterSettings::default(),
             train_on: None,
             max_seq_len: None,
             packing: true,
@@ -191,15 +174,9 @@ impl TrainConfig {
 
     /// Checks what does not concern the data.
     pub(super) fn validate_training(&self) -> Result<()> {
-        self.method.check_adapter_settings(&[
-            ("adapter", self.adapter.is_some()),
-            ("rank", self.rank.is_some()),
-            ("alpha", self.alpha.is_some()),
-            ("dropout", self.dropout.is_some()),
-            ("rslora", self.rslora.is_some()),
-            ("targets", self.targets.is_some()),
-        ])?;
-        self.new_adapter().validate()?;
+        self.method.check_adapter_settings(&[("adapter", self.adapter.is_some())])?;
+        self.method.check_adapter_settings(&self.adapters.given())?;
+        self.adapters.new_adapter().validate()?;
         at_least("max_seq_len", self.max_seq_len.unwrap_or(1), 1)?;
         match self.length {
             RunLength::Steps(steps) => at_least("steps", steps, 1)?,
@@ -234,16 +211,6 @@ impl TrainConfig {
             }
             (None, Some(steps)) => invalid("eval_every", steps, "used with eval_data or eval_split"),
             _ => Ok(()),
-        }
-    }
-
-    /// The adapter to make where none is loaded.
-    pub(super) fn new_adapter(&self) -> LoraConfig {
-        LoraConfig {
-            rank: self.rank.unwrap_or(DEFAULT_RANK),
-            alpha: self.alpha.unwrap_or(16.0),
-            dropout: self.dropout.unwrap_or(0.0),
-            rslora: self.rslora.unwrap_or(false),
         }
     }
 
@@ -299,9 +266,9 @@ mod tests {
         type Spoil = fn(&mut TrainConfig);
         let cases: [(&str, Spoil); 22] = [
             ("data", |c| c.data.clear()),
-            ("rank", |c| c.rank = Some(0)),
-            ("alpha", |c| c.alpha = Some(f32::NAN)),
-            ("dropout", |c| c.dropout = Some(1.0)),
+            ("rank", |c| c.adapters.rank = Some(0)),
+            ("alpha", |c| c.adapters.alpha = Some(f32::NAN)),
+            ("dropout", |c| c.adapters.dropout = Some(1.0)),
             ("max_seq_len", |c| c.max_seq_len = Some(0)),
             ("steps", |c| c.length = RunLength::Steps(0)),
             ("epochs", |c| c.length = RunLength::Epochs(f64::NAN)),

@@ -1,5 +1,6 @@
 //! Training, evaluation and memory plans from files to files.
 
+mod adapter;
 mod checkpoint;
 mod config;
 mod curve;
@@ -18,6 +19,7 @@ mod train;
 
 use std::path::Path;
 
+pub use adapter::AdapterSettings;
 pub use config::{EvalSource, RunLength, Start, TrainConfig, Warmup};
 pub use error::{Damage, RunError};
 pub use evaluate::{EvalConfig, Evaluation, evaluate};

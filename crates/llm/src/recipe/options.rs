@@ -8,10 +8,11 @@ use unsloth_core::{ByteSize, DType};
 use unsloth_train::{AdamWConfig, ScheduleKind};
 
 use super::{
-    Method, Offload, RunError,
+    AdapterSettings, Method, Offload, RunError,
+    adapter::{list, pairs, parse_pair},
     config::{EvalSource, RunLength, Start, TrainConfig, Warmup, invalid},
 };
-use crate::{Error, Result, fields::decimal};
+use crate::{Error, Result, adapter::SavedModule, fields::decimal};
 
 /// Options of `unsloth train`; what is absent has its default. TOML with these keys is what `--config` reads and what a run
 /// writes to `config.toml`.
@@ -34,7 +35,15 @@ pub struct TrainOptions {
     pub alpha: Option<f64>,
     pub dropout: Option<f64>,
     pub rslora: Option<bool>,
+    pub lora_init: Option<String>,
     pub targets: Option<OneOrMany<String>>,
+    pub layers_to_transform: Option<OneOrMany<usize>>,
+    /// `PATTERN=RANK` each.
+    pub rank_pattern: Option<OneOrMany<String>>,
+    /// `PATTERN=ALPHA` each.
+    pub alpha_pattern: Option<OneOrMany<String>>,
+    pub modules_to_save: Option<OneOrMany<String>>,
+    pub bias: Option<String>,
     pub train_on: Option<String>,
     pub max_seq_len: Option<usize>,
     pub packing: Option<bool>,
@@ -75,6 +84,16 @@ pub enum OneOrMany<T> {
     One(T),
     /// A list.
     Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    /// The values.
+    pub fn as_slice(&self) -> &[T] {
+        match self {
+            OneOrMany::One(value) => std::slice::from_ref(value),
+            OneOrMany::Many(values) => values,
+        }
+    }
 }
 
 impl<T> From<OneOrMany<T>> for Vec<T> {
@@ -138,12 +157,11 @@ impl TrainOptions {
     /// [`Error::InvalidOption`] for a missing `model`, `data` or `output` and for a name that is not known; whether numbers are
     /// in range is left to [`TrainConfig::validate`].
     pub fn config(self) -> Result<TrainConfig> {
-        let (start, adamw) = (self.start(), self.adamw());
+        let (start, adamw, adapters) = (self.start(), self.adamw(), self.adapters()?);
         let path = |field, path: Option<PathBuf>| path.map_or_else(|| invalid(field, "missing", "given"), Ok);
         let model = path("model", self.model)?;
         let data = self.data.map_or_else(|| invalid("data", "missing", "given"), |data| Ok(data.into()))?;
         let defaults = TrainConfig::new(model, data, path("output", self.output)?);
-        let targets = |names: OneOrMany<String>| Vec::from(names).join(",").parse();
         let length = match (self.steps, self.epochs) {
             (Some(steps), _) => RunLength::Steps(steps),
             (None, epochs) => epochs.map_or(defaults.length, RunLength::Epochs),
@@ -161,11 +179,7 @@ impl TrainOptions {
             adapter: self.adapter,
             dtype: self.dtype.map_or(Ok(defaults.dtype), |name| float_type(&name))?,
             seed: self.seed.unwrap_or(defaults.seed),
-            rank: self.rank,
-            alpha: self.alpha.map(|alpha| alpha as f32),
-            dropout: self.dropout.map(|dropout| dropout as f32),
-            rslora: self.rslora,
-            targets: self.targets.map(targets).transpose()?,
+            adapters,
             train_on: self.train_on.map(|text| text.parse()).transpose()?,
             max_seq_len: self.max_seq_len,
             packing: self.packing.unwrap_or(defaults.packing),
@@ -201,6 +215,29 @@ impl TrainOptions {
         }
     }
 
+    /// What these options say about adapters.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] for a name or a pattern that is none.
+    pub fn adapters(&self) -> Result<AdapterSettings> {
+        fn each<T, U>(values: &Option<OneOrMany<T>>, read: impl Fn(&T) -> Result<U>) -> Result<Option<Vec<U>>> {
+            values.as_ref().map(|values| values.as_slice().iter().map(read).collect()).transpose()
+        }
+        Ok(AdapterSettings {
+            rank: self.rank,
+            alpha: self.alpha.map(|alpha| alpha as f32),
+            dropout: self.dropout.map(|dropout| dropout as f32),
+            rslora: self.rslora,
+            lora_init: self.lora_init.as_ref().map(|text| text.parse()).transpose()?,
+            targets: self.targets.as_ref().map(|names| list(names.as_slice()).parse()).transpose()?,
+            layers_to_transform: self.layers_to_transform.as_ref().map(|layers| layers.as_slice().to_vec()),
+            rank_pattern: each(&self.rank_pattern, |text| parse_pair("rank_pattern", text))?,
+            alpha_pattern: each(&self.alpha_pattern, |text| parse_pair("alpha_pattern", text))?,
+            modules_to_save: each(&self.modules_to_save, |text| text.parse())?,
+            bias: self.bias.as_ref().map(|text| text.parse()).transpose()?,
+        })
+    }
+
     fn adamw(&self) -> AdamWConfig {
         let defaults = AdamWConfig::default();
         let narrow = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
@@ -214,7 +251,9 @@ impl TrainOptions {
 
     /// The options of a run, each said aloud, with absolute paths: they describe it from any folder.
     pub fn of(config: &TrainConfig, device: &str) -> Self {
+        let adapters = &config.adapters;
         let path = |path: &PathBuf| absolute(path);
+        let strings = |modules: &[SavedModule]| OneOrMany::Many(modules.iter().map(ToString::to_string).collect());
         let paths = |paths: &[PathBuf]| OneOrMany::Many(paths.iter().map(path).collect());
         let (steps, epochs) = match config.length {
             RunLength::Steps(steps) => (Some(steps), None),
@@ -238,11 +277,17 @@ impl TrainOptions {
             device: Some(device.to_owned()),
             dtype: Some(config.dtype.to_string()),
             seed: Some(config.seed),
-            rank: config.rank,
-            alpha: config.alpha.map(decimal),
-            dropout: config.dropout.map(decimal),
-            rslora: config.rslora,
-            targets: config.targets.as_ref().map(|targets| OneOrMany::One(targets.to_string())),
+            rank: adapters.rank,
+            alpha: adapters.alpha.map(decimal),
+            dropout: adapters.dropout.map(decimal),
+            rslora: adapters.rslora,
+            lora_init: adapters.lora_init.map(|init| init.to_string()),
+            targets: adapters.targets.as_ref().map(|targets| OneOrMany::One(targets.to_string())),
+            layers_to_transform: adapters.layers_to_transform.clone().map(OneOrMany::Many),
+            rank_pattern: adapters.rank_pattern.as_ref().map(|patterns| OneOrMany::Many(pairs(patterns))),
+            alpha_pattern: adapters.alpha_pattern.as_ref().map(|patterns| OneOrMany::Many(pairs(patterns))),
+            modules_to_save: adapters.modules_to_save.as_ref().map(|modules| strings(modules)),
+            bias: adapters.bias.map(|bias| bias.to_string()),
             train_on: config.train_on.map(|train_on| train_on.to_string()),
             max_seq_len: config.max_seq_len,
             packing: Some(config.packing),
@@ -325,140 +370,4 @@ fn float_type(name: &str) -> Result<DType> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn every_option() -> TrainConfig {
-        TrainConfig {
-            method: Method::Full,
-            adapter: Some("/adapter".into()),
-            dtype: DType::BF16,
-            seed: u64::MAX >> 1,
-            rank: Some(3),
-            alpha: Some(0.1),
-            dropout: Some(0.3),
-            rslora: Some(true),
-            targets: Some("q_proj,v_proj".parse().unwrap()),
-            train_on: Some("all".parse().unwrap()),
-            max_seq_len: Some(77),
-            packing: false,
-            shuffle: false,
-            length: RunLength::Steps(9),
-            batch_size: 2,
-            grad_accum: 3,
-            learning_rate: 0.3,
-            schedule: ScheduleKind::Linear,
-            warmup: Warmup::Steps(4),
-            adamw: AdamWConfig { beta1: 0.1, beta2: 0.2, eps: 1e-30, weight_decay: 0.7 },
-            max_grad_norm: None,
-            checkpointing: "every:3".parse().unwrap(),
-            offload: Offload::Disk,
-            memory_bytes: Some(12 << 30),
-            start: Start::New,
-            save_every: Some(5),
-            keep_last: 6,
-            eval: Some(EvalSource::Files(vec!["/e1".into(), "/e2".into()])),
-            eval_every: Some(7),
-            ..TrainConfig::new("/m".into(), vec!["/d1".into(), "/d2".into()], "/o".into())
-        }
-    }
-
-    #[test]
-    fn a_configuration_survives_the_file() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("run.toml");
-        let defaults = TrainConfig::new("/m".into(), vec!["/d".into()], "/o".into());
-        let split = TrainConfig { eval: Some(EvalSource::Split(0.25)), ..defaults.clone() };
-        for config in [every_option(), defaults, split] {
-            std::fs::write(&path, TrainOptions::of(&config, "cpu").to_toml().unwrap()).unwrap();
-            let read = TrainOptions::read(&path).unwrap();
-            assert_eq!(read, TrainOptions::of(&config, "cpu"));
-            assert_eq!(read.config().unwrap(), config);
-        }
-    }
-
-    #[test]
-    fn numbers_are_written_as_they_were_typed() {
-        let text = TrainOptions::of(&every_option(), "cpu").to_toml().unwrap();
-        for line in [
-            "alpha = 0.1\n",
-            "dropout = 0.3\n",
-            "rslora = true\n",
-            "beta2 = 0.2\n",
-            "max_grad_norm = inf\n",
-            "device = \"cpu\"\n",
-        ] {
-            assert!(text.contains(line), "{line}: {text}");
-        }
-    }
-
-    #[test]
-    fn own_options_win_and_replace_their_alternative() {
-        let base = TrainOptions {
-            steps: Some(3),
-            warmup_ratio: Some(0.5),
-            seed: Some(1),
-            rank: Some(2),
-            ..TrainOptions::default()
-        };
-        let own = TrainOptions { epochs: Some(2.0), warmup_ratio: Some(0.1), rank: Some(5), ..TrainOptions::default() };
-        let merged = own.or(&base).unwrap();
-        let expected = TrainOptions { seed: Some(1), ..own.clone() };
-        assert_eq!(merged, expected);
-        assert_eq!(TrainOptions::default().or(&base).unwrap(), base);
-    }
-
-    #[test]
-    fn what_is_not_an_option_is_refused_with_its_line() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("run.toml");
-        for (text, parts) in [
-            ("model = \"m\"\nlearning_rat = 1\n", ["line 2", "unknown field `learning_rat`"]),
-            ("\n\nsteps = \"many\"\n", ["line 3", "invalid type: string \"many\""]),
-            ("steps = -3\n", ["line 1", "invalid value"]),
-            ("seed = \n", ["line 1", ""]),
-            ("schedule = \"saw\"\n", ["line 1", "unknown variant `saw`"]),
-            ("steps = 1\nepochs = 2\n", ["`steps`", "`epochs`"]),
-            ("resume = true\noverwrite = true\n", ["`resume`", "`overwrite`"]),
-        ] {
-            std::fs::write(&path, text).unwrap();
-            let message = TrainOptions::read(&path).unwrap_err().to_string();
-            for part in parts.into_iter().chain(["run.toml`"]) {
-                assert!(message.contains(part), "{text}: {message}");
-            }
-        }
-    }
-
-    #[test]
-    fn names_and_missing_paths_are_checked() {
-        let whole = TrainOptions::of(&every_option(), "cpu");
-        type Spoil = fn(&mut TrainOptions);
-        let cases: [(&str, Spoil); 8] = [
-            ("model = missing", |o| o.model = None),
-            ("data = missing", |o| o.data = None),
-            ("output = missing", |o| o.output = None),
-            ("dtype = i8", |o| o.dtype = Some("i8".into())),
-            ("targets = `a,`", |o| o.targets = Some(OneOrMany::Many(vec!["a".into(), String::new()]))),
-            ("train_on = x", |o| o.train_on = Some("x".into())),
-            ("checkpointing = x", |o| o.checkpointing = Some("x".into())),
-            ("memory: bytes = `x`", |o| o.memory = Some("x".into())),
-        ];
-        for (start, spoil) in cases {
-            let mut options = whole.clone();
-            spoil(&mut options);
-            let message = options.config().unwrap_err().to_string();
-            assert!(message.starts_with(start), "{message}");
-        }
-    }
-
-    #[test]
-    fn a_difference_is_named() {
-        let one = TrainOptions { seed: Some(1), rank: Some(2), ..TrainOptions::default() };
-        let other = TrainOptions { seed: Some(1), rank: Some(3), steps: Some(4), ..TrainOptions::default() };
-        let found = one.difference(&other, &["steps"]).unwrap();
-        assert_eq!(found, Some(Difference { option: "rank".into(), own: "2".into(), other: "3".into() }));
-        let found = one.difference(&other, &["rank"]).unwrap();
-        assert_eq!(found, Some(Difference { option: "steps".into(), own: "absent".into(), other: "4".into() }));
-        assert_eq!(one.difference(&other, &["steps", "rank"]).unwrap(), None);
-    }
-}
+mod tests;

@@ -18,7 +18,7 @@ use self::{data::Data, run::Run};
 use super::{
     EvalRecord, Method, Planner, RunError, Start, TrainOptions,
     checkpoint::{Checkpoints, Progress, Saved, State, VERSION},
-    config::{TrainConfig, invalid},
+    config::TrainConfig,
     metrics::Metrics,
     options::Difference,
     output::OutputFolder,
@@ -27,7 +27,7 @@ use super::{
 use crate::{
     Error, Result,
     config::DecoderConfig,
-    decoder::{Decoder, LoadOptions, Targets},
+    decoder::{Decoder, LoadOptions},
     export, hub,
     packing::{Batches, Position},
     peft,
@@ -280,32 +280,14 @@ pub(super) fn prepare_model(device: &Device, config: &TrainConfig, loading: Load
 fn adapted_model(device: &Device, config: &TrainConfig, loading: Loading) -> Result<Decoder> {
     let mut model = loading.load(device, config, LoadOptions::frozen(config.dtype))?;
     let Some(folder) = &config.adapter else {
-        let targets = config.targets.as_ref().unwrap_or(&Targets::AllLinear);
-        model.add_adapters(&config.new_adapter(), targets, config.seed)?;
+        model.add_adapters(&config.adapters.new_adapter(), config.seed)?;
         return Ok(model);
     };
     let loaded = peft::load(folder, &mut model)?;
-    let rule = |value: String| format!("{value}, as the adapter in `{}` has it", folder.display());
-    if let Some(rank) = config.rank.filter(|&rank| rank != loaded.rank) {
-        return invalid("rank", rank, &rule(loaded.rank.to_string()));
-    }
-    if let Some(alpha) = config.alpha.filter(|&alpha| alpha != loaded.alpha) {
-        return invalid("alpha", alpha, &rule(loaded.alpha.to_string()));
-    }
-    if let Some(rslora) = config.rslora.filter(|&rslora| rslora != loaded.rslora) {
-        return invalid("rslora", rslora, &rule(loaded.rslora.to_string()));
-    }
+    config.adapters.check_loaded(&model, &loaded, folder)?;
     // What is dropped in training is no part of what the adapter computes: it may be chosen anew.
-    if let Some(dropout) = config.dropout {
+    if let Some(dropout) = config.adapters.dropout {
         model.set_dropout(dropout)?;
-    }
-    if let Some(targets) = &config.targets {
-        let selected = model.select(targets)?;
-        if let Some((linear, _)) = model.linears().zip(selected).find(|(linear, on)| linear.adapter.is_some() != *on) {
-            let differs =
-                format!("the layers that the adapter in `{}` has; `{}` differs", folder.display(), linear.name);
-            return invalid("targets", targets, &differs);
-        }
     }
     Ok(model)
 }

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use serde_json::{Value, json};
 use unsloth_core::Device;
-use unsloth_llm::{Result, decoder::Targets, peft};
+use unsloth_llm::{Result, adapter::AdapterConfig, peft};
 use unsloth_train::LoraConfig;
 
 use crate::{
@@ -14,11 +14,30 @@ use crate::{
 
 const ADAPTER: &str = "adapter_config.json";
 
-fn adapter(device: &Device, folder: &Path) -> Result<LoraConfig> {
+fn adapter(device: &Device, folder: &Path) -> Result<AdapterConfig> {
     let mut decoder = load(device, "tiny-llama");
     let result = peft::load(folder, &mut decoder);
     assert_eq!(result.is_err(), decoder.linears().all(|linear| linear.adapter.is_none()), "a failure changes nothing");
     result
+}
+
+fn on(targets: &str, lora: LoraConfig) -> AdapterConfig {
+    AdapterConfig::new(lora, targets.parse().unwrap())
+}
+
+#[test]
+fn settings_that_mean_nothing() {
+    let mut decoder = load(&unsloth_cpu::device(), "tiny-llama");
+    let plain = on("q_proj,v_proj", LoraConfig::new(2, 1.0));
+    let layers = AdapterConfig { layers_to_transform: Some(vec![0, 4]), ..plain.clone() };
+    refused(decoder.add_adapters(&layers, 0), &["layers_to_transform = 4", "layers from 0 to 3"]);
+    let rank = AdapterConfig { rank_pattern: vec![("k_proj".parse().unwrap(), 3)], ..plain.clone() };
+    refused(decoder.add_adapters(&rank, 0), &["rank_pattern = `k_proj`", "a layer with an adapter"]);
+    let alpha = AdapterConfig { alpha_pattern: vec![("proj".parse().unwrap(), 3.0)], ..plain.clone() };
+    refused(decoder.add_adapters(&alpha, 0), &["alpha_pattern = `proj`", "a layer with an adapter"]);
+    let negative = LoraConfig { alpha: -1.0, init: "pissa".parse().unwrap(), ..plain.lora };
+    refused(decoder.add_adapters(&on("q_proj", negative), 0), &["alpha = -1", "above 0 with pissa"]);
+    assert!(decoder.linears().all(|linear| linear.adapter.is_none()) && decoder.adapters().is_none());
 }
 
 #[test]
@@ -31,13 +50,19 @@ fn adapter_settings() {
         ("peft_type", json!("IA3"), "LORA"),
         ("task_type", json!("SEQ_CLS"), "CAUSAL_LM"),
         ("use_dora", json!(true), "false: DoRA"),
-        ("bias", json!("all"), "none: trained biases"),
-        ("modules_to_save", json!(["lm_head"]), "fully trained modules"),
+        ("bias", json!("some"), "none, all or lora_only"),
+        ("modules_to_save", json!(["norm"]), "embed_tokens and lm_head"),
+        ("modules_to_save", json!("lm_head"), "a list of"),
         ("fan_in_fan_out", json!(true), "false: transposed"),
-        ("layers_to_transform", json!([0, 1]), "target_modules"),
-        ("rank_pattern", json!({"q_proj": 4}), "one rank"),
-        ("alpha_pattern", json!({"q_proj": 4}), "one alpha"),
-        ("init_lora_weights", json!("pissa"), "leaves the base weights as they are"),
+        ("layers_to_transform", json!([0, -1]), "a list of layers, from 0"),
+        ("layers_pattern", json!("blocks"), "absent or layers"),
+        ("rank_pattern", json!({"q_proj": 0}), "ranks of 1 or more"),
+        ("rank_pattern", json!({"(?=q)": 4}), "regular expressions without look-around"),
+        ("alpha_pattern", json!({"q_proj": 1e39}), "numbers that 32 bits can hold"),
+        ("init_lora_weights", json!("olora"), "others change the base weights"),
+        ("init_lora_weights", json!("kaiming"), "others change the base weights"),
+        ("exclude_modules", json!(["q_proj"]), "name the layers in target_modules"),
+        ("trainable_token_indices", json!([3]), "trained tokens"),
         ("target_modules", json!([]), "a list of names"),
         ("target_modules", Value::Null, "a list of names or a string"),
     ];
@@ -85,14 +110,14 @@ fn adapters_are_added_once_and_saved_only_where_there_are_some() {
     let folder = tempfile::tempdir().unwrap();
     refused(peft::save(folder.path(), &decoder), &["no adapter to save"]);
     let config = LoraConfig::new(8, 16.0);
-    decoder.add_adapters(&config, &"q_proj".parse().unwrap(), 0).unwrap();
-    let again = decoder.add_adapters(&config, &Targets::AllLinear, 0);
+    decoder.add_adapters(&on("q_proj", config), 0).unwrap();
+    let again = decoder.add_adapters(&on("k_proj", config), 0);
     refused(again, &["model.layers.0.self_attn.q_proj", "has an adapter already"]);
     let loaded = peft::load(&fixture("tiny-llama").join("adapter"), &mut decoder);
     refused(loaded, &["model.layers.0.self_attn.q_proj", "has an adapter already"]);
 
-    decoder.add_adapters(&LoraConfig::new(4, 8.0), &"k_proj".parse().unwrap(), 0).unwrap();
-    refused(peft::save(folder.path(), &decoder), &["k_proj", "rank 4, the others have 8"]);
+    decoder.linears_mut().next().unwrap().adapter.as_mut().unwrap().config.rank = 4;
+    refused(peft::save(folder.path(), &decoder), &["q_proj", "rank 4, the model's adapters have 8"]);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
@@ -100,7 +125,7 @@ fn adapters_are_added_once_and_saved_only_where_there_are_some() {
 fn unwritable_output() {
     let device = unsloth_cpu::device();
     let mut decoder = load(&device, "tiny-llama");
-    decoder.add_adapters(&LoraConfig::new(1, 1.0), &"q_proj".parse().unwrap(), 0).unwrap();
+    decoder.add_adapters(&on("q_proj", LoraConfig::new(1, 1.0)), 0).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file");
     fs::write(&file, "not a folder").unwrap();
@@ -111,7 +136,9 @@ fn unwritable_output() {
 fn bad_targets_and_ranks() {
     let device = unsloth_cpu::device();
     let mut decoder = load(&device, "tiny-llama");
-    let mut add = |rank, targets: &str| decoder.add_adapters(&LoraConfig::new(rank, 1.0), &targets.parse()?, 0);
+    let mut add = |rank, targets: &str| {
+        decoder.add_adapters(&AdapterConfig::new(LoraConfig::new(rank, 1.0), targets.parse()?), 0)
+    };
     refused(add(8, "q_proj,c_attn"), &["`c_attn`", "the model has: down_proj, gate_proj"]);
     // Whole parts of a path only.
     refused(add(8, "proj"), &["`proj`"]);

@@ -27,7 +27,7 @@ pub use self::{
     exam::{Answered, Score},
     size::{Size, TrainingSize},
 };
-use super::{Event, Method, Summary, TrainConfig, load_model, train};
+use super::{AdapterSettings, Event, Method, Summary, TrainConfig, load_model, train};
 use crate::{Error, Result, atomic, decoder::Decoder, sampler::Sampling};
 
 /// Folders of a quickstart's output.
@@ -253,8 +253,11 @@ fn pretraining(config: &QuickstartConfig) -> TrainConfig {
 fn fine_tuning(config: &QuickstartConfig) -> TrainConfig {
     let path = |name: &str| config.output.join(name);
     TrainConfig {
-        rank: Some(config.size.rank),
-        alpha: Some(2.0 * config.size.rank as f32),
+        adapters: AdapterSettings {
+            rank: Some(config.size.rank),
+            alpha: Some(2.0 * config.size.rank as f32),
+            ..AdapterSettings::default()
+        },
         ..config.size.fine_tuning.config(config, [path(MODEL), path(DATA).join(corpus::QUESTIONS), path(ADAPTER)])
     }
 }

@@ -1,0 +1,282 @@
+//! Adapters of every kind against PEFT, in f32 on the CPU; `fixtures/adapters/README.md` says what the numbers are.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed unwrap fails the test")]
+
+mod common;
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use common::{Golden, batch, fixture, load, max_difference, relative_difference, stored};
+use serde_json::{Map, Value};
+use unsloth_autograd::{GradStore, Tape};
+use unsloth_core::{Device, ops::cross_entropy::LossSpec};
+use unsloth_llm::{
+    adapter::{AdapterConfig, SavedModule},
+    decoder::{Decoder, Targets},
+    peft,
+};
+use unsloth_train::{
+    AdamWConfig, Batch, Checkpointing, LoraConfig, LoraInit, Model, Schedule, ScheduleKind, StepMetrics, Trainer,
+    TrainerConfig,
+};
+
+macro_rules! cases {
+    ($($case:ident $model:literal),* $(,)?) => {$(
+        mod $case {
+            const CASE: super::Case = super::Case { name: stringify!($case), model: $model };
+            #[test]
+            fn loss_and_gradients() { super::loss_and_gradients(CASE); }
+            #[test]
+            fn training_curve() { super::training_curve(CASE); }
+            #[test]
+            fn saved_as_peft_does() { super::saved_as_peft_does(CASE); }
+            #[test]
+            fn checkpointing_is_bitwise_equal() { super::checkpointing_is_bitwise_equal(CASE); }
+        }
+    )*};
+}
+
+cases!(
+    patterns "shapes/llama", modules "shapes/qwen3", embedding "shapes/qwen3", head "shapes/llama",
+    bias_all "shapes/llama", bias_lora_only "shapes/llama", pissa "shapes/llama",
+);
+
+#[derive(Clone, Copy)]
+struct Case {
+    name: &'static str,
+    model: &'static str,
+}
+
+impl Case {
+    fn folder(self) -> std::path::PathBuf {
+        fixture("adapters").join(self.name)
+    }
+
+    fn load(self, device: &Device) -> Decoder {
+        let mut decoder = load(device, self.model);
+        peft::load(&self.folder(), &mut decoder).unwrap();
+        decoder
+    }
+
+    fn batch(self, device: &Device) -> Batch {
+        batch(device, &Golden::open(self.model).rows())
+    }
+
+    /// The numbers of PEFT under a prefix, by name.
+    fn numbers(self, prefix: &str) -> BTreeMap<String, Vec<f32>> {
+        let values = |bytes: &[u8]| {
+            bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect::<Vec<f32>>()
+        };
+        let all = stored(&self.folder().join("numbers.safetensors"));
+        let under = |(name, tensor): (&String, &common::Stored)| {
+            Some((name.strip_prefix(prefix)?.to_owned(), values(&tensor.bytes)))
+        };
+        all.iter().filter_map(under).collect()
+    }
+
+    fn number(self, name: &str) -> f32 {
+        self.numbers(name)[""][0]
+    }
+}
+
+fn loss(decoder: &Decoder, batch: &Batch) -> f32 {
+    unsloth_train::evaluate(decoder, std::slice::from_ref(batch)).unwrap()
+}
+
+/// By the names that PEFT saves, which wraps layers with adapters once more.
+fn peft_name(decoder: &Decoder, name: &str) -> String {
+    let is_adapted = |layer: &str| decoder.linears().any(|linear| linear.name == layer && linear.adapter.is_some());
+    match name.strip_suffix(".bias") {
+        Some(layer) if is_adapted(layer) => format!("{layer}.base_layer.bias"),
+        _ => name.to_owned(),
+    }
+}
+
+fn gradients(decoder: &Decoder, batch: &Batch) -> BTreeMap<String, Vec<f32>> {
+    let parameters = decoder.parameters();
+    let mut store = GradStore::new(&parameters).unwrap();
+    let tape = Tape::new();
+    let loss = decoder.loss(&tape, batch, LossSpec::mean(batch.num_targets)).unwrap();
+    tape.backward(&loss, &mut store).unwrap();
+    let gradient = |parameter: &unsloth_autograd::Parameter| store.get(parameter).unwrap().to_vec().unwrap();
+    parameters.iter().map(|parameter| (peft_name(decoder, parameter.name()), gradient(parameter))).collect()
+}
+
+fn compare(actual: &BTreeMap<String, Vec<f32>>, expected: &BTreeMap<String, Vec<f32>>, limit: f32) {
+    assert!(actual.keys().eq(expected.keys()), "{:?}, expected {:?}", actual.keys(), expected.keys());
+    for (name, actual) in actual {
+        let difference = relative_difference(actual, &expected[name]);
+        assert!(difference <= limit, "{name}: max|difference| / max|value| = {difference}");
+    }
+}
+
+fn loss_and_gradients(case: Case) {
+    let device = unsloth_cpu::device();
+    let (decoder, batch) = (case.load(&device), case.batch(&device));
+    let (loss, expected) = (loss(&decoder, &batch), case.number("loss"));
+    assert!((loss - expected).abs() <= 1e-5, "loss {loss}, expected {expected}");
+    compare(&gradients(&decoder, &batch), &case.numbers("grad."), 1e-4);
+}
+
+fn training_curve(case: Case) {
+    let device = unsloth_cpu::device();
+    let trainer = trained(case, &device);
+    let model = trainer.model();
+    let value = |parameter: &unsloth_autograd::Parameter| parameter.value().to_vec().unwrap();
+    let values: BTreeMap<String, Vec<f32>> =
+        model.parameters().iter().map(|p| (peft_name(model, p.name()), value(p))).collect();
+    let (mut values, mut expected) = (values, case.numbers("final."));
+    // A bias of all keys shifts the scores of a row nearly alike: of its small gradient, which AdamW makes a whole step of, more is
+    // rounding.
+    for numbers in [&mut values, &mut expected] {
+        numbers.retain(|name, _| !name.ends_with("k_proj.bias"));
+    }
+    compare(&values, &expected, 1e-3);
+}
+
+/// The trainer after the steps that PEFT's model took.
+fn trained(case: Case, device: &Device) -> Trainer<Decoder> {
+    let expected = &case.numbers("train_losses")[""];
+    let schedule =
+        Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-2, warmup_steps: 0, total_steps: expected.len() };
+    let config = TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), seed: 0 };
+    let mut trainer = Trainer::new(case.load(device), config).unwrap();
+    let mut metrics: Vec<StepMetrics> = Vec::new();
+    for _ in expected {
+        metrics.extend(trainer.step(&[case.batch(device)]).unwrap());
+    }
+    metrics.extend(trainer.finish().unwrap());
+    let losses: Vec<f32> = metrics.iter().map(|metrics| metrics.loss).collect();
+    let difference = max_difference(&losses, expected);
+    assert!(difference <= 1e-4, "losses differ by {difference}: {losses:?}");
+    trainer
+}
+
+fn saved_as_peft_does(case: Case) {
+    let device = unsloth_cpu::device();
+    let (output, batch) = (tempfile::tempdir().unwrap(), case.batch(&device));
+    let decoder = case.load(&device);
+    peft::save(output.path(), &decoder).unwrap();
+    let (written, expected) = (tensors(output.path()), tensors(&case.folder()));
+    assert!(written.keys().eq(expected.keys()), "{:?}", written.keys());
+    assert!(written == expected, "the tensors are those that were read");
+    let (written, mut expected) = (settings(output.path()), settings(&case.folder()));
+    let names = expected["target_modules"].as_array_mut().unwrap();
+    names.sort_by(|a, b| a.as_str().cmp(&b.as_str()));
+    for (field, value) in written.iter().filter(|(field, _)| *field != "base_model_name_or_path") {
+        assert_eq!(Some(value), expected.get(field), "{field}");
+    }
+
+    // What has been trained computes the same when it is loaded again, onto a base that knows nothing of it.
+    peft::save(output.path(), trained(case, &device).model()).unwrap();
+    let mut again = load(&device, case.model);
+    peft::load(output.path(), &mut again).unwrap();
+    let (loss, expected) = (loss(&again, &batch), case.number("final_loss"));
+    assert!((loss - expected).abs() <= 1e-4, "loss {loss}, expected {expected}");
+}
+
+fn tensors(folder: &Path) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
+    let all = stored(&folder.join("adapter_model.safetensors"));
+    all.into_iter().map(|(name, tensor)| (name, (tensor.shape, tensor.bytes))).collect()
+}
+
+fn settings(folder: &Path) -> Map<String, Value> {
+    serde_json::from_slice(&fs::read(folder.join("adapter_config.json")).unwrap()).unwrap()
+}
+
+fn checkpointing_is_bitwise_equal(case: Case) {
+    let device = unsloth_cpu::device();
+    let (mut decoder, batch) = (case.load(&device), case.batch(&device));
+    let bits = |decoder: &Decoder| -> Vec<Vec<u32>> {
+        gradients(decoder, &batch).into_values().map(|values| values.into_iter().map(f32::to_bits).collect()).collect()
+    };
+    let kept = bits(&decoder);
+    decoder.set_checkpointing(Checkpointing::Every(1));
+    assert_eq!(bits(&decoder), kept);
+}
+
+/// What PEFT found with LAPACK: the same products, if not the same signs.
+#[test]
+fn principal_parts_are_those_of_peft() {
+    let device = unsloth_cpu::device();
+    let case = Case { name: "pissa", model: "shapes/llama" };
+    let peft = case.load(&device);
+    let mut decoder = load(&device, case.model);
+    let config = peft.adapters().unwrap().clone();
+    decoder.add_adapters(&config, 0).unwrap();
+    for (own, theirs) in decoder.linears().zip(peft.linears()) {
+        let (Some(own), Some(theirs)) = (&own.adapter, &theirs.adapter) else {
+            assert!(own.adapter.is_none() && theirs.adapter.is_none());
+            continue;
+        };
+        assert_eq!(own.config, theirs.config);
+        let difference = relative_difference(&product(own), &product(theirs));
+        assert!(difference <= 1e-5, "{}: {difference}", own.lora_a.name());
+    }
+    let batch = case.batch(&device);
+    let difference = (loss(&decoder, &batch) - loss(&load(&device, case.model), &batch)).abs();
+    assert!(difference <= 1e-5, "what the adapters have, the weights lack: {difference}");
+    let difference = (loss(&decoder, &batch) - loss(&peft, &batch)).abs();
+    assert!(difference <= 1e-5, "{difference}");
+}
+
+/// `B A`
+fn product(adapter: &unsloth_train::Adapter) -> Vec<f32> {
+    let values = |parameter: &unsloth_autograd::Parameter| parameter.value().to_vec::<f32>().unwrap();
+    let (a, b, rank) = (values(&adapter.lora_a), values(&adapter.lora_b), adapter.config.rank);
+    let columns = a.len() / rank;
+    let element = |row: &[f32], column: usize| row.iter().zip(0..).map(|(b, r)| b * a[r * columns + column]).sum();
+    b.chunks_exact(rank).flat_map(|row| (0..columns).map(move |column| element(row, column))).collect()
+}
+
+#[test]
+fn approximate_principal_parts_are_found_again() {
+    let device = unsloth_cpu::device();
+    let init = LoraInit::Pissa { num_iterations: Some(1) };
+    let config = AdapterConfig::new(LoraConfig { init, ..LoraConfig::new(3, 4.0) }, Targets::AllLinear);
+    let mut decoder = load(&device, "shapes/llama");
+    decoder.add_adapters(&config, 5).unwrap();
+    let output = tempfile::tempdir().unwrap();
+    peft::save(output.path(), &decoder).unwrap();
+    assert_eq!(settings(output.path())["init_lora_weights"], "pissa_niter_1");
+    let mut again = load(&device, "shapes/llama");
+    assert_eq!(peft::load(output.path(), &mut again).unwrap().lora, config.lora);
+    let batch = batch(&device, &Golden::open("shapes/llama").rows());
+    assert_eq!(loss(&again, &batch), loss(&decoder, &batch));
+}
+
+#[test]
+fn gaussian_matrices_have_the_deviation_of_peft() {
+    let device = unsloth_cpu::device();
+    let lora = LoraConfig { init: LoraInit::Gaussian, ..LoraConfig::new(16, 4.0) };
+    let mut decoder = load(&device, "tiny-llama");
+    decoder.add_adapters(&AdapterConfig::new(lora, Targets::AllLinear), 5).unwrap();
+    let mut all: Vec<f64> = Vec::new();
+    for adapter in decoder.linears().filter_map(|linear| linear.adapter.as_ref()) {
+        all.extend(adapter.lora_a.value().to_vec::<f32>().unwrap().into_iter().map(f64::from));
+        assert!(adapter.lora_b.value().to_vec::<f32>().unwrap().iter().all(|value| *value == 0.0));
+    }
+    let variance = all.iter().map(|value| value * value).sum::<f64>() / all.len() as f64;
+    // The variance of the square of a normal number is twice the square of its variance: four standard errors.
+    let (expected, limit) = (1.0 / 256.0, 4.0 * (2.0 / all.len() as f64).sqrt());
+    assert!((variance / expected - 1.0).abs() <= limit, "{variance}, expected {expected}");
+    let output = tempfile::tempdir().unwrap();
+    peft::save(output.path(), &decoder).unwrap();
+    assert_eq!(settings(output.path())["init_lora_weights"], "gaussian");
+}
+
+/// A tied head stays what it was when the table is trained, and the other way round.
+#[test]
+fn a_tied_model_is_untied_where_one_side_is_trained() {
+    let device = unsloth_cpu::device();
+    let config = |modules: &[SavedModule]| AdapterConfig {
+        modules_to_save: modules.to_vec(),
+        ..AdapterConfig::new(LoraConfig::new(2, 4.0), "q_proj".parse().unwrap())
+    };
+    for modules in [&[SavedModule::Embedding][..], &[SavedModule::Head], &SavedModule::ALL] {
+        let mut decoder = load(&device, "shapes/qwen3");
+        decoder.add_adapters(&config(modules), 0).unwrap();
+        let parameters = decoder.parameters();
+        let whole: Vec<&str> = parameters.iter().map(|p| p.name()).filter(|name| !name.contains("lora")).collect();
+        assert_eq!(whole, modules.iter().map(|module| module.parameter()).collect::<Vec<_>>());
+    }
+}
