@@ -5,7 +5,7 @@ use unsloth_rs::{
     core::{
         KvView, Lengths, Sequences, Weight,
         ops::{
-            Cost, adamw, attention, cross_entropy, elementwise, embedding, glu, linear, linear_cross_entropy,
+            Cost, adamw, attention, cross_entropy, dora, elementwise, embedding, glu, linear, linear_cross_entropy,
             lora_linear, reduce, rms_norm, rope,
         },
     },
@@ -257,6 +257,39 @@ impl lora_linear::LoraLinear for Recorder {
         let cost = spec.backward_cost(inputs.needs_dx, needs_a, needs_b);
         let about = || product("lora_linear backward", &spec.base, Some(address(inputs.adapter.lora_a)), cost);
         self.call(about, |backend| backend.lora_linear_backward(spec, inputs, gradients))
+    }
+}
+
+impl dora::Dora for Recorder {
+    fn dora_norms(&self, spec: &dora::NormSpec, weight: &Weight, lora_a: &Tensor, lora_b: &Tensor) -> Result<Tensor> {
+        let about = || About {
+            name: "dora norms",
+            shape: format!("{} x {}, rank {}", spec.out_features, spec.in_features, spec.rank),
+            subject: Some(address(lora_a)),
+            cost: spec.cost(),
+        };
+        self.call(about, |backend| backend.dora_norms(spec, weight, lora_a, lora_b))
+    }
+    fn dora_forward(
+        &self,
+        spec: &dora::Spec,
+        t: &Tensor,
+        lengths: dora::Lengths<'_>,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let about = || like("dora forward", t, spec.forward_cost());
+        self.call(about, |backend| backend.dora_forward(spec, t, lengths, bias))
+    }
+    fn dora_backward(
+        &self,
+        spec: &dora::Spec,
+        dy: Tensor,
+        t: &Tensor,
+        lengths: dora::Lengths<'_>,
+        dmagnitude: Option<&mut Tensor>,
+    ) -> Result<Tensor> {
+        let about = || like("dora backward", t, spec.backward_cost());
+        self.call(about, |backend| backend.dora_backward(spec, dy, t, lengths, dmagnitude))
     }
 }
 

@@ -25,6 +25,9 @@ pub(crate) struct AdapterArgs {
     /// Multiply the adapters' update by alpha / sqrt(rank) instead [default: as in --adapter]
     #[arg(long)]
     rslora: bool,
+    /// Train the lengths of the rows of adapted weights apart from their directions (DoRA) [default: as in --adapter]
+    #[arg(long)]
+    dora: bool,
     /// What adapters are before training: kaiming (A random, B zero), gaussian (likewise), pissa or pissa_niter_N (the largest
     /// singular values of the weight, found exactly or by N iterations) [default: as in --adapter, else kaiming]
     #[arg(long, value_name = "KIND")]
@@ -59,6 +62,7 @@ impl AdapterArgs {
             alpha: self.alpha,
             dropout: self.dropout,
             rslora: self.rslora.then_some(true),
+            dora: self.dora.then_some(true),
             lora_init: self.lora_init.map(|init| init.to_string()),
             targets: self.targets.map(|targets| OneOrMany::One(targets.to_string())),
             layers_to_transform: self.layers_to_transform.map(OneOrMany::Many),

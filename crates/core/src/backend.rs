@@ -98,6 +98,7 @@ pub trait Backend:
     + ops::attention::Attention
     + ops::linear::Linear
     + ops::lora_linear::LoraLinear
+    + ops::dora::Dora
     + ops::cross_entropy::CrossEntropy
     + ops::linear_cross_entropy::LinearCrossEntropy
     + ops::adamw::AdamW
@@ -118,6 +119,7 @@ impl<T> Backend for T where
         + ops::attention::Attention
         + ops::linear::Linear
         + ops::lora_linear::LoraLinear
+        + ops::dora::Dora
         + ops::cross_entropy::CrossEntropy
         + ops::linear_cross_entropy::LinearCrossEntropy
         + ops::adamw::AdamW

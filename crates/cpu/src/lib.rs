@@ -19,6 +19,7 @@ mod avx512;
 mod backend;
 pub mod candle;
 mod cross_entropy;
+mod dora;
 mod dropout;
 mod elementwise;
 mod embedding;

@@ -58,6 +58,7 @@ caught! {
     linear
     lora_linear
     lora_dropout
+    dora
     cross_entropy
     linear_cross_entropy
     adamw

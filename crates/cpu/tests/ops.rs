@@ -36,6 +36,7 @@ suites! {
     devices:
     adamw
     cross_entropy
+    dora
     elementwise
     embedding
     glu

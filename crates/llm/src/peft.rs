@@ -5,7 +5,7 @@ mod config;
 use std::{collections::BTreeSet, fs, path::Path};
 
 use unsloth_autograd::Parameter;
-use unsloth_core::{Category, DType, Device, Tensor};
+use unsloth_core::{Category, DType, Device, Shape, Tensor};
 use unsloth_train::{Adapter, Linear, LoraConfig, LoraInit, Model};
 
 use crate::{
@@ -87,15 +87,19 @@ fn read_adapter(
     linear: &Linear,
     (config, index): (LoraConfig, u32),
 ) -> Result<Adapter> {
-    let parameter = |part: &str, shape: [usize; 2]| {
-        let name = format!("{}.lora_{part}.weight", linear.name);
+    let parameter = |part: &str, shape: Shape| {
+        let name = format!("{}.{part}", linear.name);
         let stored = format!("{PREFIX}{name}");
-        let wanted = Wanted { name: &stored, shape: shape.into(), dtype: DType::F32, category: Category::Adapters };
+        let wanted = Wanted { name: &stored, shape, dtype: DType::F32, category: Category::Adapters };
         Ok::<_, Error>(Parameter::new(name, checkpoint.tensor_copy(device, &wanted)?))
     };
     Ok(Adapter {
-        lora_a: parameter("A", [config.rank, linear.in_features()])?,
-        lora_b: parameter("B", [linear.out_features(), config.rank])?,
+        lora_a: parameter("lora_A.weight", [config.rank, linear.in_features()].into())?,
+        lora_b: parameter("lora_B.weight", [linear.out_features(), config.rank].into())?,
+        magnitude: match config.dora {
+            true => Some(parameter("lora_magnitude_vector", [linear.out_features()].into())?),
+            false => None,
+        },
         config,
         index,
     })

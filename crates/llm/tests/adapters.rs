@@ -37,7 +37,7 @@ macro_rules! cases {
 
 cases!(
     patterns "shapes/llama", modules "shapes/qwen3", embedding "shapes/qwen3", head "shapes/llama",
-    bias_all "shapes/llama", bias_lora_only "shapes/llama", pissa "shapes/llama",
+    bias_all "shapes/llama", bias_lora_only "shapes/llama", pissa "shapes/llama", dora "shapes/llama", dora_tied "shapes/qwen3",
 );
 
 #[derive(Clone, Copy)]

@@ -3,7 +3,7 @@
 use unsloth_core::{
     DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
     ops::{
-        adamw, attention, cross_entropy, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear,
+        adamw, attention, cross_entropy, dora, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear,
         reduce, rms_norm, rope,
     },
 };
@@ -241,6 +241,35 @@ impl lora_linear::LoraLinear for PlanBackend {
         self.on_cpu(|threads| scratch::lora_input_gradient(spec, threads))?;
         self.on_kernels(|| [kernels::lora(spec)])?;
         Ok(Some(dx))
+    }
+}
+
+impl dora::Dora for PlanBackend {
+    fn dora_norms(&self, spec: &dora::NormSpec, weight: &Weight, _lora_a: &Tensor, _lora_b: &Tensor) -> Result<Tensor> {
+        output(&weight.to_dense()?, DType::F32, [spec.out_features])
+    }
+    fn dora_forward(
+        &self,
+        spec: &dora::Spec,
+        t: &Tensor,
+        _lengths: dora::Lengths<'_>,
+        _bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let y = output(t, spec.dtype, [spec.rows, spec.out_features])?;
+        self.workspace([2 * spec.out_features])?;
+        Ok(y)
+    }
+    fn dora_backward(
+        &self,
+        spec: &dora::Spec,
+        dy: Tensor,
+        _t: &Tensor,
+        _lengths: dora::Lengths<'_>,
+        _dmagnitude: Option<&mut Tensor>,
+    ) -> Result<Tensor> {
+        let dt = take_or_copy(dy)?;
+        self.workspace([2 * spec.out_features])?;
+        Ok(dt)
     }
 }
 

@@ -5,7 +5,7 @@
 use unsloth_core::{
     Category, DType, Device, KvView, Lengths, Result, Sequences, Shape, Tensor, Usage, Weight,
     ops::{
-        adamw, attention, cross_entropy, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear,
+        adamw, attention, cross_entropy, dora, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear,
         reduce, rms_norm, rope,
     },
     rng::Philox,
@@ -49,6 +49,25 @@ fn weight(device: &Device, shape: [usize; 2], dtype: DType) -> Result<Weight> {
 /// Types of activations and weights.
 fn pairs() -> impl Iterator<Item = (DType, DType)> {
     DTYPES.into_iter().flat_map(|dtype| DTYPES.into_iter().map(move |weight| (dtype, weight)))
+}
+
+#[test]
+fn trained_lengths() {
+    for (dtype, weight_dtype) in pairs() {
+        same(&format!("dora, {dtype}, {weight_dtype}"), |device| {
+            let matrix = weight(device, [40, 70], weight_dtype)?;
+            let (a, b) = (zeros(device, [3, 70], DType::F32)?, zeros(device, [40, 3], DType::F32)?);
+            let norms = dora::norms(&matrix, &a, &b, 1.0)?;
+            let (magnitude, t) = (zeros(device, [40], DType::F32)?, zeros(device, [9, 40], dtype)?);
+            let lengths = dora::Lengths { magnitude: &magnitude, norms: &norms };
+            let y = dora::forward(&t, lengths, Some(&magnitude))?;
+            let mut dmagnitude = gradient(device, [40])?;
+            let held = y.clone();
+            let dt = dora::backward(y, &t, lengths, Some(&mut dmagnitude))?;
+            drop(held);
+            dora::backward(dt, &t, lengths, None).map(drop)
+        });
+    }
 }
 
 #[test]

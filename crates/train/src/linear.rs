@@ -3,7 +3,7 @@
 use unsloth_autograd::{Matrix, Parameter, Tape, Var, Vector, ops};
 use unsloth_core::{
     Category, DType,
-    ops::{elementwise, linear as core_linear},
+    ops::{dora, elementwise, linear as core_linear},
     rng::Philox,
 };
 
@@ -45,6 +45,9 @@ impl Linear {
     /// Shape, dtype or device mismatch; [`unsloth_core::Error::OutOfMemory`].
     pub fn forward(&self, tape: &Tape, x: &Var, draw: Option<&DrawRows>) -> unsloth_core::Result<Var> {
         match &self.adapter {
+            Some(adapter) if let Some(magnitude) = &adapter.magnitude => {
+                ops::dora(tape, x, (&self.weight, self.bias.as_ref()), &adapter.with(draw), magnitude)
+            }
             Some(adapter) => ops::lora_linear(tape, x, &self.weight, self.bias.as_ref(), &adapter.with(draw)),
             None => ops::linear(tape, x, &self.weight, self.bias.as_ref()),
         }
@@ -65,12 +68,12 @@ impl Linear {
         parameters
     }
 
-    /// Adds an f32 adapter as [`LoraConfig::init`] says. It changes nothing yet, except that with [`LoraInit::Pissa`] the frozen
+    /// Adds an f32 adapter as [`LoraConfig::init`] says, with [`LoraConfig::dora`] and lengths as they are. It changes nothing yet, except that with [`LoraInit::Pissa`] the frozen
     /// weight is replaced by a copy without what the adapter has, as [`Linear::remove_principal`] makes it.
     ///
     /// A random `A[i, j]` is a function of `seed`, `index` and `(i, j)` alone; give each layer its own `index`, which also tells
-    /// the zeros of its dropout from those of others. The parameters are called `<name>.lora_A.weight` and
-    /// `<name>.lora_B.weight`.
+    /// the zeros of its dropout from those of others. The parameters are called `<name>.lora_A.weight`,
+    /// `<name>.lora_B.weight` and `<name>.lora_magnitude_vector`.
     ///
     /// # Errors
     /// As [`LoraConfig::validate`]; [`Error::InvalidRank`] for a rank above the smaller dimension of the layer;
@@ -96,12 +99,20 @@ impl Linear {
             true => device.zeros([out_features, config.rank], DType::F32, Category::Adapters)?,
             false => device.from_slice(&b, [out_features, config.rank], Category::Adapters)?,
         };
-        self.adapter = Some(Adapter {
+        let mut adapter = Adapter {
             lora_a: Parameter::new(format!("{}.lora_A.weight", self.name), lora_a),
             lora_b: Parameter::new(format!("{}.lora_B.weight", self.name), lora_b),
+            magnitude: None,
             config: *config,
             index,
-        });
+        };
+        if config.dora {
+            let (a, b) = (adapter.lora_a.value(), adapter.lora_b.value());
+            let lengths = dora::norms(&self.weight.weight()?, &a, &b, config.scale())?;
+            lengths.retag(Category::Adapters);
+            adapter.magnitude = Some(Parameter::new(format!("{}.lora_magnitude_vector", self.name), lengths));
+        }
+        self.adapter = Some(adapter);
         Ok(())
     }
 

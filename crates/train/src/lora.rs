@@ -68,6 +68,8 @@ pub struct LoraConfig {
     /// Whether the update is multiplied by `alpha / sqrt(rank)` instead of `alpha / rank`, so that its size does not depend on
     /// the rank.    Kalajdzievski 2023, arXiv:2312.03732
     pub rslora: bool,
+    /// Whether the rows of the adapted weight have trained lengths.    Liu et al. 2024, arXiv:2402.09353
+    pub dora: bool,
     /// What it is before training.
     pub init: LoraInit,
 }
@@ -75,7 +77,7 @@ pub struct LoraConfig {
 impl LoraConfig {
     /// An adapter without dropout whose update is multiplied by `alpha / rank`.
     pub const fn new(rank: usize, alpha: f32) -> Self {
-        Self { rank, alpha, dropout: 0.0, rslora: false, init: LoraInit::Kaiming }
+        Self { rank, alpha, dropout: 0.0, rslora: false, dora: false, init: LoraInit::Kaiming }
     }
 
     /// Checks what can be checked without a layer; [`crate::Linear::add_adapter`] checks the rank against its layer.
@@ -115,6 +117,8 @@ pub struct Adapter {
     pub lora_a: Parameter,
     /// f32 `[out_features, rank]`
     pub lora_b: Parameter,
+    /// f32 `[out_features]`: lengths of the rows of the adapted weight, with [`LoraConfig::dora`].
+    pub magnitude: Option<Parameter>,
     /// What it was made by.
     pub config: LoraConfig,
     /// Number of its layer in the model, of its own: which random numbers it draws.
@@ -124,7 +128,7 @@ pub struct Adapter {
 impl Adapter {
     /// What is trained of it.
     pub fn parameters(&self) -> Vec<Parameter> {
-        vec![self.lora_a.clone(), self.lora_b.clone()]
+        [Some(&self.lora_a), Some(&self.lora_b), self.magnitude.as_ref()].into_iter().flatten().cloned().collect()
     }
 
     /// As the operator takes it. Nothing is dropped without `rows`.

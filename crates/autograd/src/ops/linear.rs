@@ -39,6 +39,11 @@ impl BaseParameters {
         }
     }
 
+    /// Of a layer whose matrix is another operator's.
+    pub(super) fn of_bias(bias: Option<&Vector>) -> Self {
+        Self { weight: None, bias: bias.and_then(Vector::parameter).cloned() }
+    }
+
     /// Adds to the gradients of those that are registered.
     pub(super) fn backward(self, context: &mut Context<'_>, dy: &Tensor) -> Result<()> {
         if let Some((parameter, x)) = self.weight

@@ -10,6 +10,7 @@
 
 mod attention;
 mod cross_entropy;
+mod dora;
 mod elementwise;
 mod embedding;
 mod glu;
@@ -22,6 +23,7 @@ mod rope;
 
 pub use attention::{AttentionSequences, attention};
 pub use cross_entropy::cross_entropy;
+pub use dora::dora;
 pub use elementwise::{add, cast, mul, reshape, scale};
 pub use embedding::embedding;
 pub use glu::glu;

@@ -9,6 +9,7 @@ pub mod attention;
 mod check;
 mod cost;
 pub mod cross_entropy;
+pub mod dora;
 pub mod elementwise;
 pub mod embedding;
 pub mod glu;

@@ -25,7 +25,6 @@ use crate::{
 /// Settings under which an adapter is more, or something else, than `scale * x A^T B^T` on linear layers. How it
 /// is described does not matter.
 const NEUTRAL: &[NeutralField] = &[
-    ("use_dora", Neutral::False, "false: DoRA is not supported"),
     ("use_qalora", Neutral::False, "false: QA-LoRA is not supported"),
     ("lora_bias", Neutral::False, "false: biases of adapters are not supported"),
     ("fan_in_fan_out", Neutral::False, "false: transposed weights are not supported"),
@@ -72,8 +71,8 @@ pub(super) fn read(path: &Path) -> Result<Read> {
     if !(0.0..1.0).contains(&dropout) {
         return Err(fields.refuse("lora_dropout", "0 or more and below 1"));
     }
-    let rslora = fields.flag("use_rslora", false)?;
-    let lora = LoraConfig { rank, alpha, dropout, rslora, init: initialisation(&fields)? };
+    let (rslora, dora) = (fields.flag("use_rslora", false)?, fields.flag("use_dora", false)?);
+    let lora = LoraConfig { rank, alpha, dropout, rslora, dora, init: initialisation(&fields)? };
     let targets = match fields.get("target_modules") {
         Some(Value::String(text)) if text.eq_ignore_ascii_case("all-linear") => Some(Targets::AllLinear),
         Some(Value::String(_)) => None,
@@ -236,7 +235,7 @@ pub(super) fn to_json(path: &Path, model: &Decoder, config: &AdapterConfig) -> R
 }
 
 fn saved(model: &Decoder, config: &AdapterConfig) -> SavedConfig {
-    let LoraConfig { rank, alpha, dropout, rslora, init } = config.lora;
+    let LoraConfig { rank, alpha, dropout, rslora, dora, init } = config.lora;
     let alphas = config.alpha_pattern.iter().map(|(pattern, alpha)| (pattern.as_str().to_owned(), number(*alpha)));
     let ranks = config.rank_pattern.iter().map(|(pattern, rank)| (pattern.as_str().to_owned(), *rank));
     let modules: Vec<String> = config.modules_to_save.iter().map(ToString::to_string).collect();
@@ -262,7 +261,7 @@ fn saved(model: &Decoder, config: &AdapterConfig) -> SavedConfig {
         revision: None,
         target_modules: target_modules(model, config),
         task_type: "CAUSAL_LM",
-        use_dora: false,
+        use_dora: dora,
         use_rslora: rslora,
     }
 }

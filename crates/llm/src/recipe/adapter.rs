@@ -28,6 +28,8 @@ pub struct AdapterSettings {
     pub dropout: Option<f32>,
     /// Whether the update is multiplied by `alpha / sqrt(rank)` instead of `alpha / rank`; it is not.
     pub rslora: Option<bool>,
+    /// Whether the rows of the adapted weights have trained lengths; they have not.
+    pub dora: Option<bool>,
     /// What the matrices are before training; as PEFT has it.
     pub lora_init: Option<LoraInit>,
     /// Layers that have adapters; every linear layer.
@@ -46,12 +48,13 @@ pub struct AdapterSettings {
 
 impl AdapterSettings {
     /// Names of all settings, and whether each was given.
-    pub(super) fn given(&self) -> [(&'static str, bool); 11] {
+    pub(super) fn given(&self) -> [(&'static str, bool); 12] {
         [
             ("rank", self.rank.is_some()),
             ("alpha", self.alpha.is_some()),
             ("dropout", self.dropout.is_some()),
             ("rslora", self.rslora.is_some()),
+            ("dora", self.dora.is_some()),
             ("lora_init", self.lora_init.is_some()),
             ("targets", self.targets.is_some()),
             ("layers_to_transform", self.layers_to_transform.is_some()),
@@ -69,6 +72,7 @@ impl AdapterSettings {
             alpha: self.alpha.unwrap_or(DEFAULT_ALPHA),
             dropout: self.dropout.unwrap_or(0.0),
             rslora: self.rslora.unwrap_or(false),
+            dora: self.dora.unwrap_or(false),
             init: self.lora_init.unwrap_or_default(),
         };
         AdapterConfig {
@@ -89,7 +93,7 @@ impl AdapterSettings {
         let differs = |field, value: String, has: String| {
             invalid(field, value, &format!("{has}, as the adapter in `{}` has it", folder.display()))
         };
-        let LoraConfig { rank, alpha, rslora, init, .. } = loaded.lora;
+        let LoraConfig { rank, alpha, rslora, dora, init, .. } = loaded.lora;
         if let Some(own) = self.rank.filter(|&own| own != rank) {
             return differs("rank", own.to_string(), rank.to_string());
         }
@@ -98,6 +102,9 @@ impl AdapterSettings {
         }
         if let Some(own) = self.rslora.filter(|&own| own != rslora) {
             return differs("rslora", own.to_string(), rslora.to_string());
+        }
+        if let Some(own) = self.dora.filter(|&own| own != dora) {
+            return differs("dora", own.to_string(), dora.to_string());
         }
         if let Some(own) = self.lora_init.filter(|&own| own != init) {
             return differs("lora_init", own.to_string(), init.to_string());

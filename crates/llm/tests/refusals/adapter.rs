@@ -49,7 +49,6 @@ fn adapter_settings() {
         ("lora_alpha", json!("16"), "a finite number"),
         ("peft_type", json!("IA3"), "LORA"),
         ("task_type", json!("SEQ_CLS"), "CAUSAL_LM"),
-        ("use_dora", json!(true), "false: DoRA"),
         ("bias", json!("some"), "none, all or lora_only"),
         ("modules_to_save", json!(["norm"]), "embed_tokens and lm_head"),
         ("modules_to_save", json!("lm_head"), "a list of"),

@@ -3,6 +3,7 @@
 
 mod adamw;
 mod attention;
+mod dora;
 mod matrices;
 mod memory;
 mod rows;
@@ -258,6 +259,17 @@ mutations! {
         LoraDropoutCountsRows,
         /// What is kept is not scaled up.
         LoraDropoutKeepsMagnitude;
+    dora:
+        /// Lengths of the rows without the update.
+        DoraNormsOfBase,
+        /// Lengths with a scale of 1.
+        DoraNormsIgnoreScale,
+        /// No bias.
+        DoraDropsBias,
+        /// `dt = dy`.
+        DoraGradientIgnoresLengths,
+        /// The gradient of the magnitudes is overwritten.
+        DoraOverwritesGradient;
     cross_entropy:
         /// The loss is a sum.
         LossForgetsNumTargets,

@@ -13,6 +13,7 @@ fn every_option() -> TrainConfig {
             alpha: Some(0.1),
             dropout: Some(0.3),
             rslora: Some(true),
+            dora: Some(true),
             lora_init: Some("pissa_niter_4".parse().unwrap()),
             targets: Some("q_proj,v_proj".parse().unwrap()),
             layers_to_transform: Some(vec![0, 2]),
