@@ -5,6 +5,7 @@
 
 mod adapter_args;
 mod args;
+mod check_grad;
 mod devices;
 mod eval;
 mod generate;
@@ -31,6 +32,8 @@ enum Command {
     Eval(eval::Args),
     /// Memory that training would take, by category, without reading weights or computing.
     Plan(plan::Args),
+    /// Hold every gradient of a model and a batch to a device that computes in f64 and to central differences there.
+    CheckGrad(check_grad::Args),
     /// Continue a prompt or answer a chat, with the most likely tokens or drawn ones.
     Generate(generate::Args),
 }
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(*args),
         Command::Eval(args) => eval::run(args).map(done),
         Command::Plan(args) => plan::run(args).map(done),
+        Command::CheckGrad(args) => check_grad::run(args).map(done),
         Command::Generate(args) => generate::run(args).map(done),
     };
     match result {

@@ -138,7 +138,8 @@ fn trained(case: Case, device: &Device) -> Trainer<Decoder> {
     let expected = &case.numbers("train_losses")[""];
     let schedule =
         Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-2, warmup_steps: 0, total_steps: expected.len() };
-    let config = TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), seed: 0 };
+    let config =
+        TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), loss_scale: None, seed: 0 };
     let mut trainer = Trainer::new(case.load(device), config).unwrap();
     let mut metrics: Vec<StepMetrics> = Vec::new();
     for _ in expected {
@@ -190,7 +191,7 @@ fn checkpointing_is_bitwise_equal(case: Case) {
         gradients(decoder, &batch).into_values().map(|values| values.into_iter().map(f32::to_bits).collect()).collect()
     };
     let kept = bits(&decoder);
-    decoder.set_checkpointing(Checkpointing::Every(1));
+    decoder.set_checkpointing(Checkpointing::Every(1)).unwrap();
     assert_eq!(bits(&decoder), kept);
 }
 

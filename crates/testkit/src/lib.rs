@@ -7,12 +7,13 @@
 //! - [`suite`]: everything an operator has to show on a [`unsloth_core::Device`]; the same suite for every backend
 //! - [`mutant`]: backends that are wrong in one way each; a suite that passes one of them proves nothing
 
-pub mod arith;
 pub mod budget;
 pub mod data;
 pub mod expect;
 pub mod gradcheck;
 pub mod mutant;
-pub mod oracle;
 pub mod report;
 pub mod suite;
+
+pub use unsloth_oracle as oracle;
+pub use unsloth_oracle::arith;

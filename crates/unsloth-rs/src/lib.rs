@@ -71,6 +71,7 @@ pub use unsloth_core::{ByteSize, Category, DType, Device, DeviceInfo, DeviceName
 pub use unsloth_cpu as cpu;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub use unsloth_cube as cube;
+pub use unsloth_exact as exact;
 pub use unsloth_llm as llm;
 pub use unsloth_llm::recipe;
 pub use unsloth_memory as memory;

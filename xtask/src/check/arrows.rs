@@ -9,11 +9,13 @@ use super::files;
 
 /// Crates from the lowest layer up, by folder, and the crates of this workspace that each may name under `[dependencies]`. A crate
 /// names only crates above its own line here, and siblings do not see each other.
-const ARROWS: [(&str, &[&str]); 23] = [
+const ARROWS: [(&str, &[&str]); 25] = [
     ("crates/core", &[]),
     ("crates/memory", &["unsloth-core"]),
-    ("crates/testkit", &["unsloth-core"]),
+    ("crates/oracle", &["unsloth-core"]),
+    ("crates/testkit", &["unsloth-core", "unsloth-oracle"]),
     ("crates/cpu", &["unsloth-core", "unsloth-memory"]),
+    ("crates/exact", &["unsloth-core", "unsloth-memory", "unsloth-oracle"]),
     // Kernels know CubeCL alone, so that a user of CubeCL can take one crate of them.
     ("crates/kernels/common", &[]),
     ("crates/kernels/norm", &["unsloth-common"]),
@@ -52,6 +54,7 @@ const ARROWS: [(&str, &[&str]); 23] = [
             "unsloth-cpu",
             "unsloth-cube",
             "unsloth-plan",
+            "unsloth-exact",
             "unsloth-autograd",
             "unsloth-train",
             "unsloth-llm",

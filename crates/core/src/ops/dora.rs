@@ -62,7 +62,7 @@ impl Spec {
         self.cost(3)
     }
 
-    fn cost(&self, matrices: u64) -> Cost {
+    fn cost(&self, matrices: usize) -> Cost {
         let matrix = stored(self.rows * self.out_features, self.dtype);
         Cost::bytes(matrices * matrix + 3 * stored(self.out_features, DType::F32))
     }

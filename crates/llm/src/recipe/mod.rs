@@ -1,6 +1,7 @@
 //! Training, evaluation and memory plans from files to files.
 
 mod adapter;
+mod check_grad;
 mod checkpoint;
 mod config;
 mod curve;
@@ -20,6 +21,7 @@ mod train;
 use std::path::Path;
 
 pub use adapter::AdapterSettings;
+pub use check_grad::{CheckGradConfig, CheckedGradient, GradientReport, Reference, check_grad};
 pub use config::{EvalSource, RunLength, Start, TrainConfig, Warmup};
 pub use error::{Damage, RunError};
 pub use evaluate::{EvalConfig, Evaluation, evaluate};

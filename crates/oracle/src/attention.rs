@@ -292,7 +292,7 @@ pub fn magnitudes(problem: &Problem, x: Inputs<'_>, dout: &[f64], forward: &Forw
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
+    use unsloth_testkit::{
         data::Data,
         gradcheck::{self, dot},
     };

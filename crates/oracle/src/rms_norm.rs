@@ -101,11 +101,12 @@ mod tests {
     use unsloth_core::DType;
 
     use super::*;
-    use crate::{
-        arith::Exact,
+    use unsloth_testkit::{
         data::Data,
         gradcheck::{self, dot},
     };
+
+    use crate::arith::Exact;
 
     /// One row by hand: mean(9, 16) + 0 = 12.5, rstd = 1 / sqrt(12.5); out = (3, 4) * rstd * (2, -1).
     #[test]

@@ -78,11 +78,12 @@ mod tests {
     use unsloth_core::DType;
 
     use super::*;
-    use crate::{
-        arith::Exact,
+    use unsloth_testkit::{
         data::Data,
         gradcheck::{self, dot},
     };
+
+    use crate::arith::Exact;
 
     const ALL: [Activation; 3] = [Activation::Silu, Activation::GeluTanh, Activation::GeluErf];
 

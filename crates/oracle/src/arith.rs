@@ -74,7 +74,7 @@ pub fn round(dtype: DType, value: f64) -> f64 {
 
 /// An f32 that rounds to the same half-precision value as `value` does: an inexact one is cut off and its last bit set, so that
 /// it cannot be taken for a tie. (`half` converts f64 by its upper 32 bits alone, which loses such bits.)
-pub(crate) fn to_odd(value: f64) -> f32 {
+pub fn to_odd(value: f64) -> f32 {
     let nearest = value as f32;
     if f64::from(nearest) == value || !nearest.is_finite() {
         return nearest;

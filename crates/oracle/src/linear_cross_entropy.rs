@@ -39,7 +39,9 @@ mod tests {
     use unsloth_core::{DType, ops::cross_entropy::IGNORE_INDEX};
 
     use super::*;
-    use crate::{arith::Exact, data::Data, gradcheck};
+    use unsloth_testkit::{data::Data, gradcheck};
+
+    use crate::arith::Exact;
 
     /// One token `x = 2`, `W = (0, ln(3) / 2)`, so logits `(0, ln 3)`, target 0, loss scale 4: `loss = ln 4`,
     /// `dlogits = (-3, 3)`, `dx = 3 ln(3) / 2`, `dweight = 1 + (-6, 6)`.

@@ -127,11 +127,12 @@ mod tests {
     use unsloth_core::DType;
 
     use super::*;
-    use crate::{
-        arith::Exact,
+    use unsloth_testkit::{
         data::Data,
         gradcheck::{self, dot},
     };
+
+    use crate::arith::Exact;
 
     /// `x = (1, 2)`, `W = [(1, 0), (0, 1)]`, `bias = (10, 20)`, `A = (3, 4)`, `B = (1, -1)`, `scale = 0.5`, `dy = (2, 6)`:
     /// - `h = 1*3 + 2*4 = 11`, `y = (1 + 10 + 0.5*11*1, 2 + 20 + 0.5*11*-1) = (16.5, 16.5)`

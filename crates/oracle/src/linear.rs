@@ -64,11 +64,12 @@ mod tests {
     use unsloth_core::DType;
 
     use super::*;
-    use crate::{
-        arith::Exact,
+    use unsloth_testkit::{
         data::Data,
         gradcheck::{self, dot},
     };
+
+    use crate::arith::Exact;
 
     /// `x = (1, 2)`, `W = [(3, 4), (5, 6), (7, 8)]`, `bias = (0.5, 0, -1)`, `dy = (1, 10, 100)`:
     /// - `y = (1*3 + 2*4 + 0.5, 1*5 + 2*6, 1*7 + 2*8 - 1) = (11.5, 17, 22)`

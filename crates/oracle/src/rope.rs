@@ -54,11 +54,12 @@ mod tests {
     use unsloth_core::DType;
 
     use super::*;
-    use crate::{
-        arith::Exact,
+    use unsloth_testkit::{
         data::Data,
         gradcheck::{self, dot},
     };
+
+    use crate::arith::Exact;
 
     /// A quarter turn takes (1, 0) to (0, 1): channels 0 and 2 in halves, 0 and 1 interleaved. The other pair stays.
     #[test]

@@ -30,11 +30,12 @@ mod tests {
     use unsloth_core::DType;
 
     use super::*;
-    use crate::{
-        arith::Exact,
+    use unsloth_testkit::{
         data::Data,
         gradcheck::{self, dot},
     };
+
+    use crate::arith::Exact;
 
     #[test]
     fn gradient() {

@@ -66,11 +66,12 @@ pub fn backward<A: Arith>(arith: &A, dy: &[f64], t: &[f64], (magnitude, norms): 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        arith::Exact,
+    use unsloth_testkit::{
         data::Data,
         gradcheck::{self, dot},
     };
+
+    use crate::arith::Exact;
 
     /// W = (3 0), B A = (0 2), scale 2: (3 4) has length 5. A magnitude of 10 doubles the row.
     #[test]

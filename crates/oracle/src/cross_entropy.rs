@@ -70,7 +70,9 @@ mod tests {
     use unsloth_core::DType;
 
     use super::*;
-    use crate::{arith::Exact, data::Data, gradcheck};
+    use unsloth_testkit::{data::Data, gradcheck};
+
+    use crate::arith::Exact;
 
     fn close(actual: f64, expected: f64) {
         assert!((actual - expected).abs() < 1e-11, "{actual}, expected {expected}");
