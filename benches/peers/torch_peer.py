@@ -189,10 +189,33 @@ def train_step(task, dtype):
     return step
 
 
+def decode(task, dtype):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(task["folder"], dtype=dtype, attn_implementation="sdpa").to(DEVICE).eval()
+    ids = torch.randint(0, model.config.vocab_size, (1, task["prompt"]), device=DEVICE)
+
+    @torch.inference_mode()
+    def run():
+        """Seconds of the tokens behind the first: the prompt's own pass does not count."""
+        output = model(input_ids=ids, use_cache=True)
+        token, past = output.logits[:, -1:].argmax(-1), output.past_key_values
+        wait()
+        start = time.perf_counter()
+        for _ in range(task["new"] - 1):
+            output = model(input_ids=token, past_key_values=past, use_cache=True)
+            token, past = output.logits[:, -1:].argmax(-1), output.past_key_values
+        wait()
+        return time.perf_counter() - start
+
+    run.is_clocked = True
+    return run
+
+
 TASKS = {
     task.__name__: task
     for task in (linear, lora_linear, attention, rms_norm, rope, glu, cross_entropy, linear_cross_entropy, embedding,
-                 elementwise, adamw, train_step)
+                 elementwise, adamw, train_step, decode)
 }
 
 
@@ -200,6 +223,8 @@ def sample(run):
     if EVICTION is not None:
         EVICTION.sum()
     wait()
+    if getattr(run, "is_clocked", False):
+        return run()
     start = time.perf_counter()
     run()
     wait()

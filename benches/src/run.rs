@@ -281,8 +281,10 @@ impl Session<'_> {
         }));
         // candle takes all threads of the process.
         if let Some(candle) = candle.filter(|_| threads == machine::cpus()) {
+            let mut candle = InProcess::on_cpu(candle, &self.eviction);
+            candle.sample()?;
             names.push("candle".to_owned());
-            contenders.push(Box::new(InProcess::on_cpu(candle, &self.eviction)));
+            contenders.push(Box::new(candle));
         }
         if let (Some(peer), Some(task)) = (self.torch.as_mut().filter(|_| threads == self.main), &torch) {
             match peer.prepare(task) {

@@ -1,11 +1,15 @@
 //! Times LoRA steps of a model from a Hugging Face folder; prints one line of JSON.
 
-use std::{fs, path::PathBuf, time::Instant};
+use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use serde_json::json;
-use unsloth_benches::training::{Options, random_batch, trainer};
+use unsloth_benches::{
+    machine::{process_bytes, reset_process_peak},
+    measure::Timing,
+    training::{Options, random_batch, trainer},
+};
 use unsloth_rs::{DType, device, train::Checkpointing};
 
 /// Times LoRA steps (forward, backward, clipping, AdamW) on all linear layers with random tokens.
@@ -34,11 +38,8 @@ struct Arguments {
 }
 
 /// A line of /proc/self/status in MiB; `None` where there is no such file.
-fn status_mib(field: &str) -> Option<f64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.strip_prefix(field).is_some_and(|rest| rest.starts_with(':')))?;
-    let kib: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some((kib / 1024.0).round())
+fn status_mib(field: &str) -> Option<u64> {
+    process_bytes(field).map(|bytes| bytes >> 20)
 }
 
 fn main() -> Result<()> {
@@ -54,8 +55,8 @@ fn main() -> Result<()> {
 
     let loaded = status_mib("VmRSS");
     let loading_peak = status_mib("VmHWM");
-    // Resets the high-water mark to what is resident now. Where that is not possible the peak includes loading.
-    let mark_reset = fs::write("/proc/self/clear_refs", "5").is_ok();
+    // Where that is not possible the peak includes loading.
+    let mark_reset = reset_process_peak();
     let first = Instant::now();
     trainer.step(&step)?;
     let first_s = first.elapsed().as_secs_f64();
@@ -69,14 +70,14 @@ fn main() -> Result<()> {
         seconds.push(before.elapsed().as_secs_f64());
     }
     let last_loss = trainer.finish()?.map(|metrics| metrics.loss);
-    seconds.sort_by(f64::total_cmp);
-    let median_s = (seconds[(seconds.len() - 1) / 2] + seconds[seconds.len() / 2]) / 2.0;
+    let max_s = seconds.iter().copied().fold(0.0, f64::max);
+    let Timing { median_s, min_s, samples, .. } = Timing::of(seconds).context("no step was timed")?;
     let step_peak = status_mib("VmHWM");
     let line = json!({
         "peer": "unsloth-rs", "model": arguments.model.display().to_string(), "dtype": dtype.name(), "batch": batch,
         "seq": seq, "rank": rank, "checkpointing": arguments.checkpointing.to_string(),
-        "threads": std::thread::available_parallelism()?.get(), "n": seconds.len(),
-        "median_s": median_s, "min_s": seconds[0], "max_s": seconds[seconds.len() - 1], "first_s": first_s,
+        "threads": std::thread::available_parallelism()?.get(), "n": samples,
+        "median_s": median_s, "min_s": min_s, "max_s": max_s, "first_s": first_s,
         "tok_s": (batch * seq) as f64 / median_s,
         "rss_loaded_mb": loaded, "peak_rss_mb": loading_peak.zip(step_peak).map(|(a, b)| a.max(b)),
         "step_peak_rss_mb": step_peak.filter(|_| mark_reset),

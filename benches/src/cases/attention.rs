@@ -27,12 +27,15 @@ use crate::{
 const OP: &str = "attention";
 /// Queries at the end of a sequence whose results are compared: for the keys beside them these are all queries.
 const SAMPLE: usize = 12;
+/// Longest sequence of models that are not the smallest: one shows how cost grows.
+const LONGEST_OF_OTHERS: usize = 4096;
 
 /// Forward and backward over the lengths, and a new token against a cache of the longest.
 pub fn cases(selection: &Selection) -> Vec<Case> {
     let mut cases = each(selection.small_models(), &selection.dtypes, |model, dtype| {
         let of = |seq_len| [forward_case(model, seq_len, dtype), backward_case(model, seq_len, dtype)];
-        selection.seq_lens.iter().flat_map(|&seq_len| of(seq_len)).collect()
+        let longest = if selection.is_smallest(&model) { usize::MAX } else { LONGEST_OF_OTHERS };
+        selection.seq_lens.iter().filter(|&&seq_len| seq_len <= longest).flat_map(|&seq_len| of(seq_len)).collect()
     });
     let others = &selection.models[selection.small_models().len()..];
     cases.extend(each(others, &selection.dtypes, |model, dtype| {

@@ -3,6 +3,7 @@
 use std::{rc::Rc, sync::Arc, time::Instant};
 
 use anyhow::{Result, ensure};
+use serde_json::json;
 use unsloth_rs::{
     DType,
     llm::{
@@ -56,6 +57,8 @@ fn prepare(context: &Context<'_>, folder: &Folder, dtype: DType) -> Result<Prepa
         ensure!(best - chosen <= 0.02 * spread, "{OP}: token {last} has logit {chosen}, the largest is {best}");
         Ok(())
     };
+    let torch = json!({ "op": OP, "part": "greedy", "folder": path.as_ref().display().to_string(), "prompt": PROMPT,
+        "new": NEW, "dtype": dtype.name() });
     let recording = Arc::clone(context.recording);
     let run = move || {
         let _folder = &path;
@@ -68,5 +71,5 @@ fn prepare(context: &Context<'_>, folder: &Folder, dtype: DType) -> Result<Prepa
         })?;
         Ok(first.map(|first| first.elapsed()).unwrap_or_default())
     };
-    Ok(Prepared::new(check, Run::Clocked(Box::new(run))))
+    Ok(Prepared::new(check, Run::Clocked(Box::new(run))).with_torch(torch))
 }

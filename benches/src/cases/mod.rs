@@ -87,6 +87,10 @@ impl Selection {
         }
     }
 
+    fn is_smallest(&self, model: &ModelShape) -> bool {
+        self.models.first() == Some(model)
+    }
+
     /// The smallest models: for what depends on the vocabulary or is a model itself.
     fn small_models(&self) -> &[ModelShape] {
         &self.models[..self.models.len().min(2)]

@@ -52,6 +52,8 @@ pub struct Profile {
     pub limits: Limits,
     /// Seconds of a step that is not recorded.
     pub step_s: f64,
+    /// Tokens of a step over those seconds.
+    pub tokens_per_second: f64,
     /// Seconds of a recorded step, in which every call waits for the one before.
     pub recorded_step_s: f64,
     /// By operator, the slowest first.
@@ -128,6 +130,7 @@ pub fn run(device: &Device, options: &Options) -> Result<Profile> {
         machine: Machine::of(device),
         commit: machine::commit(),
         step_s,
+        tokens_per_second: (batch * seq_len) as f64 / step_s,
         recorded_step_s: seconds / options.steps as f64,
         operators: shares(&steps, |call, _| call.name.to_owned(), |cost| least(&limits, cost, options)),
         layers: shares(&steps, |_, place| place.kind.to_owned(), |cost| least(&limits, cost, options)),

@@ -24,7 +24,12 @@ pub fn tables(profile: &Profile) -> Result<String> {
     let mut text = String::new();
     let Profile { what, machine, limits, step_s, recorded_step_s, .. } = profile;
     writeln!(text, "{what}\n{}: {}\nlimits: {limits}\n", machine.device, machine.model)?;
-    writeln!(text, "a step takes {}, recorded call by call {}\n", seconds(*step_s), seconds(*recorded_step_s))?;
+    let (step, recorded) = (seconds(*step_s), seconds(*recorded_step_s));
+    writeln!(
+        text,
+        "a step takes {step} ({:.1} tokens/s), recorded call by call {recorded}\n",
+        profile.tokens_per_second
+    )?;
     for (title, shares) in [("kind of layer", &profile.layers), ("operator", &profile.operators)] {
         writeln!(text, "share   time          calls  GFLOP/s  GB/s     of limit  moved at least  {title}")?;
         shares.iter().try_for_each(|share| writeln!(text, "{}", line(share)))?;

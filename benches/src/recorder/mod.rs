@@ -205,6 +205,10 @@ impl Memory for Recorder {
         self.inner.backend().reset_peak();
     }
 
+    fn num_reads(&self) -> u64 {
+        self.inner.backend().num_reads()
+    }
+
     fn allocation_counts(&self) -> AllocationCounts {
         self.inner.backend().allocation_counts()
     }
