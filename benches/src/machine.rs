@@ -127,6 +127,12 @@ pub fn commit() -> Option<String> {
     Some(if changes.is_empty() { commit } else { format!("{commit} with changes") })
 }
 
+/// Version of a library that this program is linked with, from the lock file; `None` for one that is not there.
+pub fn library_version(name: &str) -> Option<&'static str> {
+    let (_, rest) = include_str!("../../Cargo.lock").split_once(&format!("name = \"{name}\"\nversion = \""))?;
+    rest.split('"').next()
+}
+
 /// A line of /proc/self/status in bytes; `None` where there is no such file.
 pub fn process_bytes(field: &str) -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
@@ -168,5 +174,17 @@ impl Noise {
         let ((all, own), (all_now, own_now)) = (self.0?, cpu_seconds()?);
         let available = cpus() as f64 * self.1.elapsed().as_secs_f64();
         Some((((all_now - all) - (own_now - own)) / available).clamp(0.0, 1.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{cpus, library_version};
+
+    #[test]
+    fn knows_the_peers_version() {
+        assert!(library_version("candle-core").is_some_and(|version| version.starts_with("0.")));
+        assert_eq!(library_version("no-such-library"), None);
+        assert!(cpus() > 0);
     }
 }

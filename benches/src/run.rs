@@ -127,13 +127,14 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Outcome> {
     let (dtypes, missing) = options.dtypes(&device);
     not_run.extend(missing);
     not_run.extend(left_out(options));
-    let peers = torch.iter().map(|torch| torch.version.clone());
-    let peers = (machine::is_cpu(&device)).then(|| "candle 0.11, as a library".to_owned()).into_iter().chain(peers);
+    let candle = format!("candle {}, in this process", machine::library_version("candle-core").unwrap_or("?"));
+    let peers = machine::is_cpu(&device).then_some(candle);
+    let peers = peers.into_iter().chain(torch.iter().map(|torch| torch.version.clone())).collect();
     let report = Report {
         version: VERSION,
         command: options.command.clone(),
         commit: machine::commit(),
-        peers: peers.collect(),
+        peers,
         machine,
         used_by_others: None,
         limits: Vec::new(),

@@ -44,7 +44,7 @@ struct Arguments {
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     out: PathBuf,
     /// Run nothing: compare two files, and fail where the second is slower by more than the threshold.
-    #[arg(long, num_args = 2, value_names = ["BEFORE", "AFTER"], exclusive = false)]
+    #[arg(long, num_args = 2, value_names = ["BEFORE", "AFTER"])]
     compare: Option<Vec<PathBuf>>,
     /// By how many percent a median may grow.
     #[arg(long, value_name = "PERCENT", default_value_t = 10.0, requires = "compare")]
