@@ -15,7 +15,7 @@ use unsloth_rs::{
         adapter::AdapterConfig,
         decoder::{Decoder, LoadOptions, Targets},
     },
-    train::{AdamWConfig, Batch, Checkpointing, Document, LoraConfig, Schedule, ScheduleKind, Trainer, TrainerConfig},
+    train::{Batch, Checkpointing, Document, LoraConfig, Schedule, ScheduleKind, Trainer, TrainerConfig},
 };
 
 use crate::models::ModelShape;
@@ -100,9 +100,14 @@ pub fn trainer(folder: &Path, device: &Device, options: Options) -> anyhow::Resu
     let mut decoder = Decoder::load(folder, device, LoadOptions::frozen(dtype))?;
     decoder.set_checkpointing(checkpointing)?;
     decoder.add_adapters(&AdapterConfig::new(LoraConfig::new(rank, 16.0), Targets::AllLinear), 0)?;
-    let schedule = Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-4, warmup_steps: 0, total_steps: 1 };
-    let adamw = AdamWConfig::default();
-    let config = TrainerConfig { adamw, schedule, max_grad_norm: Some(1.0), loss_scale: None, seed: 0 };
+    let schedule = Schedule {
+        kind: ScheduleKind::Constant,
+        learning_rate: 1e-4,
+        warmup_steps: 0,
+        total_steps: 1,
+        ..Schedule::default()
+    };
+    let config = TrainerConfig { schedule, ..TrainerConfig::default() };
     Ok(Trainer::new(decoder, config)?)
 }
 

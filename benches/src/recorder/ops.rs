@@ -5,8 +5,8 @@ use unsloth_rs::{
     core::{
         KvView, Lengths, Sequences, Weight,
         ops::{
-            Cost, adamw, attention, cross_entropy, dora, elementwise, embedding, glu, linear, linear_cross_entropy,
-            lora_linear, reduce, rms_norm, rope,
+            Cost, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
+            linear_cross_entropy, lion, lora_linear, reduce, rms_norm, rope, sgd,
         },
     },
 };
@@ -354,5 +354,31 @@ impl adamw::AdamW for Recorder {
         let (shape, cost) = (*buffers.grad.shape(), buffers.cost());
         let about = || About { name: "adamw step", shape: shape.to_string(), subject: None, cost };
         self.call(about, |backend| backend.adamw(spec, buffers, state))
+    }
+}
+
+/// One step of one parameter.
+fn update(name: &'static str, grad: &Tensor, cost: Cost) -> About {
+    About { name, shape: grad.shape().to_string(), subject: None, cost }
+}
+
+impl adamw8bit::AdamW8bit for Recorder {
+    fn adamw8bit(&self, spec: &adamw::Spec, buffers: adamw8bit::Buffers<'_>, state: &Tensor) -> Result<()> {
+        let about = update("adamw8bit step", buffers.grad, buffers.cost());
+        self.call(|| about, |backend| backend.adamw8bit(spec, buffers, state))
+    }
+}
+
+impl lion::Lion for Recorder {
+    fn lion(&self, spec: &lion::Spec, buffers: lion::Buffers<'_>, state: &Tensor) -> Result<()> {
+        let about = update("lion step", buffers.grad, buffers.cost());
+        self.call(|| about, |backend| backend.lion(spec, buffers, state))
+    }
+}
+
+impl sgd::Sgd for Recorder {
+    fn sgd(&self, spec: &sgd::Spec, buffers: sgd::Buffers<'_>, state: &Tensor) -> Result<()> {
+        let about = update("sgd step", buffers.grad, buffers.cost());
+        self.call(|| about, |backend| backend.sgd(spec, buffers, state))
     }
 }

@@ -13,6 +13,7 @@ use unsloth_rs::{
     ByteSize, Category, DeviceName,
     plan::Target,
     recipe::{Command, MemoryPlan, Method, Offload, Planner, Policy, TrainConfig},
+    train::OptimizerKind,
 };
 
 use crate::{adapter_args::AdapterArgs, args::FloatType};
@@ -50,6 +51,9 @@ pub(crate) struct Args {
     /// Where inputs of layers that are computed again wait: none (on the device), host or disk
     #[arg(long, value_name = "PLACE", default_value = "none")]
     offload: Offload,
+    /// What is kept of each parameter: by adamw, adamw8bit, sgd or lion
+    #[arg(long, value_name = "NAME", default_value_t)]
+    optimizer: OptimizerKind,
     /// Fail, naming what is held and what would help, if the run would need more, such as 12GiB; without, a table of common
     /// sizes is printed
     #[arg(long, value_name = "SIZE")]
@@ -73,6 +77,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         adapters: args.adapters.options().adapters()?,
         checkpointing: args.checkpointing,
         offload: args.offload,
+        optimizer: args.optimizer.with_defaults(),
         memory_bytes: args.memory.map(|ByteSize(bytes)| bytes),
         ..TrainConfig::new(args.model, Vec::new(), PathBuf::new())
     };

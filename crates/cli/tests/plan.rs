@@ -232,6 +232,9 @@ fn options_as_measured() {
         "--checkpointing selective --dtype f16",
         "--method full --dtype bf16",
         "--method scratch",
+        "--method full --optimizer adamw8bit",
+        "--optimizer sgd",
+        "--optimizer lion",
     ] {
         Run { model: &tiny(), seq_len: 100, batch_size: 3, options }.check();
     }

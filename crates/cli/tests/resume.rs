@@ -170,6 +170,12 @@ fn an_interrupted_run_in_f16_goes_on_with_its_loss_scale() {
     stopped_run_goes_on("--method full --dtype f16", "INT");
 }
 
+/// Codes of 8 bits are saved as they are.
+#[test]
+fn an_interrupted_run_with_8_bit_moments_goes_on_with_the_same_bits() {
+    stopped_run_goes_on("--method full --optimizer adamw8bit --schedule wsd --embedding-learning-rate 1e-3", "INT");
+}
+
 #[test]
 fn a_second_signal_ends_the_run_at_once() {
     let runs = Runs::new("--rank 4");

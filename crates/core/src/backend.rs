@@ -102,6 +102,9 @@ pub trait Backend:
     + ops::cross_entropy::CrossEntropy
     + ops::linear_cross_entropy::LinearCrossEntropy
     + ops::adamw::AdamW
+    + ops::adamw8bit::AdamW8bit
+    + ops::lion::Lion
+    + ops::sgd::Sgd
     + Send
     + Sync
     + 'static
@@ -123,6 +126,12 @@ impl<T> Backend for T where
         + ops::cross_entropy::CrossEntropy
         + ops::linear_cross_entropy::LinearCrossEntropy
         + ops::adamw::AdamW
+        + ops::adamw8bit::AdamW8bit
+        + ops::lion::Lion
+        + ops::sgd::Sgd
+        + ops::adamw8bit::AdamW8bit
+        + ops::lion::Lion
+        + ops::sgd::Sgd
         + Send
         + Sync
         + 'static

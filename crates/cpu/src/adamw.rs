@@ -14,7 +14,7 @@ use crate::{
 
 /// What is the same for every element of a step.
 #[derive(Clone, Copy)]
-struct Factors {
+pub(crate) struct Factors {
     /// `1 - lr * weight_decay`
     decay: f32,
     /// `lr / (1 - beta1^t)`
@@ -26,7 +26,7 @@ struct Factors {
 }
 
 impl Factors {
-    fn new(spec: &Spec, gradient_scale: f32, steps: f32) -> Self {
+    pub(crate) fn new(spec: &Spec, gradient_scale: f32, steps: f32) -> Self {
         // In f64: 0.999^t rounded to f32 loses three of the seven digits of 1 - 0.999^t.
         let correction = |beta: f32| 1.0 - f64::from(beta).powf(f64::from(steps));
         let rate = f64::from(spec.learning_rate);
@@ -40,7 +40,7 @@ impl Factors {
     }
 
     #[inline(always)]
-    fn apply(self, param: &mut [f32], grad: &[f32], (m, v): (&mut [f32], &mut [f32])) {
+    pub(crate) fn apply(self, param: &mut [f32], grad: &[f32], (m, v): (&mut [f32], &mut [f32])) {
         let Self { decay, step_size, correction2, gradient_scale, spec: Spec { beta1, beta2, eps, .. } } = self;
         let (rest1, rest2) = (1.0 - beta1, 1.0 - beta2);
         for (((param, grad), m), v) in param.iter_mut().zip(grad).zip(m).zip(v) {

@@ -13,6 +13,7 @@
 
 mod access;
 mod adamw;
+mod adamw8bit;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -27,12 +28,14 @@ mod glu;
 mod info;
 mod linear;
 mod linear_cross_entropy;
+mod lion;
 mod lora_linear;
 mod matmul;
 mod parallel;
 mod reduce;
 mod rms_norm;
 mod rope;
+mod sgd;
 mod simd;
 
 pub use backend::{CpuBackend, CpuOptions};

@@ -62,6 +62,9 @@ caught! {
     cross_entropy
     linear_cross_entropy
     adamw
+    adamw8bit
+    lion
+    sgd
 }
 
 /// The wrapper without a fault passes, so that what fails above is the fault.

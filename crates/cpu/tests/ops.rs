@@ -35,6 +35,9 @@ macro_rules! suites {
 suites! {
     devices:
     adamw
+    adamw8bit
+    lion
+    sgd
     cross_entropy
     dora
     elementwise

@@ -6,6 +6,7 @@
 
 mod access;
 mod adamw;
+mod adamw8bit;
 mod attention;
 mod backend;
 mod cross_entropy;
@@ -18,11 +19,13 @@ mod glu;
 mod info;
 mod linear;
 mod linear_cross_entropy;
+mod lion;
 mod lora_linear;
 mod poison;
 mod reduce;
 mod rms_norm;
 mod rope;
+mod sgd;
 #[cfg(feature = "wgpu")]
 mod vulkan;
 

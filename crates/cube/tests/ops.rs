@@ -54,6 +54,11 @@ fn linear_cross_entropy() {
 }
 
 #[test]
+fn lion() {
+    suite::lion::run(&device());
+}
+
+#[test]
 fn lora_dropout() {
     suite::lora_dropout::run(&device());
 }
@@ -76,4 +81,9 @@ fn rms_norm() {
 #[test]
 fn rope() {
     suite::rope::run(&device());
+}
+
+#[test]
+fn sgd() {
+    suite::sgd::run(&device());
 }

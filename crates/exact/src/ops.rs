@@ -4,9 +4,10 @@ use rayon::prelude::*;
 use unsloth_core::{
     DType, Error, KvView, Lengths, Result, Sequences, Tensor, Weight,
     ops::{
-        adamw, attention,
+        adamw, adamw8bit, attention,
         cross_entropy::{self, IGNORE_INDEX},
-        dora, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear, reduce, rms_norm, rope,
+        dora, elementwise, embedding, glu, linear, linear_cross_entropy, lion, lora_linear, reduce, rms_norm, rope,
+        sgd,
     },
 };
 use unsloth_oracle::{self as oracle, arith::Exact, linear::Dims};
@@ -464,5 +465,23 @@ impl adamw::AdamW for ExactBackend {
     }
     fn adamw(&self, _spec: &adamw::Spec, _buffers: adamw::Buffers<'_>, _state: &Tensor) -> Result<()> {
         unsupported("adamw", "optimisers")
+    }
+}
+
+impl adamw8bit::AdamW8bit for ExactBackend {
+    fn adamw8bit(&self, _spec: &adamw::Spec, _buffers: adamw8bit::Buffers<'_>, _state: &Tensor) -> Result<()> {
+        unsupported("adamw8bit", "optimisers")
+    }
+}
+
+impl lion::Lion for ExactBackend {
+    fn lion(&self, _spec: &lion::Spec, _buffers: lion::Buffers<'_>, _state: &Tensor) -> Result<()> {
+        unsupported("lion", "optimisers")
+    }
+}
+
+impl sgd::Sgd for ExactBackend {
+    fn sgd(&self, _spec: &sgd::Spec, _buffers: sgd::Buffers<'_>, _state: &Tensor) -> Result<()> {
+        unsupported("sgd", "optimisers")
     }
 }

@@ -16,7 +16,7 @@ use std::{
 
 use unsloth_autograd::{Matrix, Parameter, Recompute, Tape, Var, Vector, checkpoint_in, ops};
 use unsloth_core::{Category, DType, Device, Sequences, Tensor, TensorStore, ops::cross_entropy::LossSpec};
-use unsloth_train::{Adapter, Batch, Checkpointing, DrawRows, KvCache, KvCacheSpec, Linear, Model, Segment};
+use unsloth_train::{Adapter, Batch, Checkpointing, DrawRows, KvCache, KvCacheSpec, Linear, Model, Role, Segment};
 
 use crate::{
     Error, Result,
@@ -374,6 +374,11 @@ impl Model for Decoder {
         let weights = self.trained.iter().map(|weight| weight.parameter.clone()).chain(self.beside.iter().cloned());
         let adapters = self.linears().filter_map(|linear| linear.adapter.as_ref());
         weights.chain(adapters.flat_map(Adapter::parameters)).collect()
+    }
+
+    fn role(&self, parameter: &Parameter) -> Role {
+        let is = |matrix: &Matrix| matrix.parameter().is_some_and(|own| own.id() == parameter.id());
+        if is(&self.embedding) || is(&self.head) { Role::Embedding } else { Role::Weight }
     }
 
     fn device(&self) -> &Device {

@@ -7,11 +7,11 @@ use unsloth_core::{DType, Tensor, ops::elementwise};
 
 use crate::{Error, Result, atomic};
 
-/// A float tensor on its way into a file.
+/// A tensor on its way into a file.
 pub(crate) struct Entry {
     pub(crate) name: String,
     pub(crate) tensor: Tensor,
-    /// Type to store it in, rounded to nearest even.
+    /// Type to store it in: its own, or another float type, rounded to nearest even.
     pub(crate) dtype: DType,
 }
 
@@ -62,7 +62,10 @@ impl safetensors::View for View<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let bytes = elementwise::cast(&self.tensor, self.dtype).and_then(|tensor| tensor.to_bytes());
+        let bytes = match self.tensor.dtype() == self.dtype {
+            true => self.tensor.to_bytes(),
+            false => elementwise::cast(&self.tensor, self.dtype).and_then(|tensor| tensor.to_bytes()),
+        };
         bytes.map_or_else(
             |error| {
                 self.failure.borrow_mut().get_or_insert(error);

@@ -180,7 +180,10 @@ impl Checkpoint {
 
     /// A tensor in the type that it is stored in, or in f32 on a device that lacks that type.
     fn stored(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
-        let dtype = self.stored_dtype(wanted.name)?;
+        let dtype = match wanted.dtype {
+            DType::I32 => self.element_dtype(wanted.name)?,
+            _ => self.stored_dtype(wanted.name)?,
+        };
         let entry = self.entry(wanted.name)?;
         let file = &self.files[entry.file];
         if *entry.shape != *wanted.shape {
@@ -203,6 +206,17 @@ impl Checkpoint {
     fn place<T>(&self, name: &str, result: unsloth_core::Result<T>) -> Result<T> {
         let (path, name) = (&self.path, name.to_owned());
         result.map_err(|source| Error::PlaceTensor { path: path.clone(), name, source: source.into() })
+    }
+
+    /// Type that a tensor is stored in, a weight or not.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::TensorDType`] unless it is f32, f16, bf16 or i32.
+    pub(crate) fn element_dtype(&self, name: &str) -> Result<DType> {
+        match self.entry(name)?.dtype {
+            Dtype::I32 => Ok(DType::I32),
+            _ => self.stored_dtype(name),
+        }
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {

@@ -15,8 +15,7 @@ use unsloth_llm::{
     peft,
 };
 use unsloth_train::{
-    AdamWConfig, Batch, Checkpointing, LoraConfig, LoraInit, Model, Schedule, ScheduleKind, StepMetrics, Trainer,
-    TrainerConfig,
+    Batch, Checkpointing, LoraConfig, LoraInit, Model, Schedule, ScheduleKind, StepMetrics, Trainer, TrainerConfig,
 };
 
 macro_rules! cases {
@@ -136,10 +135,9 @@ fn training_curve(case: Case) {
 /// The trainer after the steps that PEFT's model took.
 fn trained(case: Case, device: &Device) -> Trainer<Decoder> {
     let expected = &case.numbers("train_losses")[""];
-    let schedule =
-        Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-2, warmup_steps: 0, total_steps: expected.len() };
-    let config =
-        TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), loss_scale: None, seed: 0 };
+    let (kind, total_steps) = (ScheduleKind::Constant, expected.len());
+    let schedule = Schedule { kind, learning_rate: 1e-2, total_steps, ..Schedule::default() };
+    let config = TrainerConfig { schedule, ..TrainerConfig::default() };
     let mut trainer = Trainer::new(case.load(device), config).unwrap();
     let mut metrics: Vec<StepMetrics> = Vec::new();
     for _ in expected {

@@ -22,9 +22,7 @@ use unsloth_llm::{
     peft,
     sampler::Sampling,
 };
-use unsloth_train::{
-    AdamWConfig, Batch, LoraConfig, Model, Schedule, ScheduleKind, StepMetrics, Trainer, TrainerConfig,
-};
+use unsloth_train::{Batch, LoraConfig, Model, Schedule, ScheduleKind, StepMetrics, Trainer, TrainerConfig};
 
 macro_rules! for_each {
     ($tests:tt: $($module:ident $model:literal),* $(,)?) => { $(mod $module { for_each!(@ $tests $model); })* };
@@ -151,8 +149,14 @@ fn adapted_model_on(device: &Device, model: &str) {
 }
 
 fn trainer_config() -> TrainerConfig {
-    let schedule = Schedule { kind: ScheduleKind::Cosine, learning_rate: 1e-3, warmup_steps: 3, total_steps: 20 };
-    TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), loss_scale: None, seed: 0 }
+    let schedule = Schedule {
+        kind: ScheduleKind::Cosine,
+        learning_rate: 1e-3,
+        warmup_steps: 3,
+        total_steps: 20,
+        ..Schedule::default()
+    };
+    TrainerConfig { schedule, ..TrainerConfig::default() }
 }
 
 fn training_curve(model: &str) {

@@ -125,9 +125,15 @@ mod odd_shapes {
 
 fn training_curve(model: &str) {
     let (device, golden, reference) = (unsloth_cpu::device(), Golden::open(model), reference(model));
-    let schedule = Schedule { kind: ScheduleKind::Cosine, learning_rate: 1e-3, warmup_steps: 2, total_steps: 10 };
+    let schedule = Schedule {
+        kind: ScheduleKind::Cosine,
+        learning_rate: 1e-3,
+        warmup_steps: 2,
+        total_steps: 10,
+        ..Schedule::default()
+    };
     let adamw = AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() };
-    let config = TrainerConfig { adamw, schedule, max_grad_norm: Some(1.0), loss_scale: None, seed: 0 };
+    let config = TrainerConfig { optimizer: adamw.into(), schedule, ..TrainerConfig::default() };
     let mut trainer = Trainer::new(trainable(model, &device, DType::F32), config).unwrap();
     let mut metrics: Vec<StepMetrics> = Vec::new();
     for step in 0..10 {
@@ -270,9 +276,14 @@ fn a_random_weight_depends_on_its_name_and_shape_alone() {
 #[test]
 fn a_model_from_random_weights_learns() {
     let (device, golden) = (unsloth_cpu::device(), Golden::open("tiny-qwen2"));
-    let schedule = Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-2, warmup_steps: 0, total_steps: 20 };
-    let config =
-        TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), loss_scale: None, seed: 0 };
+    let schedule = Schedule {
+        kind: ScheduleKind::Constant,
+        learning_rate: 1e-2,
+        warmup_steps: 0,
+        total_steps: 20,
+        ..Schedule::default()
+    };
+    let config = TrainerConfig { schedule, ..TrainerConfig::default() };
     let decoder = Decoder::random(&fixture("tiny-qwen2").join("model"), &device, DType::F32, 1).unwrap();
     let mut trainer = Trainer::new(decoder, config).unwrap();
     let batch = batch(&device, &golden.rows());

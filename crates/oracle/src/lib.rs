@@ -7,6 +7,7 @@
 #![allow(clippy::needless_range_loop, reason = "references index as their formulas do")]
 
 pub mod adamw;
+pub mod adamw8bit;
 pub mod arith;
 pub mod attention;
 pub mod cross_entropy;
@@ -16,7 +17,9 @@ pub mod embedding;
 pub mod glu;
 pub mod linear;
 pub mod linear_cross_entropy;
+pub mod lion;
 pub mod lora_linear;
 pub mod reduce;
 pub mod rms_norm;
 pub mod rope;
+pub mod sgd;

@@ -3,8 +3,8 @@
 use unsloth_core::{
     DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
     ops::{
-        adamw, attention, cross_entropy, dora, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear,
-        reduce, rms_norm, rope,
+        adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear, linear_cross_entropy,
+        lion, lora_linear, reduce, rms_norm, rope, sgd,
     },
 };
 
@@ -326,6 +326,24 @@ impl adamw::AdamW for PlanBackend {
         Ok(())
     }
     fn adamw(&self, _spec: &adamw::Spec, _buffers: adamw::Buffers<'_>, _state: &Tensor) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl adamw8bit::AdamW8bit for PlanBackend {
+    fn adamw8bit(&self, _spec: &adamw::Spec, _buffers: adamw8bit::Buffers<'_>, _state: &Tensor) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl lion::Lion for PlanBackend {
+    fn lion(&self, _spec: &lion::Spec, _buffers: lion::Buffers<'_>, _state: &Tensor) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl sgd::Sgd for PlanBackend {
+    fn sgd(&self, _spec: &sgd::Spec, _buffers: sgd::Buffers<'_>, _state: &Tensor) -> Result<()> {
         Ok(())
     }
 }

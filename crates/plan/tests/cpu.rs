@@ -5,8 +5,8 @@
 use unsloth_core::{
     Category, DType, Device, KvView, Lengths, Result, Sequences, Shape, Tensor, Usage, Weight,
     ops::{
-        adamw, attention, cross_entropy, dora, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear,
-        reduce, rms_norm, rope,
+        adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear, linear_cross_entropy,
+        lion, lora_linear, reduce, rms_norm, rope, sgd,
     },
     rng::Philox,
 };
@@ -270,6 +270,32 @@ fn adamw() {
         let buffers = adamw::Buffers { param: &mut param, grad: &grad, m: &mut moment()?, v: &mut moment()? };
         let spec = adamw::Spec { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
         adamw::step(&spec, buffers, &state)
+    });
+}
+
+#[test]
+fn optimisers_without_scratch() {
+    same("sgd, lion, adamw8bit", |device| {
+        let state = adamw::StepState::new(device, 1)?;
+        let grad = gradient(device, [1000])?;
+        let mut param = device.zeros([1000], DType::BF16, Category::Weights)?;
+        let mut buf = device.zeros([1000], DType::F32, Category::Optimiser)?;
+        let spec = sgd::Spec { learning_rate: 1e-3, momentum: 0.9, nesterov: true, weight_decay: 0.01 };
+        let buffers = sgd::Buffers { param: &mut param, grad: &grad, buf: Some(&mut buf) };
+        sgd::step(&spec, buffers, &state)?;
+        let spec = lion::Spec { learning_rate: 1e-3, beta1: 0.9, beta2: 0.99, weight_decay: 0.01 };
+        lion::step(&spec, lion::Buffers { param: &mut param, grad: &grad, m: &mut buf }, &state)?;
+        let (mut m, mut v) = (adamw8bit::Moment::zeros(device, 1000)?, adamw8bit::Moment::zeros(device, 1000)?);
+        let spec = adamw::Spec { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
+        let buffers = adamw8bit::Buffers {
+            param: &mut param,
+            grad: &grad,
+            m_codes: &mut m.codes,
+            m_absmax: &mut m.absmax,
+            v_codes: &mut v.codes,
+            v_absmax: &mut v.absmax,
+        };
+        adamw8bit::step(&spec, buffers, &state)
     });
 }
 

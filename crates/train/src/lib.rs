@@ -30,6 +30,8 @@ pub use linear::Linear;
 pub use lora::{Adapter, LoraConfig, LoraInit};
 pub use loss_scale::{LossScaleConfig, LossScaleError, LossScaleState, LossScaler, Unscaled};
 pub use model::Model;
-pub use optimizer::{AdamW, AdamWConfig};
+pub use optimizer::{
+    AdamWConfig, LionConfig, MIN_8BIT_SIZE, Optimizer, OptimizerConfig, OptimizerKind, Rates, Role, SgdConfig,
+};
 pub use schedule::{Schedule, ScheduleKind};
-pub use trainer::{ParameterState, RunState, StepMetrics, Trainer, TrainerConfig};
+pub use trainer::{PARAMETER, RunState, StateTensor, StepMetrics, Trainer, TrainerConfig};

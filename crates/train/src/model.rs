@@ -3,7 +3,7 @@
 use unsloth_autograd::{Parameter, Tape, Var};
 use unsloth_core::{Device, Result, ops::cross_entropy::LossSpec};
 
-use crate::Batch;
+use crate::{Batch, Role};
 
 /// A function of a batch with parameters to train.
 pub trait Model {
@@ -17,6 +17,11 @@ pub trait Model {
 
     /// The parameters to train; frozen weights are not among them.
     fn parameters(&self) -> Vec<Parameter>;
+
+    /// What a parameter is, where that gives it a learning rate of its own.
+    fn role(&self, _parameter: &Parameter) -> Role {
+        Role::Weight
+    }
 
     /// Where the model lives.
     fn device(&self) -> &Device;

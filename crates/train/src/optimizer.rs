@@ -1,86 +1,130 @@
-//! AdamW over all parameters of a run.
+//! Optimisers over all parameters of a run.
+//!
+//! A rule of change is one operator of `unsloth_core::ops`, or several by the shape of a parameter. What it keeps of a parameter
+//! from step to step are tensors with names, its parts: with the number of steps they are all that a run needs to go on.
+
+mod adamw;
+mod config;
+mod lion;
+mod sgd;
 
 use unsloth_autograd::{GradStore, Parameter};
 use unsloth_core::{
-    Category, DType, Device, Tensor,
+    Category, DType, Device, Error, Shape, Tensor,
     ops::{
-        adamw::{self, Buffers, ControlSpec, Spec, StepState},
+        adamw::{ControlSpec, StepState, control},
         reduce,
     },
 };
 
-use crate::{ParameterState, Result, Unscaled, error::invalid};
+pub use self::{
+    adamw::{AdamWConfig, MIN_8BIT_SIZE},
+    config::{OptimizerConfig, OptimizerKind},
+    lion::LionConfig,
+    sgd::SgdConfig,
+};
+use crate::{Result, StateTensor, Unscaled};
 
-/// Hyper-parameters of AdamW; defaults are those of PyTorch.        Loshchilov & Hutter 2017, arXiv:1711.05101
+/// What of a model a parameter belongs to, as far as it has a learning rate of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// Everything that is nothing else.
+    #[default]
+    Weight,
+    /// The embedding table and the head.
+    Embedding,
+}
+
+/// Learning rates of a step, by [`Role`].
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamWConfig {
-    /// Decay of the first moment, in `[0, 1)`; 0.9.
-    pub beta1: f32,
-    /// Decay of the second moment, in `[0, 1)`; 0.999.
-    pub beta2: f32,
-    /// Added to the root of the second moment, positive; 1e-8.
-    pub eps: f32,
-    /// Decoupled decay of matrices, 0 or more; 0.01. Parameters of one dimension, which are norms and biases, do not decay,
-    /// as in transformers' `Trainer`.
-    pub weight_decay: f32,
+pub struct Rates {
+    /// Of [`Role::Weight`].
+    pub weight: f32,
+    /// Of [`Role::Embedding`].
+    pub embedding: f32,
 }
 
-impl Default for AdamWConfig {
-    fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
+impl Rates {
+    /// One rate for everything.
+    pub const fn same(rate: f32) -> Self {
+        Self { weight: rate, embedding: rate }
+    }
+
+    fn of(self, role: Role) -> f32 {
+        match role {
+            Role::Weight => self.weight,
+            Role::Embedding => self.embedding,
+        }
     }
 }
 
-impl AdamWConfig {
-    /// # Errors
-    /// [`crate::Error::InvalidConfig`] for a field out of its range.
-    pub fn validate(&self) -> Result<()> {
-        for (field, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            if !(0.0..1.0).contains(&value) {
-                return invalid(field, value, "in [0, 1)");
-            }
-        }
-        if !(self.eps > 0.0 && self.eps.is_finite()) {
-            return invalid("eps", self.eps, "positive and finite");
-        }
-        if !(self.weight_decay >= 0.0 && self.weight_decay.is_finite()) {
-            return invalid("weight_decay", self.weight_decay, "0 or more and finite");
-        }
-        Ok(())
-    }
+/// What a rule keeps of a parameter.
+struct Part {
+    name: &'static str,
+    tensor: Tensor,
 }
 
+/// A parameter and what is kept of it.
 struct Slot {
     parameter: Parameter,
-    decays: bool,
-    m: Tensor,
-    v: Tensor,
+    role: Role,
+    parts: Vec<Part>,
 }
 
-/// AdamW with f32 moments. Norm, clip factor, skip decision and step count stay on the device in a [`StepState`].
-pub struct AdamW {
-    config: AdamWConfig,
+impl Slot {
+    /// Parameters of one dimension, which are norms and biases, do not decay, as in transformers' `Trainer`.
+    fn weight_decay(&self, weight_decay: f32) -> f32 {
+        if self.parameter.value().shape().len() > 1 { weight_decay } else { 0.0 }
+    }
+}
+
+/// Name, shape and type of a part.
+type Form = (&'static str, Shape, DType);
+
+/// How parameters change. A rule keeps nothing itself.
+trait Rule {
+    /// The parts that it keeps of a parameter with this value, all zero before the first step.
+    fn parts(&self, value: &Tensor) -> Vec<Form>;
+    /// Changes one parameter by its gradient.
+    fn step(&self, slot: &mut Slot, grad: &Tensor, step: (f32, &StepState)) -> unsloth_core::Result<()>;
+    /// Whether this device can take its steps.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    fn check_device(&self, device: &Device) -> unsloth_core::Result<()>;
+}
+
+/// An optimiser with what it keeps. Norm, clip factor, skip decision and step count stay on the device in a [`StepState`].
+pub struct Optimizer {
+    config: OptimizerConfig,
     /// In the order of `ParameterId`.
     slots: Vec<Slot>,
     state: StepState,
 }
 
-impl AdamW {
-    /// Zero moments for every parameter. A parameter listed twice counts once.
+impl Optimizer {
+    /// An optimiser of these parameters before its first step, which keeps zeros of each. A parameter listed twice counts once.
     ///
     /// # Errors
-    /// As [`AdamWConfig::validate`]; [`unsloth_core::Error::OutOfMemory`].
-    pub fn new(device: &Device, parameters: &[Parameter], config: AdamWConfig) -> Result<Self> {
+    /// As [`OptimizerConfig::validate`]; [`Error::Unsupported`] on a device that cannot take its steps;
+    /// [`Error::OutOfMemory`].
+    pub fn new(device: &Device, parameters: &[(Parameter, Role)], config: OptimizerConfig) -> Result<Self> {
         config.validate()?;
+        let rule = config.rule();
+        rule.check_device(device)?;
         let mut parameters = parameters.to_vec();
-        parameters.sort_by_key(Parameter::id);
-        parameters.dedup_by_key(|parameter| parameter.id());
-        let slot = |parameter: Parameter| -> Result<Slot> {
-            let shape = *parameter.value().shape();
-            let moment = || device.zeros(shape, DType::F32, Category::Optimiser);
-            Ok(Slot { m: moment()?, v: moment()?, decays: shape.len() > 1, parameter })
+        parameters.sort_by_key(|(parameter, _)| parameter.id());
+        parameters.dedup_by_key(|(parameter, _)| parameter.id());
+        let slot = |(parameter, role): (Parameter, Role)| -> Result<Slot> {
+            let part = |(name, shape, dtype): Form| -> Result<Part> {
+                Ok(Part { name, tensor: device.zeros(shape, dtype, Category::Optimiser)? })
+            };
+            let forms = rule.parts(&parameter.value());
+            let parts = forms.into_iter().map(part).collect::<Result<_>>()?;
+            Ok(Slot { parameter, role, parts })
         };
         let slots = parameters.into_iter().map(slot).collect::<Result<Vec<_>>>()?;
+        drop(rule);
         Ok(Self { config, slots, state: StepState::new(device, 0)? })
     }
 
@@ -89,10 +133,10 @@ impl AdamW {
         self.slots.iter().map(|slot| &slot.parameter)
     }
 
-    /// First and second moment of a parameter, f32 of its shape.
-    pub fn moments(&self, parameter: &Parameter) -> Option<(&Tensor, &Tensor)> {
+    /// What is kept of a parameter under this name, such as `m`.
+    pub fn part(&self, parameter: &Parameter, name: &str) -> Option<&Tensor> {
         let index = self.slots.binary_search_by_key(&parameter.id(), |slot| slot.parameter.id()).ok()?;
-        Some((&self.slots[index].m, &self.slots[index].v))
+        self.slots[index].parts.iter().find(|part| part.name == name).map(|part| &part.tensor)
     }
 
     /// Scalars of the latest step.
@@ -100,18 +144,32 @@ impl AdamW {
         &self.state
     }
 
-    /// Every parameter with its two moments.
-    pub(crate) fn slots(&self) -> impl Iterator<Item = (&Parameter, &Tensor, &Tensor)> {
-        self.slots.iter().map(|slot| (&slot.parameter, &slot.m, &slot.v))
+    /// Value and parts of every parameter, with their names; the value is [`crate::PARAMETER`].
+    pub(crate) fn tensors(&self) -> Vec<StateTensor> {
+        let tensors = |slot: &Slot| {
+            let value = (crate::PARAMETER, slot.parameter.value());
+            let parts = slot.parts.iter().map(|part| (part.name, part.tensor.clone()));
+            let named = |(part, tensor)| StateTensor { parameter: slot.parameter.clone(), part, tensor };
+            std::iter::once(value).chain(parts).map(named).collect::<Vec<_>>()
+        };
+        self.slots.iter().flat_map(tensors).collect()
     }
 
-    /// Sets value and moments of a parameter that is among [`AdamW::parameters`].
-    pub(crate) fn restore(&mut self, parameter: &Parameter, state: ParameterState) -> Result<()> {
-        if let Ok(index) = self.slots.binary_search_by_key(&parameter.id(), |slot| slot.parameter.id()) {
-            let slot = &mut self.slots[index];
-            parameter.update(|value| replace("value", value, state.value))?;
-            replace("m", &mut slot.m, state.m)?;
-            replace("v", &mut slot.v, state.v)?;
+    /// Sets the value and every part of each parameter to what `tensor_of` returns; the value has the name
+    /// [`crate::PARAMETER`].
+    pub(crate) fn restore<E: From<crate::Error>>(
+        &mut self,
+        mut tensor_of: impl FnMut(&Parameter, &'static str, (Shape, DType)) -> Result<Tensor, E>,
+    ) -> Result<(), E> {
+        for Slot { parameter, parts, .. } in &mut self.slots {
+            let value = parameter.value();
+            let new = tensor_of(parameter, crate::PARAMETER, (*value.shape(), value.dtype()))?;
+            drop(value);
+            parameter.update(|value| replace(crate::PARAMETER, value, new)).map_err(crate::Error::from)?;
+            for Part { name, tensor } in parts {
+                let new = tensor_of(parameter, name, (*tensor.shape(), tensor.dtype()))?;
+                replace(name, tensor, new).map_err(crate::Error::from)?;
+            }
         }
         Ok(())
     }
@@ -122,12 +180,12 @@ impl AdamW {
         Ok(())
     }
 
-    /// Decides on the device about the next [`AdamW::step`]: the factor that unscales gradients and clips them to
+    /// Decides on the device about the next [`Optimizer::step`]: the factor that unscales gradients and clips them to
     /// `max_grad_norm`, and whether to skip because `norm`, that of the gradients as they are, or anything of `checked` is not
     /// finite. A loss scaler has checked that already; without one, once a step is skipped, all later ones are.
     ///
     /// # Errors
-    /// Device mismatch; a `max_grad_norm` that is not positive; [`unsloth_core::Error::OutOfMemory`].
+    /// Device mismatch; a `max_grad_norm` that is not positive; [`Error::OutOfMemory`].
     pub fn control(
         &mut self,
         unscaled: Unscaled,
@@ -137,29 +195,28 @@ impl AdamW {
         let Unscaled { loss_scale, finite } = unscaled;
         let sticky = finite.is_none();
         let finite = finite.map_or_else(|| reduce::all_finite(checked), Ok)?;
-        adamw::control(&ControlSpec { max_grad_norm, loss_scale, sticky }, norm, &finite, &mut self.state)
+        control(&ControlSpec { max_grad_norm, loss_scale, sticky }, norm, &finite, &mut self.state)
     }
 
-    /// Changes every parameter by its gradient as [`AdamW::control`] decided, or none if the step is skipped.
+    /// Changes every parameter by its gradient as [`Optimizer::control`] decided, or none if the step is skipped.
     ///
     /// # Errors
-    /// A learning rate out of its range; a parameter without a gradient buffer; [`unsloth_core::Error::Shared`] if someone
+    /// A learning rate out of its range; a parameter without a gradient buffer; [`Error::Shared`] if someone
     /// holds on to a parameter's value.
-    pub fn step(&mut self, gradients: &GradStore, learning_rate: f32) -> unsloth_core::Result<()> {
-        let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
-        for Slot { parameter, decays, m, v } in &mut self.slots {
-            let weight_decay = if *decays { weight_decay } else { 0.0 };
-            let spec = Spec { learning_rate, beta1, beta2, eps, weight_decay };
-            let Some(grad) = gradients.get(parameter) else {
-                return Err(unsloth_core::Error::InvalidSpec {
-                    op: "adamw",
+    pub fn step(&mut self, gradients: &GradStore, rates: Rates) -> unsloth_core::Result<()> {
+        let Self { config, slots, state } = self;
+        let rule = config.rule();
+        for slot in slots {
+            let Some(grad) = gradients.get(&slot.parameter) else {
+                return Err(Error::InvalidSpec {
+                    op: "optimizer",
                     field: "gradients",
-                    value: parameter.name().to_owned(),
+                    value: slot.parameter.name().to_owned(),
                     rule: "a store that has a gradient for every parameter",
                 });
             };
-            let state = &self.state;
-            parameter.update(|param| adamw::step(&spec, Buffers { param, grad, m, v }, state))?;
+            let rate = rates.of(slot.role);
+            rule.step(slot, grad, (rate, state))?;
         }
         Ok(())
     }
@@ -167,7 +224,6 @@ impl AdamW {
 
 /// Puts `new` in the place of `current`, and into its memory category.
 fn replace(arg: &'static str, current: &mut Tensor, new: Tensor) -> unsloth_core::Result<()> {
-    use unsloth_core::Error;
     let op = "restore";
     if new.shape() != current.shape() {
         return Err(Error::Shape { op, arg, expected: current.shape().to_string(), actual: *new.shape() });

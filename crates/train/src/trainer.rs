@@ -6,24 +6,27 @@
 
 mod state;
 
-use unsloth_autograd::{GradStore, Tape};
+use unsloth_autograd::{GradStore, Parameter, Tape};
 use unsloth_core::{
     Category, DType, Tensor,
     ops::{adamw::StepState, cross_entropy::LossSpec, elementwise, reduce},
 };
 
-pub use self::state::{ParameterState, RunState};
+pub use self::state::{PARAMETER, RunState, StateTensor};
 use crate::{
-    AdamW, AdamWConfig, Batch, Draw, Error, LossScaleConfig, LossScaler, Model, Result, Schedule, error::invalid,
+    Batch, Draw, Error, LossScaleConfig, LossScaler, Model, Optimizer, OptimizerConfig, Rates, Result, Schedule,
+    error::invalid,
 };
 
 /// How parameters are changed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TrainerConfig {
     /// The optimiser.
-    pub adamw: AdamWConfig,
+    pub optimizer: OptimizerConfig,
     /// Learning rate by step.
     pub schedule: Schedule,
+    /// The full rate of embeddings, table and head, where they have their own; 0 or more.
+    pub embedding_learning_rate: Option<f64>,
     /// Gradients with a larger norm are scaled down to it; positive.
     pub max_grad_norm: Option<f32>,
     /// How the loss is scaled, which gradients in f16 need; `None`: not at all.
@@ -32,12 +35,32 @@ pub struct TrainerConfig {
     pub seed: u64,
 }
 
+/// AdamW over a cosine of one step, clipped to a norm of 1: for what a caller does not say.
+impl Default for TrainerConfig {
+    fn default() -> Self {
+        Self {
+            optimizer: OptimizerConfig::default(),
+            schedule: Schedule::default(),
+            embedding_learning_rate: None,
+            max_grad_norm: Some(1.0),
+            loss_scale: None,
+            seed: 0,
+        }
+    }
+}
+
 impl TrainerConfig {
     /// # Errors
     /// [`Error::InvalidConfig`] for a field out of its range.
     pub fn validate(&self) -> Result<()> {
-        self.adamw.validate()?;
+        self.optimizer.validate()?;
         self.schedule.validate()?;
+        match self.embedding_learning_rate {
+            Some(rate) if !(rate >= 0.0 && (rate as f32).is_finite()) => {
+                return invalid("embedding_learning_rate", rate, "0 or more and finite");
+            }
+            _ => {}
+        }
         self.scaler().map(drop)?;
         match self.max_grad_norm {
             Some(max) if !(max > 0.0 && max.is_finite()) => invalid("max_grad_norm", max, "positive and finite"),
@@ -92,7 +115,7 @@ pub struct Trainer<M: Model> {
     model: M,
     config: TrainerConfig,
     gradients: GradStore,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     scaler: LossScaler,
     /// Steps begun.
     num_steps: usize,
@@ -111,7 +134,12 @@ impl<M: Model> Trainer<M> {
     /// [`unsloth_core::Error::OutOfMemory`].
     pub fn new(model: M, config: TrainerConfig) -> Result<Self> {
         config.validate()?;
-        let optimizer = AdamW::new(model.device(), &model.parameters(), config.adamw)?;
+        let with_role = |parameter: Parameter| {
+            let role = model.role(&parameter);
+            (parameter, role)
+        };
+        let parameters: Vec<_> = model.parameters().into_iter().map(with_role).collect();
+        let optimizer = Optimizer::new(model.device(), &parameters, config.optimizer)?;
         let parameters: Vec<_> = optimizer.parameters().cloned().collect();
         if parameters.is_empty() {
             return invalid("parameters", 0, "at least one parameter to train");
@@ -187,7 +215,7 @@ impl<M: Model> Trainer<M> {
     }
 
     /// The optimiser and its moments.
-    pub fn optimizer(&self) -> &AdamW {
+    pub fn optimizer(&self) -> &Optimizer {
         &self.optimizer
     }
 
@@ -229,9 +257,13 @@ impl<M: Model> Trainer<M> {
         let norm = reduce::grad_norm(&gradients.tensors())?;
         // The loss may be infinite where gradients are cut off, and the norm where every gradient is finite.
         let checked: Vec<&Tensor> = [&loss, &norm].into_iter().chain(gradients.tensors()).collect();
+        let index = metrics.step - 1;
+        let embedding = config.embedding_learning_rate.map(|full| config.schedule.rate_of(full, index));
+        let weight = metrics.learning_rate;
+        let rates = Rates { weight, embedding: embedding.unwrap_or(weight) };
         scaler.step(OPTIMIZER, &checked, |unscaled| {
             optimizer.control(unscaled, (&norm, &checked), config.max_grad_norm)?;
-            optimizer.step(gradients, metrics.learning_rate)
+            optimizer.step(gradients, rates)
         })?;
         Ok(Pending { metrics, loss, state: elementwise::copy(self.optimizer.state().tensor())? })
     }

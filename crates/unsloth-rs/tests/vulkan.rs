@@ -6,8 +6,11 @@ use std::path::Path;
 
 use unsloth_rs::{
     DType, device,
-    llm::decoder::{Decoder, LoadOptions, Targets},
-    train::{AdamWConfig, Batch, Document, LoraConfig, Schedule, ScheduleKind, Trainer, TrainerConfig},
+    llm::{
+        adapter::AdapterConfig,
+        decoder::{Decoder, LoadOptions, Targets},
+    },
+    train::{Batch, Document, LoraConfig, Schedule, ScheduleKind, Trainer, TrainerConfig},
 };
 
 /// A step leaves the device alone; its loss and its state are read while the next one is under way, and nothing else ever is.
@@ -18,10 +21,10 @@ fn the_host_reads_two_tensors_a_step_and_one_step_late() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../llm/tests/fixtures/tiny-llama/model");
     let mut model = Decoder::load(&folder, &device, LoadOptions::frozen(DType::F32)).unwrap();
     let lora = LoraConfig { dropout: 0.1, ..LoraConfig::new(4, 8.0) };
-    model.add_adapters(&lora, &Targets::AllLinear, 0).unwrap();
-    let schedule = Schedule { kind: ScheduleKind::Constant, learning_rate: 1e-3, warmup_steps: 0, total_steps: 4 };
-    let config =
-        TrainerConfig { adamw: AdamWConfig::default(), schedule, max_grad_norm: Some(1.0), loss_scale: None, seed: 0 };
+    model.add_adapters(&AdapterConfig::new(lora, Targets::AllLinear), 0).unwrap();
+    let (kind, total_steps) = (ScheduleKind::Constant, 4);
+    let schedule = Schedule { kind, learning_rate: 1e-3, total_steps, ..Schedule::default() };
+    let config = TrainerConfig { schedule, ..TrainerConfig::default() };
     let mut trainer = Trainer::new(model, config).unwrap();
     let (ids, targets): (Vec<i32>, Vec<i32>) = (0..24).map(|i| (5 + i * 7 % 900, 5 + i * 11 % 900)).unzip();
 

@@ -9,7 +9,7 @@ use unsloth_rs::{
     core::DType,
     llm::dataset::TrainOn,
     recipe::{Method, Offload, OneOrMany, Policy, TrainOptions},
-    train::ScheduleKind,
+    train::{OptimizerKind, ScheduleKind},
 };
 
 use crate::{
@@ -97,7 +97,8 @@ struct OptimizerArgs {
     /// Learning rate after the warm-up [default: 0.0002]
     #[arg(long, value_name = "F")]
     learning_rate: Option<f64>,
-    /// Learning rate after the warm-up: cosine (to 0), linear (to 0) or constant [default: cosine]
+    /// Learning rate after the warm-up: cosine (to 0), linear (to 0), constant, polynomial (to --end-learning-rate) or wsd
+    /// (constant, then to 0 over --decay-steps) [default: cosine]
     #[arg(long, value_name = "KIND")]
     schedule: Option<ScheduleKind>,
     /// Steps during which the learning rate rises from 0
@@ -106,15 +107,36 @@ struct OptimizerArgs {
     /// Share of the run during which the learning rate rises, where --warmup-steps is not given [default: 0.03]
     #[arg(long, value_name = "F")]
     warmup_ratio: Option<f64>,
-    /// Decoupled weight decay of AdamW [default: 0.01]
+    /// Learning rate at the end of the schedule polynomial [default: 0.0000001]
+    #[arg(long, value_name = "F")]
+    end_learning_rate: Option<f64>,
+    /// Power of the schedule polynomial [default: 1]
+    #[arg(long, value_name = "F")]
+    power: Option<f64>,
+    /// Steps at the end over which the schedule wsd falls to 0 [default: a tenth of the run]
+    #[arg(long, value_name = "N")]
+    decay_steps: Option<usize>,
+    /// Learning rate of the embedding table and the head, where they are trained [default: --learning-rate]
+    #[arg(long, value_name = "F")]
+    embedding_learning_rate: Option<f64>,
+    /// How parameters change: adamw, adamw8bit (moments in 8 bits), sgd (with momentum) or lion [default: adamw]
+    #[arg(long, value_name = "NAME")]
+    optimizer: Option<OptimizerKind>,
+    /// Weight decay of matrices: decoupled, but added to the gradient by sgd [default: 0.01]
     #[arg(long, value_name = "F")]
     weight_decay: Option<f64>,
-    /// Decay of AdamW's first moment [default: 0.9]
+    /// Decay of AdamW's first moment; weight of lion's momentum in a step [default: 0.9]
     #[arg(long, value_name = "F")]
     beta1: Option<f64>,
-    /// Decay of AdamW's second moment [default: 0.999]
+    /// Decay of AdamW's second moment; of lion's momentum, 0.99 if not given [default: 0.999]
     #[arg(long, value_name = "F")]
     beta2: Option<f64>,
+    /// Momentum of sgd; 0: none [default: 0.9]
+    #[arg(long, value_name = "F")]
+    momentum: Option<f64>,
+    /// Nesterov's momentum for sgd
+    #[arg(long)]
+    nesterov: bool,
     /// Added to the root of AdamW's second moment [default: 0.00000001]
     #[arg(long, value_name = "F")]
     adam_eps: Option<f64>,
@@ -183,6 +205,13 @@ impl Args {
             schedule: optimizer.schedule,
             warmup_steps: optimizer.warmup_steps,
             warmup_ratio: optimizer.warmup_ratio,
+            end_learning_rate: optimizer.end_learning_rate,
+            power: optimizer.power,
+            decay_steps: optimizer.decay_steps,
+            embedding_learning_rate: optimizer.embedding_learning_rate,
+            optimizer: optimizer.optimizer,
+            momentum: optimizer.momentum,
+            nesterov: optimizer.nesterov.then_some(true),
             weight_decay: optimizer.weight_decay,
             beta1: optimizer.beta1,
             beta2: optimizer.beta2,

@@ -27,21 +27,12 @@ pub struct Spec {
 }
 
 impl Spec {
-    fn validate(&self) -> Result<()> {
-        let not_negative = |value: f32| value >= 0.0 && value.is_finite();
-        if !not_negative(self.learning_rate) {
-            return check::invalid("adamw", "learning_rate", self.learning_rate, "0 or more");
-        }
-        for (field, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            if !(0.0..1.0).contains(&value) {
-                return check::invalid("adamw", field, value, "in [0, 1)");
-            }
-        }
-        check::positive("adamw", "eps", self.eps)?;
-        if !not_negative(self.weight_decay) {
-            return check::invalid("adamw", "weight_decay", self.weight_decay, "0 or more");
-        }
-        Ok(())
+    pub(super) fn validate(&self, op: &'static str) -> Result<()> {
+        check::not_negative(op, "learning_rate", self.learning_rate)?;
+        check::share(op, "beta1", self.beta1)?;
+        check::share(op, "beta2", self.beta2)?;
+        check::positive(op, "eps", self.eps)?;
+        check::not_negative(op, "weight_decay", self.weight_decay)
     }
 }
 
@@ -134,14 +125,11 @@ pub fn control(spec: &ControlSpec, norm: &Tensor, finite: &Tensor, state: &mut S
 /// # Errors
 /// Shape, dtype or device mismatch; a field out of its range; [`crate::Error::Shared`] if a buffer to write is shared.
 pub fn step(spec: &Spec, buffers: Buffers<'_>, state: &StepState) -> Result<()> {
-    spec.validate()?;
-    check::float("adamw", "param", buffers.param.dtype())?;
+    spec.validate("adamw")?;
+    check::update("adamw", (buffers.param, buffers.grad), state)?;
     let like = (&**buffers.grad.shape(), DType::F32, buffers.grad.device());
-    check::dtype("adamw", "grad", buffers.grad, DType::F32)?;
-    check::tensor("adamw", "param", buffers.param, (like.0, buffers.param.dtype(), like.2))?;
     check::tensor("adamw", "m", buffers.m, like)?;
     check::tensor("adamw", "v", buffers.v, like)?;
-    check::on("adamw", "state", state.0.device(), like.2)?;
     let device = buffers.grad.device().clone();
     device.backend().adamw(spec, buffers, &state.0)
 }

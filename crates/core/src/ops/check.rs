@@ -1,5 +1,6 @@
 //! Argument checks shared by the operators.
 
+use super::adamw::StepState;
 use crate::{DType, Device, Error, Result, Tensor, Weight};
 
 pub(super) fn shape(op: &'static str, arg: &'static str, tensor: &Tensor, expected: &[usize]) -> Result<()> {
@@ -68,4 +69,21 @@ pub(super) fn invalid<T>(
 
 pub(super) fn positive(op: &'static str, field: &'static str, value: f32) -> Result<()> {
     if value > 0.0 && value.is_finite() { Ok(()) } else { invalid(op, field, value, "positive and finite") }
+}
+
+pub(super) fn not_negative(op: &'static str, field: &'static str, value: f32) -> Result<()> {
+    if value >= 0.0 && value.is_finite() { Ok(()) } else { invalid(op, field, value, "0 or more") }
+}
+
+/// In `[0, 1)`.
+pub(super) fn share(op: &'static str, field: &'static str, value: f32) -> Result<()> {
+    if (0.0..1.0).contains(&value) { Ok(()) } else { invalid(op, field, value, "in [0, 1)") }
+}
+
+/// What every optimiser is given: a parameter of any float type, its gradient in f32, and the state of a step.
+pub(super) fn update(op: &'static str, (param, grad): (&Tensor, &Tensor), state: &StepState) -> Result<()> {
+    float(op, "param", param.dtype())?;
+    dtype(op, "grad", grad, DType::F32)?;
+    tensor(op, "param", param, (grad.shape(), param.dtype(), grad.device()))?;
+    on(op, "state", state.tensor().device(), grad.device())
 }

@@ -5,6 +5,7 @@
 //! f32; activation gradients are overwritten, parameter gradients accumulate into f32; the same call gives the same bits.
 
 pub mod adamw;
+pub mod adamw8bit;
 pub mod attention;
 mod check;
 mod cost;
@@ -15,10 +16,12 @@ pub mod embedding;
 pub mod glu;
 pub mod linear;
 pub mod linear_cross_entropy;
+pub mod lion;
 pub mod lora_linear;
 pub mod reduce;
 pub mod rms_norm;
 pub mod rope;
 pub mod rope_table;
+pub mod sgd;
 
 pub use cost::Cost;

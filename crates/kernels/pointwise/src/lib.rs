@@ -3,7 +3,9 @@
 pub mod adamw;
 pub mod elementwise;
 pub mod embedding;
+pub mod lion;
 pub mod reduce;
+pub mod sgd;
 
 /// The CubeCL whose types this crate takes and gives.
 pub use cubecl;

@@ -2,7 +2,8 @@
 //!
 //! A folder is written under a temporary name, flushed to the disk and renamed, so that one with a proper name is whole unless
 //! something changed it afterwards, which `SHA256SUMS` (as `sha256sum` writes it) tells. Beside it are
-//! - `state.safetensors`: `parameter.NAME` in the type of the parameter, `m.NAME` and `v.NAME` in f32, for every trained tensor;
+//! - `state.safetensors`: for every trained tensor `parameter.NAME` in its own type, and what the optimiser keeps of it, such as
+//!   `m.NAME` and `v.NAME`;
 //! - `state.json`: a [`State`];
 //! - `config.toml`: the options of the run.
 
@@ -14,8 +15,8 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use unsloth_core::{Category, DType};
-use unsloth_train::{LossScaleState, Model, ParameterState, RunState, Trainer};
+use unsloth_core::Category;
+use unsloth_train::{LossScaleState, Model, RunState, StateTensor, Trainer};
 
 use self::files::{remove_leftovers, retire, sync_folder, verify, write_sums};
 use super::{Damage, RunError, TrainOptions, output::CHECKPOINTS};
@@ -194,10 +195,8 @@ impl Checkpoints {
 
 fn write_files(folder: &Path, trainer: &Trainer<Decoder>, state: &State, options: &TrainOptions) -> Result<()> {
     let mut entries = Vec::new();
-    for (parameter, ParameterState { value, m, v }) in trainer.state()? {
-        for (part, tensor) in [("parameter", value), ("m", m), ("v", v)] {
-            entries.push(Entry { name: format!("{part}.{}", parameter.name()), dtype: tensor.dtype(), tensor });
-        }
+    for StateTensor { parameter, part, tensor } in trainer.state()? {
+        entries.push(Entry { name: format!("{part}.{}", parameter.name()), dtype: tensor.dtype(), tensor });
     }
     tensor_file::write(&folder.join(TENSORS), entries)?;
     let path = folder.join(STATE);
@@ -244,23 +243,15 @@ impl Saved {
         let file = weights::Checkpoint::open_file(&path)?;
         let device = trainer.model().device().clone();
         let &State { step: num_steps, num_skipped, loss_scale, .. } = &self.state;
-        trainer.restore(RunState { num_steps, num_skipped, loss_scale }, |parameter| {
-            let (shape, dtype) = (*parameter.value().shape(), parameter.value().dtype());
-            let tensor = |part: &str, dtype: DType| {
-                let name = format!("{part}.{}", parameter.name());
-                let stored = file.stored_dtype(&name)?;
-                if stored != dtype {
-                    let (path, value, rule) = (path.clone(), stored.to_string(), dtype.to_string());
-                    return Err(RunError::Checkpoint { path, field: name, value, rule }.into());
-                }
-                // The trainer puts it into the category of what it replaces.
-                file.tensor_copy(&device, &Wanted { name: &name, shape, dtype, category: Category::Workspace })
-            };
-            Ok::<_, Error>(ParameterState {
-                value: tensor("parameter", dtype)?,
-                m: tensor("m", DType::F32)?,
-                v: tensor("v", DType::F32)?,
-            })
+        trainer.restore(RunState { num_steps, num_skipped, loss_scale }, |parameter, part, (shape, dtype)| {
+            let name = format!("{part}.{}", parameter.name());
+            let stored = file.element_dtype(&name)?;
+            if stored != dtype {
+                let (path, value, rule) = (path.clone(), stored.to_string(), dtype.to_string());
+                return Err(Error::from(RunError::Checkpoint { path, field: name, value, rule }));
+            }
+            // The trainer puts it into the category of what it replaces.
+            file.tensor_copy(&device, &Wanted { name: &name, shape, dtype, category: Category::Workspace })
         })?;
         match file.unused().into_iter().next() {
             Some(name) => Err(Error::UnexpectedTensor { path, name }),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use unsloth_core::DType;
-use unsloth_train::{AdamWConfig, Checkpointing, LossScaleConfig, Schedule, ScheduleKind, TrainerConfig};
+use unsloth_train::{Checkpointing, LossScaleConfig, OptimizerConfig, Schedule, ScheduleKind, TrainerConfig};
 
 use super::{AdapterSettings, Method, Offload, Policy};
 use crate::{
@@ -102,8 +102,16 @@ pub struct TrainConfig {
     pub schedule: ScheduleKind,
     /// How long the learning rate rises.
     pub warmup: Warmup,
+    /// Where a polynomial schedule ends, below the full rate.
+    pub end_learning_rate: f64,
+    /// Power of a polynomial schedule, positive.
+    pub power: f64,
+    /// Steps at the end over which the schedule `wsd` falls. `None`: a tenth of the run, rounded up.
+    pub decay_steps: Option<usize>,
+    /// The full rate of embedding table and head where they are trained. `None`: that of everything else.
+    pub embedding_learning_rate: Option<f64>,
     /// The optimiser.
-    pub adamw: AdamWConfig,
+    pub optimizer: OptimizerConfig,
     /// Gradients with a larger norm are scaled down to it; positive. `None`: never.
     pub max_grad_norm: Option<f32>,
     /// What is computed again in the backward pass instead of kept.
@@ -146,7 +154,11 @@ impl TrainConfig {
             learning_rate: 2e-4,
             schedule: ScheduleKind::Cosine,
             warmup: Warmup::Ratio(0.03),
-            adamw: AdamWConfig::default(),
+            end_learning_rate: Schedule::default().end_learning_rate,
+            power: Schedule::default().power,
+            decay_steps: None,
+            embedding_learning_rate: None,
+            optimizer: OptimizerConfig::default(),
             max_grad_norm: Some(1.0),
             checkpointing: Checkpointing::None.into(),
             offload: Offload::None,
@@ -228,10 +240,15 @@ impl TrainConfig {
 
     pub(super) fn trainer(&self, total_steps: usize) -> TrainerConfig {
         let warmup_steps = self.warmup.num_steps(total_steps);
-        let &Self { schedule: kind, learning_rate, adamw, max_grad_norm, seed, .. } = self;
+        let &Self { schedule: kind, learning_rate, end_learning_rate, power, optimizer, max_grad_norm, seed, .. } =
+            self;
+        let decay_steps = self.decay_steps.unwrap_or(total_steps.div_ceil(10));
+        let schedule =
+            Schedule { kind, learning_rate, warmup_steps, total_steps, end_learning_rate, power, decay_steps };
         TrainerConfig {
-            adamw,
-            schedule: Schedule { kind, learning_rate, warmup_steps, total_steps },
+            optimizer,
+            schedule,
+            embedding_learning_rate: self.embedding_learning_rate,
             max_grad_norm,
             loss_scale: loss_scale(self.dtype),
             seed,
@@ -250,6 +267,8 @@ pub(super) fn invalid<T>(field: &'static str, value: impl std::fmt::Display, rul
 
 #[cfg(test)]
 mod tests {
+    use unsloth_train::{AdamWConfig, SgdConfig};
+
     use super::*;
 
     fn config() -> TrainConfig {
@@ -264,7 +283,7 @@ mod tests {
     #[test]
     fn every_field_is_checked() {
         type Spoil = fn(&mut TrainConfig);
-        let cases: [(&str, Spoil); 22] = [
+        let cases: [(&str, Spoil); 26] = [
             ("data", |c| c.data.clear()),
             ("rank", |c| c.adapters.rank = Some(0)),
             ("alpha", |c| c.adapters.alpha = Some(f32::NAN)),
@@ -276,9 +295,13 @@ mod tests {
             ("grad_accum", |c| c.grad_accum = 0),
             ("warmup_ratio", |c| c.warmup = Warmup::Ratio(1.5)),
             ("learning_rate", |c| c.learning_rate = -1.0),
-            ("weight_decay", |c| c.adamw.weight_decay = -0.1),
-            ("beta2", |c| c.adamw.beta2 = 1.0),
-            ("eps", |c| c.adamw.eps = 0.0),
+            ("weight_decay", |c| c.optimizer = AdamWConfig { weight_decay: -0.1, ..AdamWConfig::default() }.into()),
+            ("beta2", |c| c.optimizer = AdamWConfig { beta2: 1.0, ..AdamWConfig::default() }.into()),
+            ("eps", |c| c.optimizer = AdamWConfig { eps: 0.0, ..AdamWConfig::default() }.into()),
+            ("momentum", |c| c.optimizer = OptimizerConfig::Sgd(SgdConfig { momentum: 1.0, ..SgdConfig::default() })),
+            ("embedding_learning_rate", |c| c.embedding_learning_rate = Some(f64::NAN)),
+            ("end_learning_rate", |c| (c.schedule, c.end_learning_rate) = (ScheduleKind::Polynomial, 1.0)),
+            ("power", |c| (c.schedule, c.power) = (ScheduleKind::Polynomial, 0.0)),
             ("max_grad_norm", |c| c.max_grad_norm = Some(0.0)),
             ("save_every", |c| c.save_every = Some(0)),
             ("keep_last", |c| c.keep_last = 0),

@@ -1,11 +1,13 @@
 //! The options of a run as a file has them: flat, each under the name of its flag with underscores.
 
+mod optimizer;
+
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 use unsloth_core::{ByteSize, DType};
-use unsloth_train::{AdamWConfig, ScheduleKind};
+use unsloth_train::{OptimizerKind, ScheduleKind};
 
 use super::{
     AdapterSettings, Method, Offload, RunError,
@@ -57,10 +59,17 @@ pub struct TrainOptions {
     pub schedule: Option<ScheduleKind>,
     pub warmup_steps: Option<usize>,
     pub warmup_ratio: Option<f64>,
+    pub end_learning_rate: Option<f64>,
+    pub power: Option<f64>,
+    pub decay_steps: Option<usize>,
+    pub embedding_learning_rate: Option<f64>,
+    pub optimizer: Option<OptimizerKind>,
     pub weight_decay: Option<f64>,
     pub beta1: Option<f64>,
     pub beta2: Option<f64>,
     pub adam_eps: Option<f64>,
+    pub momentum: Option<f64>,
+    pub nesterov: Option<bool>,
     /// `inf`: gradients are never scaled down.
     pub max_grad_norm: Option<f64>,
     pub checkpointing: Option<String>,
@@ -158,7 +167,7 @@ impl TrainOptions {
     /// [`Error::InvalidOption`] for a missing `model`, `data` or `output` and for a name that is not known; whether numbers are
     /// in range is left to [`TrainConfig::validate`].
     pub fn config(self) -> Result<TrainConfig> {
-        let (start, adamw, adapters) = (self.start(), self.adamw(), self.adapters()?);
+        let (start, optimizer, adapters) = (self.start(), optimizer::config(&self)?, self.adapters()?);
         let path = |field, path: Option<PathBuf>| path.map_or_else(|| invalid(field, "missing", "given"), Ok);
         let model = path("model", self.model)?;
         let data = self.data.map_or_else(|| invalid("data", "missing", "given"), |data| Ok(data.into()))?;
@@ -191,7 +200,11 @@ impl TrainOptions {
             learning_rate: self.learning_rate.unwrap_or(defaults.learning_rate),
             schedule: self.schedule.unwrap_or(defaults.schedule),
             warmup,
-            adamw,
+            end_learning_rate: self.end_learning_rate.unwrap_or(defaults.end_learning_rate),
+            power: self.power.unwrap_or(defaults.power),
+            decay_steps: self.decay_steps,
+            embedding_learning_rate: self.embedding_learning_rate,
+            optimizer,
             max_grad_norm: match self.max_grad_norm {
                 None => defaults.max_grad_norm,
                 Some(norm) => Some(norm as f32).filter(|&norm| norm != f32::INFINITY),
@@ -240,17 +253,6 @@ impl TrainOptions {
         })
     }
 
-    fn adamw(&self) -> AdamWConfig {
-        let defaults = AdamWConfig::default();
-        let narrow = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
-        AdamWConfig {
-            beta1: narrow(self.beta1, defaults.beta1),
-            beta2: narrow(self.beta2, defaults.beta2),
-            eps: narrow(self.adam_eps, defaults.eps),
-            weight_decay: narrow(self.weight_decay, defaults.weight_decay),
-        }
-    }
-
     /// The options of a run, each said aloud, with absolute paths: they describe it from any folder.
     pub fn of(config: &TrainConfig, device: &str) -> Self {
         let adapters = &config.adapters;
@@ -270,7 +272,8 @@ impl TrainOptions {
             Some(EvalSource::Split(share)) => (None, Some(*share)),
             None => (None, None),
         };
-        Self {
+        let polynomial = |value: f64| (config.schedule == ScheduleKind::Polynomial).then_some(value);
+        let options = Self {
             model: Some(path(&config.model)),
             data: Some(paths(&config.data)),
             output: Some(path(&config.output)),
@@ -303,10 +306,10 @@ impl TrainOptions {
             schedule: Some(config.schedule),
             warmup_steps,
             warmup_ratio,
-            weight_decay: Some(decimal(config.adamw.weight_decay)),
-            beta1: Some(decimal(config.adamw.beta1)),
-            beta2: Some(decimal(config.adamw.beta2)),
-            adam_eps: Some(decimal(config.adamw.eps)),
+            end_learning_rate: polynomial(config.end_learning_rate),
+            power: polynomial(config.power),
+            decay_steps: config.decay_steps,
+            embedding_learning_rate: config.embedding_learning_rate,
             max_grad_norm: Some(config.max_grad_norm.map_or(f64::INFINITY, decimal)),
             checkpointing: Some(config.checkpointing.to_string()),
             offload: Some(config.offload),
@@ -320,7 +323,9 @@ impl TrainOptions {
             resume: None,
             overwrite: None,
             quiet: None,
-        }
+            ..Self::default()
+        };
+        optimizer::options(options, &config.optimizer)
     }
 
     /// As TOML.

@@ -7,6 +7,7 @@ mod dora;
 mod matrices;
 mod memory;
 mod rows;
+mod updates;
 
 use std::{
     hash::{DefaultHasher, Hasher},
@@ -325,4 +326,35 @@ mutations! {
         AdamwDropsDecay,
         /// Decay is added to the gradient.
         AdamwCouplesDecay;
+    adamw8bit:
+        /// Some codes are one too low.
+        Adamw8bitRoundsDown,
+        /// All blocks have the magnitude of the largest.
+        Adamw8bitKeepsOneMagnitude,
+        /// The gradient is taken as it is.
+        Adamw8bitIgnoresGradientScale,
+        /// A step to be skipped is made.
+        Adamw8bitIgnoresSkip;
+    lion:
+        /// Direction and momentum have each other's decay.
+        LionSwapsBetas,
+        /// No weight decay.
+        LionDropsDecay,
+        /// A direction of 0 counts as positive.
+        LionHasNoZero,
+        /// The gradient is taken as it is.
+        LionIgnoresGradientScale,
+        /// A step to be skipped is made.
+        LionIgnoresSkip;
+    sgd:
+        /// The buffer is that of this step alone.
+        SgdForgetsMomentum,
+        /// Plain momentum instead of Nesterov's.
+        SgdIgnoresNesterov,
+        /// Decay acts on the parameter instead of the gradient.
+        SgdDecouplesDecay,
+        /// The gradient is taken as it is.
+        SgdIgnoresGradientScale,
+        /// A step to be skipped is made.
+        SgdIgnoresSkip;
 }

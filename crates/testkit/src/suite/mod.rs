@@ -4,6 +4,7 @@
 //! latter to failing on wrong backends.
 
 pub mod adamw;
+pub mod adamw8bit;
 pub mod attention;
 pub mod cross_entropy;
 pub mod dora;
@@ -12,12 +13,15 @@ pub mod embedding;
 pub mod glu;
 pub mod linear;
 pub mod linear_cross_entropy;
+pub mod lion;
 pub mod lora_dropout;
 pub mod lora_linear;
 pub mod reduce;
 pub mod rms_norm;
 pub mod rope;
 pub mod rope_table;
+pub mod sgd;
+mod update;
 
 use unsloth_core::{DType, Device};
 

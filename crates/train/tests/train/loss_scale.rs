@@ -2,12 +2,12 @@
 
 use unsloth_autograd::{GradStore, Matrix, Parameter, Tape, Var, ops};
 use unsloth_core::{
-    Category, DType, Device, Tensor,
+    Category, DType, Device, Shape, Tensor,
     ops::{cross_entropy::LossSpec, elementwise, reduce},
 };
 use unsloth_train::{
-    AdamW, AdamWConfig, Batch, Error, LossScaleConfig, LossScaleError, LossScaleState, LossScaler, Model,
-    ParameterState, StepMetrics, Trainer, TrainerConfig, Unscaled,
+    AdamWConfig, Batch, Error, LossScaleConfig, LossScaleError, LossScaleState, LossScaler, Model, Optimizer, Rates,
+    Role, RunState, StateTensor, StepMetrics, Trainer, TrainerConfig, Unscaled,
 };
 
 use crate::model::{TINY, TinyModel, constant, micro_batches};
@@ -212,7 +212,8 @@ fn optimisers_skip_on_their_own() {
     let parameter = |name: &str| Parameter::new(name, device.from_slice(&[1.0f32], [1, 1], Category::Weights).unwrap());
     let parameters = [parameter("a"), parameter("b")];
     let config = AdamWConfig { weight_decay: 0.0, ..AdamWConfig::default() };
-    let mut optimizers = parameters.each_ref().map(|p| AdamW::new(&device, std::slice::from_ref(p), config).unwrap());
+    let mut optimizers =
+        parameters.each_ref().map(|p| Optimizer::new(&device, &[(p.clone(), Role::Weight)], config.into()).unwrap());
     let mut stores = parameters.each_ref().map(|p| GradStore::new(std::slice::from_ref(p)).unwrap());
     let mut scaler = scaler(LossScaleConfig::default());
     loss_scale(&mut scaler);
@@ -221,7 +222,7 @@ fn optimisers_skip_on_their_own() {
         let (optimizer, store) = (&mut optimizers[index], &stores[index]);
         let step = |unscaled: Unscaled| {
             optimizer.control(unscaled, (&reduce::grad_norm(&store.tensors())?, &[]), None)?;
-            optimizer.step(store, 0.25)
+            optimizer.step(store, Rates::same(0.25))
         };
         scaler.step(index, &store.tensors(), step).unwrap();
     }
@@ -230,7 +231,7 @@ fn optimisers_skip_on_their_own() {
     assert!((values[0] - 0.75).abs() < 1e-3 && values[1] == 1.0, "{values:?}");
     assert_eq!(scaler.scale(), 32_768.0);
     // The first moment is that of the gradient without its scale.
-    let m = optimizers[0].moments(&parameters[0]).unwrap().0.to_vec::<f32>().unwrap();
+    let m = optimizers[0].part(&parameters[0], "m").unwrap().to_vec::<f32>().unwrap();
     assert_eq!(m, [(1.0 - 0.9f32) * (2.0 / 65_536.0)]);
 }
 
@@ -340,7 +341,7 @@ impl Model for Faint {
 fn faint_losses(dtype: DType, loss_scale: Option<LossScaleConfig>) -> Vec<f64> {
     let device = unsloth_cpu::device();
     let adamw = AdamWConfig { eps: 1e-14, weight_decay: 0.0, ..AdamWConfig::default() };
-    let config = TrainerConfig { adamw, loss_scale, ..constant(1e-2) };
+    let config = TrainerConfig { optimizer: adamw.into(), loss_scale, ..constant(1e-2) };
     let mut trainer = Trainer::new(Faint(TinyModel::new(&device, TINY).with_activations(dtype)), config).unwrap();
     let mut metrics = Vec::new();
     for _ in 0..40 {
@@ -409,25 +410,19 @@ fn a_scaled_run_that_is_restored_has_the_same_bits() {
         let mut metrics = run(&mut first, 0..interruption);
         let (state, tensors) = (first.run_state(), first.state().unwrap());
         let mut second = trainer();
-        second
-            .restore::<Error>(state, |parameter| {
-                let (_, saved) = tensors.iter().find(|(other, _)| other.name() == parameter.name()).unwrap();
-                let copy = elementwise::copy;
-                Ok(ParameterState { value: copy(&saved.value)?, m: copy(&saved.m)?, v: copy(&saved.v)? })
-            })
-            .unwrap();
+        let copy = |parameter: &Parameter, part: &'static str, _: (Shape, DType)| {
+            let own = |saved: &&StateTensor| saved.parameter.name() == parameter.name() && saved.part == part;
+            Ok(elementwise::copy(&tensors.iter().find(own).unwrap().tensor)?)
+        };
+        second.restore::<Error>(state, copy).unwrap();
         drop(tensors);
         metrics.extend(run(&mut second, interruption..30));
         assert_eq!(metrics, expected, "after {interruption} steps");
         assert!(second.model().snapshot() == whole.model().snapshot());
         assert_eq!(second.run_state(), whole.run_state());
     }
-    let plain = trainer().restore::<Error>(
-        unsloth_train::RunState { num_steps: 1, num_skipped: 0, loss_scale: None },
-        |parameter| {
-            let zeros = || device.zeros(*parameter.value().shape(), DType::F32, Category::Workspace);
-            Ok(ParameterState { value: zeros()?, m: zeros()?, v: zeros()? })
-        },
-    );
+    let unscaled = RunState { num_steps: 1, num_skipped: 0, loss_scale: None };
+    let plain = trainer()
+        .restore::<Error>(unscaled, |_, _, (shape, dtype)| Ok(device.zeros(shape, dtype, Category::Workspace)?));
     assert!(matches!(plain.unwrap_err(), Error::LossScale(LossScaleError::EmptyState)));
 }

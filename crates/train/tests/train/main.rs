@@ -9,6 +9,7 @@ mod kv_cache;
 mod loss_scale;
 mod model;
 mod optimizer;
+mod optimizers;
 mod pytorch;
 mod resume;
 mod schedule;

@@ -129,19 +129,33 @@ pub(crate) fn micro_batches(device: &Device, step: usize, size: usize) -> Vec<Ba
     documents.chunks(size).map(|chunk| Batch::new(device, chunk).unwrap()).collect()
 }
 
+/// The optimiser of `pytorch.py`.
+pub(crate) const ADAMW: AdamWConfig = AdamWConfig { beta1: 0.8, beta2: 0.95, eps: 1e-6, weight_decay: 0.1 };
+
 /// The configuration of `pytorch.py`.
 pub(crate) fn config() -> TrainerConfig {
     TrainerConfig {
-        adamw: AdamWConfig { beta1: 0.8, beta2: 0.95, eps: 1e-6, weight_decay: 0.1 },
-        schedule: Schedule { kind: ScheduleKind::Cosine, learning_rate: 2e-2, warmup_steps: 3, total_steps: 20 },
+        optimizer: ADAMW.into(),
+        schedule: Schedule {
+            kind: ScheduleKind::Cosine,
+            learning_rate: 2e-2,
+            warmup_steps: 3,
+            total_steps: 20,
+            ..Schedule::default()
+        },
         max_grad_norm: Some(0.8),
-        loss_scale: None,
-        seed: 0,
+        ..TrainerConfig::default()
     }
 }
 
 /// The configuration of `pytorch.py` at a constant rate without warm-up.
 pub(crate) fn constant(learning_rate: f64) -> TrainerConfig {
-    let schedule = Schedule { kind: ScheduleKind::Constant, learning_rate, warmup_steps: 0, total_steps: 20 };
+    let schedule = Schedule {
+        kind: ScheduleKind::Constant,
+        learning_rate,
+        warmup_steps: 0,
+        total_steps: 20,
+        ..Schedule::default()
+    };
     TrainerConfig { schedule, ..config() }
 }

@@ -1,8 +1,8 @@
 //! What a step does to parameters.
 
-use unsloth_train::{AdamW, AdamWConfig, Error, Model, Trainer, TrainerConfig};
+use unsloth_train::{AdamWConfig, Error, Model, Optimizer, Role, Trainer, TrainerConfig};
 
-use crate::model::{TINY, TinyModel, config, constant, documents, micro_batches};
+use crate::model::{ADAMW, TINY, TinyModel, config, constant, documents, micro_batches};
 
 /// A row of the table that the first document of step 0 does not read, so that its gradient is zero.
 fn unread_row() -> usize {
@@ -13,7 +13,7 @@ fn unread_row() -> usize {
 fn row_after(weight_decay: f32, num_steps: usize) -> (Vec<f32>, Vec<f32>) {
     let device = unsloth_cpu::device();
     let base = constant(0.01);
-    let config = TrainerConfig { adamw: AdamWConfig { weight_decay, ..base.adamw }, ..base };
+    let config = TrainerConfig { optimizer: AdamWConfig { weight_decay, ..ADAMW }.into(), ..base };
     let mut trainer = Trainer::new(TinyModel::new(&device, TINY), config).unwrap();
     let row = |trainer: &Trainer<TinyModel>| {
         let table = trainer.model().parameter("table").value().to_vec::<f32>().unwrap();
@@ -60,7 +60,8 @@ fn a_parameter_listed_twice_is_stepped_once() {
     parameters.reverse();
     let distinct = parameters.len();
     parameters.push(model.parameter("norm"));
-    let optimizer = AdamW::new(&device, &parameters, AdamWConfig::default()).unwrap();
+    let parameters: Vec<_> = parameters.into_iter().map(|parameter| (parameter, Role::Weight)).collect();
+    let optimizer = Optimizer::new(&device, &parameters, AdamWConfig::default().into()).unwrap();
     let ids: Vec<_> = optimizer.parameters().map(|parameter| parameter.id()).collect();
     assert_eq!(ids.len(), distinct);
     assert!(ids.windows(2).all(|pair| pair[0] < pair[1]), "in the order of ids");
@@ -74,7 +75,7 @@ fn moments_are_those_of_the_first_gradient() {
     trainer.step(&micro_batches(&device, 0, 4)).unwrap();
     trainer.finish().unwrap();
     let head = trainer.model().parameter("head");
-    let (m, v) = trainer.optimizer().moments(&head).unwrap();
+    let [m, v] = ["m", "v"].map(|name| trainer.optimizer().part(&head, name).unwrap());
     let (m, v) = (m.to_vec::<f32>().unwrap(), v.to_vec::<f32>().unwrap());
     let gradient = trainer.gradients().get(&head).unwrap().to_vec::<f32>().unwrap();
     assert!(gradient.iter().any(|g| g.abs() > 1e-3));
@@ -87,18 +88,12 @@ fn moments_are_those_of_the_first_gradient() {
 #[test]
 fn rejects_bad_fields() {
     let device = unsloth_cpu::device();
-    let adamw = config().adamw;
+    let adamw = |config: AdamWConfig| TrainerConfig { optimizer: config.into(), ..crate::model::config() };
     let cases = [
-        (TrainerConfig { adamw: AdamWConfig { beta1: 1.0, ..adamw }, ..config() }, "beta1 = 1, must be in [0, 1)"),
-        (TrainerConfig { adamw: AdamWConfig { beta2: -0.1, ..adamw }, ..config() }, "beta2 = -0.1, must be in [0, 1)"),
-        (
-            TrainerConfig { adamw: AdamWConfig { eps: 0.0, ..adamw }, ..config() },
-            "eps = 0, must be positive and finite",
-        ),
-        (
-            TrainerConfig { adamw: AdamWConfig { weight_decay: f32::NAN, ..adamw }, ..config() },
-            "weight_decay = NaN, must be 0 or more and finite",
-        ),
+        (adamw(AdamWConfig { beta1: 1.0, ..ADAMW }), "beta1 = 1, must be in [0, 1)"),
+        (adamw(AdamWConfig { beta2: -0.1, ..ADAMW }), "beta2 = -0.1, must be in [0, 1)"),
+        (adamw(AdamWConfig { eps: 0.0, ..ADAMW }), "eps = 0, must be positive and finite"),
+        (adamw(AdamWConfig { weight_decay: f32::NAN, ..ADAMW }), "weight_decay = NaN, must be 0 or more and finite"),
         (TrainerConfig { max_grad_norm: Some(0.0), ..config() }, "max_grad_norm = 0, must be positive and finite"),
     ];
     for (config, expected) in cases {

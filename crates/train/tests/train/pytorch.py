@@ -78,3 +78,8 @@ if __name__ == "__main__":
         rates(transformers.get_cosine_schedule_with_warmup, *steps)
         rates(transformers.get_linear_schedule_with_warmup, *steps)
         rates(transformers.get_constant_schedule_with_warmup, steps[0])
+    polynomial = transformers.get_polynomial_decay_schedule_with_warmup
+    rates(polynomial, 3, 10)
+    rates(lambda o, w, t: polynomial(o, w, t, lr_end=2e-5, power=2.5), 3, 10)
+    for warmup, decay in [(3, 4), (0, 10), (2, 1)]:
+        rates(lambda o, w, d: transformers.get_wsd_schedule(o, w, d, num_training_steps=10), warmup, decay)

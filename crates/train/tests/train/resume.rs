@@ -1,9 +1,19 @@
 //! A run that goes on from saved state equals one that was never interrupted, bit for bit.
 
-use unsloth_core::{Category, DType, Device, Tensor};
-use unsloth_train::{Error, Model, ParameterState, RunState, StepMetrics, Trainer};
+use unsloth_core::{Category, DType, Device, Element, Tensor};
+use unsloth_train::{
+    Error, Model, OptimizerConfig, OptimizerKind, PARAMETER, RunState, SgdConfig, StateTensor, StepMetrics, Trainer,
+    TrainerConfig,
+};
 
-use crate::model::{TINY, TinyModel, config, micro_batches};
+use crate::model::{Sizes, TINY, TinyModel, config, micro_batches};
+
+/// Table and head have enough elements for moments in 8 bits, the rest has not.
+const LARGER: Sizes = Sizes { vocab_size: 96, hidden_size: 64, inner_size: 48, rank: 2 };
+
+fn larger(device: &Device, optimizer: OptimizerConfig) -> Trainer<TinyModel> {
+    Trainer::new(TinyModel::new(device, LARGER), TrainerConfig { optimizer, ..config() }).unwrap()
+}
 
 fn trainer(device: &Device) -> Trainer<TinyModel> {
     Trainer::new(TinyModel::new(device, TINY), config()).unwrap()
@@ -20,51 +30,66 @@ fn run(trainer: &mut Trainer<TinyModel>, steps: std::ops::Range<usize>) -> Vec<S
     metrics
 }
 
-/// Host copies of a trainer's state, as a file would hold them.
-type Saved = Vec<(String, [Vec<f32>; 3])>;
-
-fn saved(trainer: &Trainer<TinyModel>) -> Saved {
-    let host = |tensor: &Tensor| tensor.to_vec::<f32>().unwrap();
-    let state = trainer.state().unwrap().into_iter();
-    state.map(|(parameter, s)| (parameter.name().to_owned(), [host(&s.value), host(&s.m), host(&s.v)])).collect()
+/// A host copy of a tensor of a trainer's state, as a file would hold it.
+#[derive(Clone, PartialEq)]
+struct Saved {
+    parameter: String,
+    part: &'static str,
+    dtype: DType,
+    bytes: Vec<u8>,
 }
 
-fn bits(saved: &Saved) -> Vec<u32> {
-    saved.iter().flat_map(|(_, parts)| parts.iter().flatten().map(|value| value.to_bits())).collect()
+fn saved(trainer: &Trainer<TinyModel>) -> Vec<Saved> {
+    let host = |StateTensor { parameter, part, tensor }: StateTensor| {
+        let (parameter, bytes) = (parameter.name().to_owned(), tensor.to_bytes().unwrap());
+        Saved { parameter, part, dtype: tensor.dtype(), bytes }
+    };
+    trainer.state().unwrap().into_iter().map(host).collect()
 }
 
 fn after(num_steps: usize) -> RunState {
     RunState { num_steps, num_skipped: 0, loss_scale: None }
 }
 
-fn restored(device: &Device, num_steps: usize, saved: &Saved) -> Trainer<TinyModel> {
-    let mut trainer = trainer(device);
-    let restore = trainer.restore::<Error>(after(num_steps), |parameter| {
-        let (_, parts) = saved.iter().find(|(name, _)| name == parameter.name()).unwrap();
-        let [value, m, v] = parts
-            .each_ref()
-            .map(|part| device.from_slice(part, *parameter.value().shape(), Category::Workspace).unwrap());
-        Ok(ParameterState { value, m, v })
+fn elements<T: Element>(bytes: &[u8]) -> Vec<T> {
+    bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
+}
+
+/// Puts a trainer where another one was.
+fn restore(trainer: &mut Trainer<TinyModel>, num_steps: usize, saved: &[Saved]) {
+    let device = trainer.model().device().clone();
+    let restored = trainer.restore::<Error>(after(num_steps), |parameter, part, (shape, dtype)| {
+        let found = saved.iter().find(|saved| saved.parameter == parameter.name() && saved.part == part).unwrap();
+        assert_eq!(found.dtype, dtype, "{part}");
+        Ok(match dtype {
+            DType::I32 => device.from_slice(&elements::<i32>(&found.bytes), shape, Category::Workspace)?,
+            _ => device.from_slice(&elements::<f32>(&found.bytes), shape, Category::Workspace)?,
+        })
     });
-    restore.unwrap();
-    trainer
+    restored.unwrap();
 }
 
 #[test]
 fn a_restored_run_has_the_same_bits() {
     let device = unsloth_cpu::device();
-    let mut whole = trainer(&device);
-    let expected = run(&mut whole, 0..12);
-    for interruption in [1, 5, 11] {
-        let mut first = trainer(&device);
-        let mut metrics = run(&mut first, 0..interruption);
-        let saved_state = saved(&first);
-        drop(first);
-        let mut second = restored(&device, interruption, &saved_state);
-        assert_eq!(second.num_steps(), interruption);
-        metrics.extend(run(&mut second, interruption..12));
-        assert_eq!(metrics, expected, "after {interruption} steps");
-        assert!(bits(&saved(&second)) == bits(&saved(&whole)), "after {interruption} steps");
+    let nesterov = OptimizerConfig::Sgd(SgdConfig { nesterov: true, ..SgdConfig::default() });
+    let plain = OptimizerConfig::Sgd(SgdConfig { momentum: 0.0, ..SgdConfig::default() });
+    let defaults = OptimizerKind::ALL.map(OptimizerKind::with_defaults);
+    for optimizer in defaults.into_iter().chain([nesterov, plain]) {
+        let mut whole = larger(&device, optimizer);
+        let expected = run(&mut whole, 0..12);
+        for interruption in [1, 5, 11] {
+            let mut first = larger(&device, optimizer);
+            let mut metrics = run(&mut first, 0..interruption);
+            let state = saved(&first);
+            drop(first);
+            let mut second = larger(&device, optimizer);
+            restore(&mut second, interruption, &state);
+            assert_eq!(second.num_steps(), interruption);
+            metrics.extend(run(&mut second, interruption..12));
+            assert_eq!(metrics, expected, "{optimizer:?} after {interruption} steps");
+            assert!(saved(&second) == saved(&whole), "{optimizer:?} after {interruption} steps");
+        }
     }
 }
 
@@ -78,7 +103,8 @@ fn restored_tensors_keep_their_category() {
     let live = || categories.map(|category| device.usage().live_bytes[category.index()]);
     let expected = live();
     drop(first);
-    let _second = restored(&device, 2, &state);
+    let mut second = trainer(&device);
+    restore(&mut second, 2, &state);
     assert_eq!(live(), expected);
 }
 
@@ -89,22 +115,29 @@ fn refuses_what_does_not_fit() {
     first.step(&micro_batches(&device, 0, 2)).unwrap();
     assert!(matches!(first.state(), Err(Error::Unread { step: 1 })));
     first.finish().unwrap();
-    let message = first.restore::<Error>(after(3), |_| panic!("refused before")).unwrap_err().to_string();
+    let message = first.restore::<Error>(after(3), |_, _, _| panic!("refused before")).unwrap_err().to_string();
     assert_eq!(message, "trainer = 1 steps on, must be before its first step");
+    let skipped = RunState { num_skipped: 4, ..after(3) };
+    let message =
+        trainer(&device).restore::<Error>(skipped, |_, _, _| panic!("refused before")).unwrap_err().to_string();
+    assert_eq!(message, "num_skipped = 4, must be at most the number of steps");
 
-    let own = |device: &Device, shape: unsloth_core::Shape, dtype: DType| {
-        device.zeros(shape, dtype, Category::Optimiser).unwrap()
-    };
     let elsewhere = unsloth_cpu::device();
-    for (part, expected) in
-        ["`m` has shape [3], expected", "`v` has dtype bf16, expected f32", "`value` is on cpu"].into_iter().enumerate()
-    {
-        let error = trainer(&device).restore::<Error>(after(3), |parameter| {
-            let shape = *parameter.value().shape();
-            let value = own(if part == 2 { &elsewhere } else { &device }, shape, DType::F32);
-            let m = own(&device, if part == 0 { [3].into() } else { shape }, DType::F32);
-            let v = own(&device, shape, if part == 1 { DType::BF16 } else { DType::F32 });
-            Ok(ParameterState { value, m, v })
+    type Spoil<'a> = Box<dyn Fn(&mut Tensor) + 'a>;
+    let zeros =
+        |device: &Device, shape: unsloth_core::Shape, dtype| device.zeros(shape, dtype, Category::Optimiser).unwrap();
+    let cases: [(&str, &str, Spoil<'_>); 3] = [
+        ("m", "`m` has shape [3], expected", Box::new(|m| *m = zeros(&device, [3].into(), DType::F32))),
+        ("v", "`v` has dtype bf16, expected f32", Box::new(|v| *v = zeros(&device, *v.shape(), DType::BF16))),
+        (PARAMETER, "`parameter` is on cpu", Box::new(|value| *value = zeros(&elsewhere, *value.shape(), DType::F32))),
+    ];
+    for (spoilt, expected, spoil) in cases {
+        let error = trainer(&device).restore::<Error>(after(3), |_, part, (shape, dtype)| {
+            let mut tensor = zeros(&device, shape, dtype);
+            if part == spoilt {
+                spoil(&mut tensor);
+            }
+            Ok(tensor)
         });
         let message = error.unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");

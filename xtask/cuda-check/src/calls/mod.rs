@@ -28,8 +28,10 @@ mod rope;
 type Calls = fn(&mut Caller) -> unsloth_core::Result<()>;
 
 /// Every operator.
-const OPERATORS: [(&str, Calls); 12] = [
+const OPERATORS: [(&str, Calls); 14] = [
     ("adamw", pointwise::adamw),
+    ("lion", pointwise::lion),
+    ("sgd", pointwise::sgd),
     ("attention", attention::calls),
     ("cross_entropy", loss::cross_entropy),
     ("elementwise", pointwise::elementwise),

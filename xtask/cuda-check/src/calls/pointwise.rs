@@ -4,7 +4,7 @@ use unsloth_core::{
     DType, Result,
     ops::{
         adamw::{self as optimiser, Buffers, ControlSpec, Spec, StepState},
-        elementwise as ops, reduce as reductions,
+        elementwise as ops, lion as sign, reduce as reductions, sgd as descent,
     },
 };
 
@@ -69,6 +69,38 @@ pub(super) fn adamw(caller: &mut Caller) -> Result<()> {
             let (mut m, mut v) = (caller.tensor(DType::F32, [length])?, caller.tensor(DType::F32, [length])?);
             let buffers = Buffers { param: &mut param, grad: &grad, m: &mut m, v: &mut v };
             caller.call(format!("step [{length}] {dtype}"), || optimiser::step(&spec, buffers, &state));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn lion(caller: &mut Caller) -> Result<()> {
+    let spec = sign::Spec { learning_rate: 1e-3, beta1: 0.9, beta2: 0.99, weight_decay: 0.01 };
+    for length in LENGTHS {
+        for dtype in DType::FLOATS {
+            let state = StepState::new(&caller.device, 0)?;
+            let (mut param, grad) = (caller.tensor(dtype, [length])?, caller.tensor(DType::F32, [length])?);
+            let mut m = caller.tensor(DType::F32, [length])?;
+            let buffers = sign::Buffers { param: &mut param, grad: &grad, m: &mut m };
+            caller.call(format!("step [{length}] {dtype}"), || sign::step(&spec, buffers, &state));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn sgd(caller: &mut Caller) -> Result<()> {
+    for length in LENGTHS {
+        for dtype in DType::FLOATS {
+            for momentum in [0.0, 0.9] {
+                let spec = descent::Spec { learning_rate: 1e-3, momentum, nesterov: true, weight_decay: 0.01 };
+                let state = StepState::new(&caller.device, 0)?;
+                let (mut param, grad) = (caller.tensor(dtype, [length])?, caller.tensor(DType::F32, [length])?);
+                let mut buf = caller.tensor(DType::F32, [length])?;
+                let buf = (momentum > 0.0).then_some(&mut buf);
+                let buffers = descent::Buffers { param: &mut param, grad: &grad, buf };
+                let detail = format!("step, momentum {momentum} [{length}] {dtype}");
+                caller.call(detail, || descent::step(&spec, buffers, &state));
+            }
         }
     }
     Ok(())

@@ -1,5 +1,7 @@
 //! Options that survive the file they are written to.
 
+use unsloth_train::{AdamWConfig, LionConfig, OptimizerConfig, SgdConfig};
+
 use super::*;
 
 fn every_option() -> TrainConfig {
@@ -32,7 +34,8 @@ fn every_option() -> TrainConfig {
         learning_rate: 0.3,
         schedule: ScheduleKind::Linear,
         warmup: Warmup::Steps(4),
-        adamw: AdamWConfig { beta1: 0.1, beta2: 0.2, eps: 1e-30, weight_decay: 0.7 },
+        embedding_learning_rate: Some(0.1),
+        optimizer: AdamWConfig { beta1: 0.1, beta2: 0.2, eps: 1e-30, weight_decay: 0.7 }.into(),
         max_grad_norm: None,
         checkpointing: "every:3".parse().unwrap(),
         offload: Offload::Disk,
@@ -52,7 +55,21 @@ fn a_configuration_survives_the_file() {
     let path = folder.path().join("run.toml");
     let defaults = TrainConfig::new("/m".into(), vec!["/d".into()], "/o".into());
     let split = TrainConfig { eval: Some(EvalSource::Split(0.25)), ..defaults.clone() };
-    for config in [every_option(), defaults, split] {
+    let polynomial = TrainConfig {
+        schedule: ScheduleKind::Polynomial,
+        end_learning_rate: 0.1,
+        power: 3.0,
+        optimizer: OptimizerConfig::Sgd(SgdConfig { momentum: 0.3, nesterov: true, weight_decay: 0.2 }),
+        ..defaults.clone()
+    };
+    let wsd = TrainConfig {
+        schedule: ScheduleKind::Wsd,
+        decay_steps: Some(7),
+        optimizer: OptimizerConfig::Lion(LionConfig { beta1: 0.3, beta2: 0.4, weight_decay: 0.5 }),
+        ..defaults.clone()
+    };
+    let small = TrainConfig { optimizer: OptimizerKind::AdamW8bit.with_defaults(), ..defaults.clone() };
+    for config in [every_option(), defaults, split, polynomial, wsd, small] {
         std::fs::write(&path, TrainOptions::of(&config, "cpu").to_toml().unwrap()).unwrap();
         let read = TrainOptions::read(&path).unwrap();
         assert_eq!(read, TrainOptions::of(&config, "cpu"));

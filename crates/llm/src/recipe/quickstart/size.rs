@@ -110,7 +110,7 @@ impl TrainingSize {
             schedule: ScheduleKind::Linear,
             warmup: Warmup::Ratio(0.05),
             // A short run cannot wait for the average of a thousand steps.
-            adamw: AdamWConfig { beta2: 0.95, ..AdamWConfig::default() },
+            optimizer: AdamWConfig { beta2: 0.95, ..AdamWConfig::default() }.into(),
             ..TrainConfig::new(model, vec![data], output)
         }
     }

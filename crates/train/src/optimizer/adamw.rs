@@ -1,0 +1,121 @@
+//! AdamW, with moments in f32 or in 8 bits.
+
+use unsloth_core::{
+    DType, Device, Tensor,
+    ops::{
+        adamw::{Buffers, Spec, StepState, step},
+        adamw8bit::{self, BLOCK_SIZE, CODES},
+    },
+};
+
+use super::{Form, Part, Rule, Slot};
+use crate::{Result, error::invalid};
+
+/// Parameters with fewer elements than this keep their moments in f32: they need little, and few blocks tell small from large
+/// badly. That of bitsandbytes.
+pub const MIN_8BIT_SIZE: usize = 4096;
+
+/// Hyper-parameters of AdamW; defaults are those of PyTorch.        Loshchilov & Hutter 2017, arXiv:1711.05101
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWConfig {
+    /// Decay of the first moment, in `[0, 1)`; 0.9.
+    pub beta1: f32,
+    /// Decay of the second moment, in `[0, 1)`; 0.999.
+    pub beta2: f32,
+    /// Added to the root of the second moment, positive; 1e-8.
+    pub eps: f32,
+    /// Decoupled decay of matrices, 0 or more; 0.01. Parameters of one dimension, which are norms and biases, do not decay,
+    /// as in transformers' `Trainer`.
+    pub weight_decay: f32,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
+    }
+}
+
+impl AdamWConfig {
+    /// # Errors
+    /// [`crate::Error::InvalidConfig`] for a field out of its range.
+    pub fn validate(&self) -> Result<()> {
+        for (field, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            if !(0.0..1.0).contains(&value) {
+                return invalid(field, value, "in [0, 1)");
+            }
+        }
+        if !(self.eps > 0.0 && self.eps.is_finite()) {
+            return invalid("eps", self.eps, "positive and finite");
+        }
+        super::config::check_decay(self.weight_decay)
+    }
+
+    fn spec(&self, slot: &Slot, learning_rate: f32) -> Spec {
+        let &Self { beta1, beta2, eps, weight_decay } = self;
+        Spec { learning_rate, beta1, beta2, eps, weight_decay: slot.weight_decay(weight_decay) }
+    }
+}
+
+impl Rule for AdamWConfig {
+    fn parts(&self, value: &Tensor) -> Vec<Form> {
+        ["m", "v"].map(|name| (name, *value.shape(), DType::F32)).into()
+    }
+
+    fn step(&self, slot: &mut Slot, grad: &Tensor, (rate, state): (f32, &StepState)) -> unsloth_core::Result<()> {
+        let spec = self.spec(slot, rate);
+        let [Part { tensor: m, .. }, Part { tensor: v, .. }] = slot.parts.as_mut_slice() else {
+            unreachable!("AdamW keeps two moments");
+        };
+        slot.parameter.update(|param| step(&spec, Buffers { param, grad, m, v }, state))
+    }
+
+    fn check_device(&self, _device: &Device) -> unsloth_core::Result<()> {
+        Ok(())
+    }
+}
+
+/// AdamW whose moments are kept in 8 bits where that pays.            Dettmers et al. 2021, arXiv:2110.02861
+pub(super) struct EightBit<'a>(pub(super) &'a AdamWConfig);
+
+impl Rule for EightBit<'_> {
+    fn parts(&self, value: &Tensor) -> Vec<Form> {
+        let len = value.num_elements();
+        if len < MIN_8BIT_SIZE {
+            return self.0.parts(value);
+        }
+        let blocks = len.div_ceil(BLOCK_SIZE);
+        let codes = |name| (name, [blocks * (BLOCK_SIZE / CODES)].into(), DType::I32);
+        let absmax = |name| (name, [blocks].into(), DType::F32);
+        vec![codes("m_codes"), absmax("m_absmax"), codes("v_codes"), absmax("v_absmax")]
+    }
+
+    fn step(&self, slot: &mut Slot, grad: &Tensor, (rate, state): (f32, &StepState)) -> unsloth_core::Result<()> {
+        let spec = self.0.spec(slot, rate);
+        let [m_codes, m_absmax, v_codes, v_absmax] = slot.parts.as_mut_slice() else {
+            return self.0.step(slot, grad, (rate, state));
+        };
+        slot.parameter.update(|param| {
+            let (m_codes, m_absmax) = (&mut m_codes.tensor, &mut m_absmax.tensor);
+            let (v_codes, v_absmax) = (&mut v_codes.tensor, &mut v_absmax.tensor);
+            let buffers = adamw8bit::Buffers { param, grad, m_codes, m_absmax, v_codes, v_absmax };
+            adamw8bit::step(&spec, buffers, state)
+        })
+    }
+
+    /// By a step of a parameter without elements.
+    fn check_device(&self, device: &Device) -> unsloth_core::Result<()> {
+        use unsloth_core::Category::Workspace;
+        let nothing = |dtype| device.zeros([0], dtype, Workspace);
+        let buffers = adamw8bit::Buffers {
+            param: &mut nothing(DType::F32)?,
+            grad: &nothing(DType::F32)?,
+            m_codes: &mut nothing(DType::I32)?,
+            m_absmax: &mut nothing(DType::F32)?,
+            v_codes: &mut nothing(DType::I32)?,
+            v_absmax: &mut nothing(DType::F32)?,
+        };
+        let AdamWConfig { beta1, beta2, eps, weight_decay } = *self.0;
+        let spec = Spec { learning_rate: 0.0, beta1, beta2, eps, weight_decay };
+        adamw8bit::step(&spec, buffers, &StepState::new(device, 1)?)
+    }
+}
