@@ -35,7 +35,7 @@ pub fn run_on_tensor_cores(device: &Device) {
     report::finish(OP, device, check_on_tensor_cores(device));
 }
 
-/// The part of the suite that tensor cores may run: half-precision types, and heads of a multiple of 16 channels, also where many
+/// The part of the suite that tensor cores may run: half-precision types, and heads of a multiple of 32 channels, also where many
 /// rows make several blocks.
 ///
 /// # Errors
@@ -46,7 +46,7 @@ pub fn check_on_tensor_cores(device: &Device) -> Checked {
             let head_dim = problem.head_dim.next_multiple_of(64).min(128);
             attend(device, Values::new(Problem { head_dim, ..problem }, dtype, 1.0))?;
         }
-        for head_dim in [16, 80, 128] {
+        for head_dim in [32, 96, 128] {
             attend(device, Values::new(problem((4, 2, head_dim), (&[150, 3], &[200, 70])), dtype, 1.0))?;
         }
         attend(device, Values::new(problem((2, 1, 64), (&[65], &[65])), dtype, 9.0))?;

@@ -7,6 +7,9 @@ use crate::{block::FACTS, shape::Shape};
 
 /// Longest head whose sums stay in registers.
 const MAX_HEAD_DIM: usize = 128;
+/// Tensor cores would take heads in steps of 16 channels. With 80 of them the assembler finds, on sm_100a, registers for one more cube but
+/// for a few, and spills those.
+const HEAD_DIM_STEP: usize = 32;
 
 /// What a kernel keeps, and what its tile should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +36,7 @@ pub(crate) struct Tile {
 
 impl Need {
     /// The need with a tile that fits the device; `None` where tensor cores cannot do it: without them, for another element type, for
-    /// a head that is not a multiple of 16 or above 128, or with too little shared memory.
+    /// a head that is not a multiple of 32 or above 128, or with too little shared memory.
     pub(crate) fn on_device<R: Runtime, E: Float>(self, client: &ComputeClient<R>) -> Option<Self> {
         let element = E::as_type_native_unchecked().storage_type();
         if mma::is_supported(client, element) { self.within(client.properties()) } else { None }
@@ -41,7 +44,7 @@ impl Need {
 
     fn within(self, properties: &DeviceProperties) -> Option<Self> {
         let head_dim = self.tile.head_dim;
-        if head_dim == 0 || head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(mma::DEPTH) {
+        if head_dim == 0 || head_dim > MAX_HEAD_DIM || !head_dim.is_multiple_of(HEAD_DIM_STEP) {
             return None;
         }
         let hardware = &properties.hardware;
