@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use unsloth_core::{DType, Device, Result, Tensor, Weight};
+use unsloth_core::{DType, Device, Result, Tensor, Weight, ops::elementwise};
 
 /// Identity of a [`Parameter`] within the process; ordered by creation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -18,6 +18,10 @@ struct Inner {
     id: ParameterId,
     name: String,
     value: RwLock<Tensor>,
+    /// Type that operators read a matrix in.
+    storage: DType,
+    /// The value in that type, made when it is first read behind a change.
+    copy: RwLock<Option<Tensor>>,
 }
 
 /// A tensor that training changes. Clones are the same parameter.
@@ -27,9 +31,16 @@ pub struct Parameter(Arc<Inner>);
 impl Parameter {
     /// Makes a parameter; `name` is its path in the model, as in `model.norm.weight`.
     pub fn new(name: impl Into<String>, value: Tensor) -> Self {
+        let storage = value.dtype();
+        Self::stored_as(name, value, storage)
+    }
+
+    /// A parameter whose value is a master copy: where it is the matrix of an operator, that reads it rounded to `storage`.
+    pub fn stored_as(name: impl Into<String>, value: Tensor, storage: DType) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = ParameterId(NEXT.fetch_add(1, Ordering::Relaxed));
-        Self(Arc::new(Inner { id, name: name.into(), value: RwLock::new(value) }))
+        let (value, copy) = (RwLock::new(value), RwLock::new(None));
+        Self(Arc::new(Inner { id, name: name.into(), value, storage, copy }))
     }
 
     /// Identity: equal for clones, different for all other parameters.
@@ -48,12 +59,36 @@ impl Parameter {
         self.0.value.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The current value in the type that operators read it in; kept from use to use until the next [`Parameter::update`], in the
+    /// memory category of the value.
+    ///
+    /// # Errors
+    /// [`unsloth_core::Error::OutOfMemory`].
+    pub fn stored(&self) -> Result<Tensor> {
+        let value = self.value();
+        if value.dtype() == self.0.storage {
+            return Ok(value);
+        }
+        // Held while it is made, so that no update comes between.
+        let mut copy = self.0.copy.write().unwrap_or_else(PoisonError::into_inner);
+        match &*copy {
+            Some(tensor) => Ok(tensor.clone()),
+            None => Ok(copy.insert(elementwise::cast(&value, self.0.storage)?).clone()),
+        }
+    }
+
+    /// Type that operators read a matrix in.
+    pub fn storage(&self) -> DType {
+        self.0.storage
+    }
+
     /// Changes the value in place. `f` must not ask this parameter for its value: the lock is held.
     ///
     /// # Errors
     /// Those of `f`; [`unsloth_core::Error::Shared`] from operators that write in place while a tensor from
     /// [`Parameter::value`] is still alive.
     pub fn update<R>(&self, f: impl FnOnce(&mut Tensor) -> Result<R>) -> Result<R> {
+        *self.0.copy.write().unwrap_or_else(PoisonError::into_inner) = None;
         f(&mut self.0.value.write().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -81,7 +116,7 @@ impl Matrix {
     pub fn weight(&self) -> Result<Weight> {
         match self {
             Matrix::Trainable(parameter) => {
-                let value = parameter.value();
+                let value = parameter.stored()?;
                 value.device().clone().prepare_weight(value)
             }
             Matrix::Frozen(weight) => Ok(weight.clone()),
@@ -99,7 +134,7 @@ impl Matrix {
     /// Storage type of the elements, or of what they dequantise to.
     pub fn dtype(&self) -> DType {
         match self {
-            Matrix::Trainable(parameter) => parameter.value().dtype(),
+            Matrix::Trainable(parameter) => parameter.storage(),
             Matrix::Frozen(weight) => weight.dtype(),
         }
     }

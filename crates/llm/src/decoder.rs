@@ -34,7 +34,8 @@ use crate::{
 pub struct LoadOptions {
     /// Storage type of activations, and of frozen weights where it is not f32; under f32 they stay as stored.
     pub dtype: DType,
-    /// Whether every weight is a parameter to train, an f32 copy of its own. Otherwise all are frozen, and mapped where they
+    /// Whether every weight is a parameter to train: an f32 copy of its own, which a matrix is read from in the type of the
+    /// activations. Otherwise all are frozen, and mapped where they
     /// can be.
     pub trainable: bool,
 }

@@ -4,13 +4,16 @@ use std::cell::RefCell;
 
 use unsloth_autograd::{Matrix, Parameter, Vector};
 use unsloth_core::{Category, DType, Device, Shape, Tensor, ops::elementwise};
-use unsloth_train::Linear;
+use unsloth_train::{Linear, Precision};
 
 use crate::{
     Result,
     decoder::LoadOptions,
     weights::{Wanted, WeightSource},
 };
+
+/// Type of trained weights in every [`Precision`]: vectors, which are few, are read in it too.
+const MASTER: DType = Precision::F32.master;
 
 /// A weight that is a parameter.
 pub(crate) struct TrainedWeight {
@@ -40,7 +43,7 @@ impl<'a> Loader<'a> {
 
     pub(crate) fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
         if self.options.trainable {
-            return Ok(Matrix::Trainable(self.parameter(name, shape.into())?));
+            return Ok(Matrix::Trainable(self.parameter(name, shape.into(), self.options.dtype)?));
         }
         let wanted = Wanted { name, shape: shape.into(), dtype: self.frozen_dtype(name)?, category: Category::Weights };
         let tensor = self.source.tensor(self.device, &wanted)?;
@@ -49,7 +52,7 @@ impl<'a> Loader<'a> {
 
     pub(crate) fn vector(&self, name: &str, length: usize) -> Result<Vector> {
         if self.options.trainable {
-            return Ok(Vector::Trainable(self.parameter(name, [length].into())?));
+            return Ok(Vector::Trainable(self.parameter(name, [length].into(), MASTER)?));
         }
         let wanted =
             Wanted { name, shape: [length].into(), dtype: self.frozen_dtype(name)?, category: Category::Weights };
@@ -62,11 +65,11 @@ impl<'a> Loader<'a> {
         Ok(Linear::new(path, weight, bias))
     }
 
-    /// An f32 copy, whatever the activations are: small steps would be lost in the rounding of 16 bits.
-    fn parameter(&self, name: &str, shape: Shape) -> Result<Parameter> {
+    /// A master copy that operators read in the type `storage`.
+    fn parameter(&self, name: &str, shape: Shape, storage: DType) -> Result<Parameter> {
         let stored = self.source.stored_dtype(name)?;
-        let wanted = Wanted { name, shape, dtype: DType::F32, category: Category::Weights };
-        let parameter = Parameter::new(name, self.source.tensor_copy(self.device, &wanted)?);
+        let wanted = Wanted { name, shape, dtype: MASTER, category: Category::Weights };
+        let parameter = Parameter::stored_as(name, self.source.tensor_copy(self.device, &wanted)?, storage);
         self.trained.borrow_mut().push(TrainedWeight { parameter: parameter.clone(), stored });
         Ok(parameter)
     }

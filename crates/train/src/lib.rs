@@ -15,6 +15,7 @@ mod lora;
 mod loss_scale;
 mod model;
 mod optimizer;
+mod precision;
 mod schedule;
 mod svd;
 mod trainer;
@@ -33,5 +34,6 @@ pub use model::Model;
 pub use optimizer::{
     AdamWConfig, LionConfig, MIN_8BIT_SIZE, Optimizer, OptimizerConfig, OptimizerKind, Rates, Role, SgdConfig,
 };
+pub use precision::Precision;
 pub use schedule::{Schedule, ScheduleKind};
 pub use trainer::{PARAMETER, RunState, StateTensor, StepMetrics, Trainer, TrainerConfig};

@@ -4,7 +4,7 @@ use unsloth_autograd::{
     Error, GradStore, Matrix, Parameter, Tape, Var, Vector, checkpoint,
     ops::{self, LoraAdapter, NormOptions},
 };
-use unsloth_core::{Category, ops::elementwise};
+use unsloth_core::{Category, DType, ops::elementwise};
 
 use crate::harness::{bits, device, random};
 
@@ -235,4 +235,35 @@ fn the_store_keeps_one_gradient_per_parameter_in_order_of_creation() {
     assert!(store.get(&third).is_none());
     let held = device.usage().live_bytes[Category::Gradients.index()];
     assert_eq!(held, 2 * 256, "two gradients below the ledger's unit");
+}
+
+/// Operators read a trained matrix rounded to its storage type; the copy is made once and follows every update of the master.
+#[test]
+fn a_master_copy_is_read_in_its_storage_type() {
+    let device = device();
+    let live = || device.usage().live_bytes[Category::Weights.index()];
+    let values: Vec<f32> = (0..4096).map(|i| 1.0 + i as f32 / 65_536.0).collect();
+    let value = device.from_slice(&values, [64, 64], Category::Weights).unwrap();
+    let parameter = Parameter::stored_as("w", value, DType::BF16);
+    let matrix = Matrix::Trainable(parameter.clone());
+    assert_eq!((matrix.dtype(), parameter.value().dtype()), (DType::BF16, DType::F32));
+    assert_eq!(live(), 4 * 4096);
+    let read = || matrix.weight().unwrap().to_dense().unwrap().to_f32_vec().unwrap();
+    let rounded = |values: &[f32]| -> Vec<f32> {
+        let master = device.from_slice(values, [values.len()], Category::Workspace).unwrap();
+        elementwise::cast(&master, DType::BF16).unwrap().to_f32_vec().unwrap()
+    };
+    for _ in 0..2 {
+        assert_eq!(read(), rounded(&values));
+        assert_eq!(live(), (4 + 2) * 4096, "one copy, kept");
+    }
+    let halves: Vec<f32> = values.iter().map(|v| v / 3.0).collect();
+    parameter.update(|value| value.write(&halves)).unwrap();
+    assert_eq!(live(), 4 * 4096, "an update drops the copy");
+    assert_eq!(read(), rounded(&halves));
+    assert_eq!(parameter.value().to_vec::<f32>().unwrap(), halves, "the master is not rounded");
+    // Without another storage type there is no copy.
+    let plain = Parameter::new("v", device.from_slice(&values, [64, 64], Category::Weights).unwrap());
+    plain.stored().unwrap();
+    assert_eq!(live(), (4 + 2 + 4) * 4096);
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use unsloth_core::DType;
-use unsloth_train::{Checkpointing, LossScaleConfig, OptimizerConfig, Schedule, ScheduleKind, TrainerConfig};
+use unsloth_train::{Checkpointing, OptimizerConfig, Precision, Schedule, ScheduleKind, TrainerConfig};
 
 use super::{AdapterSettings, Method, Offload, Policy};
 use crate::{
@@ -76,7 +76,7 @@ pub struct TrainConfig {
     pub method: Method,
     /// Folder of an adapter to go on from; a new one is made without.
     pub adapter: Option<PathBuf>,
-    /// Type of activations. Trained weights and adapters are f32.
+    /// Type of activations, and of matrices as they are read; see [`Precision`].
     pub dtype: DType,
     /// Of the order of the data, of new adapters, of random weights and of dropout.
     pub seed: u64,
@@ -250,15 +250,10 @@ impl TrainConfig {
             schedule,
             embedding_learning_rate: self.embedding_learning_rate,
             max_grad_norm,
-            loss_scale: loss_scale(self.dtype),
+            loss_scale: Precision::with_activations(self.dtype).and_then(Precision::loss_scale),
             seed,
         }
     }
-}
-
-/// Gradients of activations in f16 would vanish without.
-pub(super) fn loss_scale(dtype: DType) -> Option<LossScaleConfig> {
-    (dtype == DType::F16).then(LossScaleConfig::default)
 }
 
 pub(super) fn invalid<T>(field: &'static str, value: impl std::fmt::Display, rule: &str) -> Result<T> {

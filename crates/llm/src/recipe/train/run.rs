@@ -16,7 +16,6 @@ use crate::{
     recipe::{
         EvalRecord, StepRecord, TrainConfig, TrainOptions,
         checkpoint::{Checkpoints, Progress, State},
-        config::loss_scale,
         evaluate::MeanLoss,
         metrics::Metrics,
         output::OutputFolder,
@@ -137,7 +136,7 @@ impl Run<'_> {
             loss: metrics.loss,
             lr: metrics.learning_rate,
             grad_norm: (!metrics.skipped).then_some(metrics.grad_norm),
-            loss_scale: loss_scale(self.config.dtype).map(|_| metrics.loss_scale),
+            loss_scale: self.trainer.run_state().loss_scale.map(|_| metrics.loss_scale),
             tokens: progress.tokens,
             // A clock may stand still between two readings; JSON has no infinity.
             tokens_per_second: metrics.num_tokens as f64 / time.as_secs_f64().max(1e-9),
