@@ -122,6 +122,102 @@ fn a_killed_run_goes_on_with_the_same_bits() {
     }
 }
 
+/// A number below `bound`.        Marsaglia 2003, "Xorshift RNGs"
+fn next(state: &mut u64, bound: u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state % bound
+}
+
+/// Kills at random moments, before the first step and while saving included. `KILL_SEED` repeats a run of this test, `KILL_TRIALS`
+/// makes it shorter or longer.
+#[test]
+#[ignore = "full: two hundred runs that are killed and go on take minutes"]
+fn kills_at_random_moments_lose_no_more_than_the_step_in_flight() {
+    const SAVE: &str = "--save-every 1 --keep-last 3";
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
+    let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let seed = number("KILL_SEED").unwrap_or(since_epoch.as_nanos() as u64 | 1);
+    let trials = number("KILL_TRIALS").unwrap_or(200);
+    println!("KILL_SEED={seed} KILL_TRIALS={trials}");
+    let runs = Runs::new("--rank 2 --dropout 0.2");
+    let start = std::time::Instant::now();
+    runs.run("whole", &format!("{SAVE} --quiet")).succeeded();
+    let (whole, longest) = (runs.path("whole"), start.elapsed().as_micros() as u64);
+    let (mut state, mut counts) = (seed, [0; 3]);
+    for trial in 0..trials {
+        let (name, after) = (format!("trial-{trial}"), next(&mut state, longest));
+        let running = Running::start(&runs.arguments(&name, SAVE));
+        std::thread::sleep(std::time::Duration::from_micros(after));
+        running.signal("KILL");
+        let output = runs.path(&name);
+        let context = format!("KILL_SEED={seed}, trial {trial}, after {after} us");
+        if running.end().status != 0 {
+            let steps = || read_metrics(&output).iter().filter(|line| line.get("loss").is_some()).count();
+            let num_steps = if output.join("metrics.jsonl").exists() { steps() } else { 0 };
+            if output.join("checkpoints").exists() && !steps_saved(&output).is_empty() {
+                let resumed = runs.run(&name, &format!("{SAVE} --resume")).succeeded();
+                let (_, step) = resumed.stderr.split_once(", after step ").unwrap();
+                let step: usize = step.lines().next().unwrap().trim().parse().unwrap();
+                assert!(step + 1 >= num_steps, "{context}: {num_steps} steps done, resumed after step {step}");
+                counts[1] += 1;
+            } else {
+                assert!(num_steps <= 1, "{context}: {num_steps} steps done and nothing saved");
+                runs.run(&name, &format!("{SAVE} --overwrite --quiet")).succeeded();
+                counts[0] += 1;
+            }
+        } else {
+            counts[2] += 1;
+        }
+        println!("{context}");
+        runs.equals_whole(&name, &whole);
+        fs::remove_dir_all(&output).unwrap();
+    }
+    let [anew, resumed, done] = counts;
+    println!("{resumed} resumed, {anew} killed before their first checkpoint, {done} over before they were killed");
+}
+
+#[test]
+fn a_folder_in_use_is_refused() {
+    let runs = Runs::new("--rank 4");
+    let mut running = Running::start(&runs.arguments("out", "--save-every 1 --epochs 1000"));
+    running.wait_for_steps(&runs.path("out"), 2);
+    for start in ["--resume", "--overwrite"] {
+        let message = format!("another run is writing to `{}`", runs.path("out").display());
+        runs.run("out", &format!("--epochs 1000 {start}")).failed_with(&[&message]);
+    }
+    running.signal("KILL");
+    running.end();
+}
+
+#[test]
+fn another_model_is_not_gone_on_with() {
+    let runs = Runs::new("--rank 4");
+    let model = runs.path("model");
+    fs::create_dir(&model).unwrap();
+    let source = fixture("tiny-llama").join("model");
+    for name in names(&source) {
+        fs::copy(source.join(&name), model.join(&name)).unwrap();
+    }
+    let arguments = |more: &str, model: &Path| -> Vec<String> {
+        let given = runs.arguments("out", more);
+        let place = given.iter().position(|arg| arg == "--model").unwrap() + 1;
+        given
+            .into_iter()
+            .enumerate()
+            .map(|(i, arg)| if i == place { model.display().to_string() } else { arg })
+            .collect()
+    };
+    unsloth(arguments("--save-every 7 --quiet", &model)).succeeded();
+    // The same model elsewhere is the same.
+    unsloth(arguments("--save-every 7 --resume --quiet", &source)).succeeded();
+    let config = fs::read_to_string(model.join("config.json")).unwrap();
+    fs::write(model.join("config.json"), config.replace("1e-05", "1e-06")).unwrap();
+    let refused = unsloth(arguments("--save-every 7 --resume", &model));
+    refused.failed_with(&["model = configuration and weights with SHA-256", "differs from the run to be resumed"]);
+}
+
 /// Stops a run by a signal and goes on with the command that it prints.
 fn stopped_run_goes_on(options: &'static str, signal: &str) {
     let runs = Runs::new(options);

@@ -22,6 +22,12 @@ impl Digest {
         self.0.update(&block);
     }
 
+    /// Adds bytes, their number first, so that what follows is not taken for a part of them.
+    pub(crate) fn bytes(&mut self, bytes: &[u8]) {
+        self.numbers([bytes.len() as i64]);
+        self.0.update(bytes);
+    }
+
     /// In lower-case hexadecimal digits.
     pub(crate) fn finish(self) -> String {
         self.0.finalize().iter().map(|byte| format!("{byte:02x}")).collect()

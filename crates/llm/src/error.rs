@@ -24,7 +24,7 @@ pub enum Error {
     /// A file could not be read or written.
     #[error("cannot {action} `{}`", path.display())]
     Io {
-        /// What was tried: `read`, `write`, `map`, `create`, `rename`, `remove`, `draw`.
+        /// What was tried: `read`, `write`, `map`, `create`, `rename`, `remove`, `draw`, `lock`.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,

@@ -8,6 +8,7 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     fs::File,
+    io::Read,
     ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
@@ -19,7 +20,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use unsloth_core::{Category, DType, Device, HostBytes, Shape, Tensor, ops::elementwise};
 
-use crate::{Error, Result, fields::read_object};
+use crate::{Error, Result, digest::Digest, fields::read_object};
 
 /// File with all weights of a model.
 pub(crate) const SINGLE: &str = "model.safetensors";
@@ -290,6 +291,36 @@ fn map_file(path: &Path, index: usize) -> Result<(MappedFile, BTreeMap<String, E
     };
     let entries = metadata.tensors().into_iter().map(entry).collect();
     Ok((MappedFile { path: path.to_owned(), bytes: Arc::new(map) }, entries))
+}
+
+/// SHA-256 of what tells one model from another without reading its weights: `config.json`, and the size and the header of each
+/// weight file, which has the names, types, shapes and places of the tensors. With `config_only` of `config.json` alone.
+///
+/// # Errors
+/// [`Error::Io`]; as [`Checkpoint::open`] for an index that cannot be read.
+pub(crate) fn identity(folder: &Path, config_only: bool) -> Result<String> {
+    let mut digest = Digest::default();
+    let config = folder.join("config.json");
+    digest.bytes(&std::fs::read(&config).map_err(Error::io("read", &config))?);
+    let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
+    let files: BTreeSet<PathBuf> = match (config_only, single.is_file(), index.is_file()) {
+        (true, ..) | (_, false, false) => BTreeSet::new(),
+        (_, true, _) => BTreeSet::from([single]),
+        (_, _, true) => weight_map(&index)?.into_values().map(|shard| folder.join(shard)).collect(),
+    };
+    for path in files {
+        let mut file = File::open(&path).map_err(Error::io("read", &path))?;
+        let num_bytes = file.metadata().map_err(Error::io("read", &path))?.len();
+        // The header's own length stands before it in eight bytes.
+        let mut length = [0; 8];
+        file.read_exact(&mut length).map_err(Error::io("read", &path))?;
+        let mut header = Vec::new();
+        let header_bytes = u64::from_le_bytes(length).min(num_bytes);
+        file.take(header_bytes).read_to_end(&mut header).map_err(Error::io("read", &path))?;
+        digest.numbers([num_bytes as i64]);
+        digest.bytes(&header);
+    }
+    Ok(digest.finish())
 }
 
 /// The shards that an index file names.

@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// Grows when the contents change their meaning.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 pub(super) const VERSION: &str = env!("CARGO_PKG_VERSION");
 const STATE: &str = "state.json";
 const CONFIG: &str = "config.toml";
@@ -51,6 +51,8 @@ pub(super) struct State {
     pub(super) loss_scale: Option<LossScaleState>,
     /// Steps of the whole run.
     pub(super) total_steps: usize,
+    /// SHA-256 of what says which model the run began with.
+    pub(super) model_sha256: String,
     /// Where in the data the next step begins.
     pub(super) position: Position,
     /// SHA-256 of the documents that the run trains on, in their order.
@@ -73,7 +75,12 @@ pub(super) struct Progress {
 }
 
 impl State {
-    pub(super) fn new(trained: (RunState, usize), position: Position, data_sha256: &str, progress: Progress) -> Self {
+    pub(super) fn new(
+        trained: (RunState, usize),
+        position: Position,
+        (model_sha256, data_sha256): (&str, &str),
+        progress: Progress,
+    ) -> Self {
         let (RunState { num_steps: step, num_skipped, loss_scale }, total_steps) = trained;
         Self {
             format: FORMAT,
@@ -82,6 +89,7 @@ impl State {
             num_skipped,
             loss_scale,
             total_steps,
+            model_sha256: model_sha256.to_owned(),
             position,
             data_sha256: data_sha256.to_owned(),
             progress,

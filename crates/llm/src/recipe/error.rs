@@ -46,6 +46,12 @@ pub enum RunError {
         /// A file or folder of the run.
         found: &'static str,
     },
+    /// Another run writes to the folder.
+    #[error("another run is writing to `{}`", path.display())]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A run was to be resumed that has saved no checkpoint.
     #[error("`{}`: no checkpoint to resume from", path.display())]
     NoCheckpoint {

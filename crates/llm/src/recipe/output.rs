@@ -1,7 +1,7 @@
 //! The folder that a run writes.
 
 use std::{
-    fs,
+    fs::{self, File, TryLockError},
     path::{Path, PathBuf},
 };
 
@@ -24,6 +24,8 @@ const DESCRIPTIONS: [&str; 3] = [CONFIG, CURVE, "adapter_config.json"];
 pub(super) struct OutputFolder {
     path: PathBuf,
     is_new: bool,
+    /// Held while the run lasts: the system takes it back from a run that is killed.
+    _lock: Option<File>,
 }
 
 impl OutputFolder {
@@ -55,7 +57,8 @@ impl OutputFolder {
     fn make(path: &Path) -> Result<Self> {
         let is_new = !path.exists();
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
-        let folder = Self { path: path.to_owned(), is_new };
+        let mut folder = Self { path: path.to_owned(), is_new, _lock: None };
+        folder._lock = lock(path)?;
         // Permission bits do not tell: only writing does.
         tempfile::tempfile_in(path).map_err(Error::io("write to", path))?;
         Ok(folder)
@@ -115,6 +118,24 @@ impl OutputFolder {
             }
         }
         Ok(())
+    }
+}
+
+/// A lock that another run of this or another process does not get meanwhile.
+///
+/// # Errors
+/// [`RunError::InUse`] if another run has it; [`Error::Io`].
+fn lock(folder: &Path) -> Result<Option<File>> {
+    // A folder that can be opened needs no file of its own for it.
+    let path = if cfg!(unix) { folder.to_owned() } else { folder.join("run.lock") };
+    let file = if cfg!(unix) { File::open(&path) } else { File::create(&path) };
+    let file = file.map_err(Error::io("lock", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Err(RunError::InUse { path: folder.to_owned() }.into()),
+        // Some network file systems have no locks, and two runs in one folder are a mistake, not the rule.
+        Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => Ok(None),
+        Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
     }
 }
 
@@ -184,8 +205,21 @@ mod tests {
             output.clear().unwrap();
             let left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
             assert_eq!(left, ["notes.txt"]);
+            drop(output);
             open(Start::New).unwrap();
         }
+    }
+
+    #[test]
+    fn two_runs_do_not_share_a_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        for start in [Start::New, Start::Overwrite, Start::Resume] {
+            let first = OutputFolder::open(&config(folder.path(), start)).unwrap();
+            let refused = OutputFolder::open(&config(folder.path(), start)).err().unwrap().to_string();
+            assert_eq!(refused, format!("another run is writing to `{}`", folder.path().display()));
+            drop(first);
+        }
+        OutputFolder::open(&config(folder.path(), Start::New)).unwrap();
     }
 
     #[test]

@@ -30,13 +30,23 @@ use crate::{
     decoder::{Decoder, LoadOptions},
     export, hub,
     packing::{Batches, Position},
-    peft,
+    peft, weights,
 };
 
-/// Options that a resumed run may have otherwise: they change nothing of what it computes. Data files are compared by what is
-/// in them.
-const MAY_CHANGE: [&str; 9] =
-    ["output", "data", "save_every", "keep_last", "eval_every", "eval_data", "checkpointing", "offload", "memory"];
+/// Options that a resumed run may have otherwise: they change nothing of what it computes. Model and data files are compared
+/// by what is in them.
+const MAY_CHANGE: [&str; 10] = [
+    "model",
+    "output",
+    "data",
+    "save_every",
+    "keep_last",
+    "eval_every",
+    "eval_data",
+    "checkpointing",
+    "offload",
+    "memory",
+];
 
 /// Trains adapters or a whole model and writes, into the output folder, what [`peft::save`] or [`export::save`] writes, the
 /// tokenizer's files, `config.toml` (the options), `metrics.jsonl`, `loss.svg` and, where they are asked for, checkpoints.
@@ -77,6 +87,10 @@ fn train_within(
         Start::New | Start::Overwrite => None,
     };
     let config = &TrainConfig { model: hub::folder(&config.model, config.method.parts())?, ..config.clone() };
+    let model_sha256 = weights::identity(&config.model, config.method == Method::Scratch)?;
+    if let Some(saved) = &saved {
+        require_same_model(saved, &model_sha256)?;
+    }
     let data = Data::read(config, &DecoderConfig::load(&config.model)?)?;
     let mut batches = Batches::new(&data.train, data.batching)?;
     let total_steps = config.num_steps(&batches)?;
@@ -101,6 +115,7 @@ fn train_within(
         config,
         options: &options,
         output: &output,
+        model_sha256: &model_sha256,
         data: &data,
         batches,
         total_steps,
@@ -137,6 +152,17 @@ fn find_checkpoint(config: &TrainConfig, options: &TrainOptions) -> Result<Saved
             Err(RunError::Changed { option, now, saved: other, checkpoint: saved.path }.into())
         }
     }
+}
+
+/// Whether the run goes on with the model that it began with, wherever that is now.
+fn require_same_model(saved: &Saved, model_sha256: &str) -> Result<()> {
+    if saved.state.model_sha256 == model_sha256 {
+        return Ok(());
+    }
+    let shown = |sum: &str| format!("configuration and weights with SHA-256 {}..", sum.get(..16).unwrap_or(sum));
+    let (now, before) = (shown(model_sha256), shown(&saved.state.model_sha256));
+    let (option, checkpoint) = ("model".to_owned(), saved.path.clone());
+    Err(RunError::Changed { option, now, saved: before, checkpoint }.into())
 }
 
 /// Whether the run goes on with the documents that it began with, where it was in them.

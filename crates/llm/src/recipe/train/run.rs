@@ -27,6 +27,8 @@ pub(super) struct Run<'a> {
     pub(super) config: &'a TrainConfig,
     pub(super) options: &'a TrainOptions,
     pub(super) output: &'a OutputFolder,
+    /// Of the model that the run began with.
+    pub(super) model_sha256: &'a str,
     pub(super) data: &'a Data,
     pub(super) batches: Batches,
     pub(super) total_steps: usize,
@@ -114,7 +116,7 @@ impl Run<'_> {
         // Metrics first: a checkpoint must not know of steps that the file does not.
         self.metrics.sync()?;
         let trained = (self.trainer.run_state(), self.total_steps);
-        let state = State::new(trained, self.batches.position(), &self.data.sha256, self.progress);
+        let state = State::new(trained, self.batches.position(), (self.model_sha256, &self.data.sha256), self.progress);
         let checkpoints = Checkpoints::new(self.output.path(), self.config.keep_last);
         let saved = checkpoints.save(&self.trainer, &state, self.options)?;
         self.output.draw_curve(&self.metrics)?;
