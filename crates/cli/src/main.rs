@@ -9,6 +9,7 @@ mod check_grad;
 mod devices;
 mod eval;
 mod generate;
+mod merge;
 mod plan;
 mod quickstart;
 mod train;
@@ -32,6 +33,8 @@ enum Command {
     Eval(eval::Args),
     /// Memory that training would take, by category, without reading weights or computing.
     Plan(plan::Args),
+    /// Merge an adapter into the weights of its model: a folder that needs no adapter any more.
+    Merge(merge::Args),
     /// Hold every gradient of a model and a batch to a device that computes in f64 and to central differences there.
     CheckGrad(check_grad::Args),
     /// Continue a prompt or answer a chat, with the most likely tokens or drawn ones.
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(*args),
         Command::Eval(args) => eval::run(args).map(done),
         Command::Plan(args) => plan::run(args).map(done),
+        Command::Merge(args) => merge::run(args).map(done),
         Command::CheckGrad(args) => check_grad::run(args).map(done),
         Command::Generate(args) => generate::run(args).map(done),
     };

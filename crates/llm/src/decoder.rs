@@ -18,6 +18,8 @@ use unsloth_autograd::{Matrix, Parameter, Recompute, Tape, Var, Vector, checkpoi
 use unsloth_core::{Category, DType, Device, Sequences, Tensor, TensorStore, ops::cross_entropy::LossSpec};
 use unsloth_train::{Adapter, Batch, Checkpointing, DrawRows, KvCache, KvCacheSpec, Linear, Model, Role, Segment};
 
+pub use self::adapters::AdapterSet;
+use self::adapters::Parts;
 use crate::{
     Error, Result,
     adapter::AdapterConfig,
@@ -112,6 +114,9 @@ pub struct Decoder {
     adapters: Option<AdapterConfig>,
     /// What is trained whole beside the adapters: biases, then modules.
     beside: Vec<Parameter>,
+    /// What the model is without its adapters, and which model it is.
+    base: Option<Parts>,
+    id: u64,
     unused_tensors: Vec<String>,
 }
 
@@ -185,6 +190,8 @@ impl Decoder {
             trained: loader.into_trained(),
             adapters: None,
             beside: Vec::new(),
+            base: None,
+            id: adapters::next_id(),
             unused_tensors: Vec::new(),
         })
     }
@@ -217,6 +224,10 @@ impl Decoder {
     /// The same layers, to be changed.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         Arc::make_mut(&mut self.layers).iter_mut().flat_map(Layer::linears_mut)
+    }
+
+    pub(crate) fn head(&self) -> &Matrix {
+        &self.head
     }
 
     /// The weights that are trained, each once: a head that is the embedding table is not among them.

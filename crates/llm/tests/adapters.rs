@@ -5,14 +5,16 @@ mod common;
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use common::{Golden, batch, fixture, load, max_difference, relative_difference, stored};
+use common::{F32, Folder, Golden, batch, fixture, load, max_difference, relative_difference, stored};
+use half::bf16;
+use safetensors::Dtype;
 use serde_json::{Map, Value};
 use unsloth_autograd::{GradStore, Tape};
 use unsloth_core::{Device, ops::cross_entropy::LossSpec};
 use unsloth_llm::{
     adapter::{AdapterConfig, SavedModule},
     decoder::{Decoder, Targets},
-    peft,
+    export, peft,
 };
 use unsloth_train::{
     Batch, Checkpointing, LoraConfig, LoraInit, Model, Schedule, ScheduleKind, StepMetrics, Trainer, TrainerConfig,
@@ -28,6 +30,8 @@ macro_rules! cases {
             fn training_curve() { super::training_curve(CASE); }
             #[test]
             fn saved_as_peft_does() { super::saved_as_peft_does(CASE); }
+            #[test]
+            fn merged_as_peft_does() { super::merged_as_peft_does(CASE); }
             #[test]
             fn checkpointing_is_bitwise_equal() { super::checkpointing_is_bitwise_equal(CASE); }
         }
@@ -171,6 +175,58 @@ fn saved_as_peft_does(case: Case) {
     peft::load(output.path(), &mut again).unwrap();
     let (loss, expected) = (loss(&again, &batch), case.number("final_loss"));
     assert!((loss - expected).abs() <= 1e-4, "loss {loss}, expected {expected}");
+}
+
+/// In f32: the model's own bf16 would round what is merged, which PEFT's number does not.
+fn merged_as_peft_does(case: Case) {
+    let device = unsloth_cpu::device();
+    let (base, output) = (Folder::copy(case.model, "model"), tempfile::tempdir().unwrap());
+    base.edit_tensors("model.safetensors", |tensors| {
+        for tensor in tensors.values_mut().filter(|tensor| tensor.dtype == Dtype::BF16) {
+            let wide = |bytes: &[u8]| bf16::from_le_bytes(bytes.try_into().unwrap()).to_f32().to_le_bytes();
+            (tensor.bytes, tensor.dtype) = (tensor.bytes.chunks_exact(2).flat_map(wide).collect(), Dtype::F32);
+        }
+    });
+    // The adapter after training, which PEFT merged.
+    let saved = output.path().join("adapter");
+    peft::save(&saved, trained(case, &device).model()).unwrap();
+    let mut decoder = Decoder::load(base.path(), &device, F32).unwrap();
+    peft::load(&saved, &mut decoder).unwrap();
+    let merged = output.path().join("merged");
+    export::save_merged(&merged, &decoder).unwrap();
+    let again = Decoder::load(&merged, &device, F32).unwrap();
+    assert_eq!(again.unused_tensors(), [] as [String; 0]);
+    let (loss, expected) = (loss(&again, &case.batch(&device)), case.number("merged_loss"));
+    assert!((loss - expected).abs() <= 1e-4, "loss {loss}, expected {expected}");
+}
+
+/// One model, several adapters, one at a time; without one it is what it was, to the bit.
+#[test]
+fn adapters_are_switched() {
+    let device = unsloth_cpu::device();
+    let model = "shapes/llama";
+    let batch = batch(&device, &Golden::open(model).rows());
+    let mut decoder = load(&device, model);
+    let plain = loss(&decoder, &batch);
+    let mut sets = Vec::new();
+    for name in ["patterns", "bias_all", "pissa", "head", "dora"] {
+        let case = Case { name, model };
+        peft::load(&case.folder(), &mut decoder).unwrap();
+        let adapted = loss(&decoder, &batch);
+        assert!((adapted - case.number("loss")).abs() <= 1e-5, "{name}: {adapted}");
+        sets.push((adapted, decoder.take_adapters().unwrap()));
+        assert_eq!(loss(&decoder, &batch), plain, "{name}");
+        assert!(decoder.adapters().is_none() && decoder.parameters().is_empty());
+    }
+    assert!(decoder.take_adapters().is_none());
+    for (adapted, set) in sets {
+        let config = set.config().clone();
+        decoder.put_adapters(set).unwrap();
+        assert_eq!((loss(&decoder, &batch), decoder.adapters()), (adapted, Some(&config)));
+        let set = decoder.take_adapters().unwrap();
+        let refused = load(&device, model).put_adapters(set).unwrap_err().to_string();
+        assert_eq!(refused, "adapters = of another model, must be taken off this model");
+    }
 }
 
 fn tensors(folder: &Path) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {

@@ -2,7 +2,7 @@
 
 use unsloth_autograd::{Matrix, Parameter, Tape, Var, Vector, ops};
 use unsloth_core::{
-    Category, DType,
+    Category, DType, Tensor,
     ops::{dora, elementwise, linear as core_linear},
     rng::Philox,
 };
@@ -131,6 +131,31 @@ impl Linear {
         }
     }
 
+    /// The weight with what the adapter adds to it, in its own type; the layer is left as it is. `None` without an adapter.
+    ///
+    /// # Errors
+    /// [`unsloth_core::Error::OutOfMemory`]; [`unsloth_core::Error::Launch`] if the device failed.
+    pub fn merged(&self) -> Result<Option<Tensor>> {
+        let Some(adapter) = &self.adapter else { return Ok(None) };
+        let (weight, scale) = (self.weight.weight()?, adapter.config.scale());
+        let (lora_a, lora_b) = (adapter.lora_a.value(), adapter.lora_b.value());
+        let update = update(&lora_a.to_vec::<f32>()?, &lora_b)?;
+        let dense = elementwise::cast(&weight.to_dense()?, DType::F32)?;
+        let mut merged = elementwise::add(elementwise::scale(update, scale)?, &dense)?;
+        if let Some(magnitude) = &adapter.magnitude {
+            let norms = dora::norms(&weight, &lora_a, &lora_b, scale)?.to_vec::<f32>()?;
+            let (magnitude, mut values) = (magnitude.value().to_vec::<f32>()?, merged.to_vec::<f32>()?);
+            let rows = values.chunks_exact_mut(weight.in_features()).zip(magnitude.iter().zip(&norms));
+            for (row, (magnitude, norm)) in rows {
+                row.iter_mut().for_each(|value| *value *= magnitude / norm);
+            }
+            merged = merged.device().from_slice(&values, *merged.shape(), Category::Weights)?;
+        }
+        let merged = elementwise::cast(&merged, weight.dtype())?;
+        merged.retag(Category::Weights);
+        Ok(Some(merged))
+    }
+
     /// Takes the largest `rank` singular values out of the frozen weight, which becomes a copy of its own, and gives them as the
     /// two matrices of an adapter with this configuration: `scale * B A` is what was taken out, and `B^T B = A A^T`.
     ///
@@ -156,9 +181,7 @@ impl Linear {
         let b = transposed(&scaled(&found.left, out_features), out_features);
         let device = weight.device();
         let b_rows = device.from_slice(&b, [out_features, config.rank], Category::Workspace)?;
-        let a_columns = transposed(&a, in_features);
-        let a_columns = device.from_slice(&a_columns, [in_features, config.rank], Category::Workspace)?;
-        let update = core_linear::forward(&b_rows, &device.prepare_weight(a_columns)?, None)?;
+        let update = update(&a, &b_rows)?;
         let dense = elementwise::cast(&weight.to_dense()?, DType::F32)?;
         let rest = elementwise::add(elementwise::scale(update, -scale)?, &dense)?;
         let rest = elementwise::cast(&rest, weight.dtype())?;
@@ -166,6 +189,14 @@ impl Linear {
         self.weight = Matrix::Frozen(device.prepare_weight(rest)?);
         Ok((a, b))
     }
+}
+
+/// `B A`, f32 `[out_features, in_features]`, of `A` `[rank, in_features]` and `B` `[out_features, rank]`.
+fn update(a: &[f32], b: &Tensor) -> Result<Tensor> {
+    let (device, rank) = (b.device(), b.shape()[1]);
+    let in_features = a.len() / rank;
+    let columns = device.from_slice(&transposed(a, in_features), [in_features, rank], Category::Workspace)?;
+    Ok(core_linear::forward(b, &device.prepare_weight(columns)?, None)?)
 }
 
 /// Columns as rows; `width` is the number of columns.

@@ -1,6 +1,9 @@
 //! Adapters of a decoder, and what is trained whole beside them.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use unsloth_autograd::{Matrix, Parameter, Vector};
 use unsloth_core::{DType, Tensor, ops::elementwise};
@@ -14,7 +17,74 @@ use crate::{
     loader::{trained_matrix, trained_vector},
 };
 
+/// What adapters change of a model; cheap to keep, since what they do not change is shared.
+pub(super) struct Parts {
+    layers: Arc<Vec<Layer>>,
+    embedding: Matrix,
+    head: Matrix,
+}
+
+/// Adapters taken off a model, with what is trained beside them.
+pub struct AdapterSet {
+    parts: Parts,
+    config: AdapterConfig,
+    beside: Vec<Parameter>,
+    /// The model that they belong to.
+    model: u64,
+}
+
+impl AdapterSet {
+    /// What they were made by.
+    pub fn config(&self) -> &AdapterConfig {
+        &self.config
+    }
+}
+
+/// A number of its own for each model of the process.
+pub(super) fn next_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 impl Decoder {
+    /// Takes the adapters off, with all that is trained beside them; the model is as it was before it got them. Put back by
+    /// [`Decoder::put_adapters`], so that one model can have many and use one at a time.
+    pub fn take_adapters(&mut self) -> Option<AdapterSet> {
+        let (base, config) = (self.base.take()?, self.adapters.take()?);
+        let (parts, beside) = (self.exchange(base), std::mem::take(&mut self.beside));
+        Some(AdapterSet { parts, config, beside, model: self.id })
+    }
+
+    /// Puts adapters back that were taken off this model.
+    ///
+    /// # Errors
+    /// [`unsloth_train::Error::AdapterExists`] on a model that has some; [`Error::InvalidOption`] for those of another model.
+    pub fn put_adapters(&mut self, adapters: AdapterSet) -> Result<()> {
+        self.require_none()?;
+        if adapters.model != self.id {
+            let (value, rule) = ("of another model".to_owned(), "taken off this model".to_owned());
+            return Err(Error::InvalidOption { field: "adapters", value, rule });
+        }
+        self.base = Some(self.exchange(adapters.parts));
+        (self.adapters, self.beside) = (Some(adapters.config), adapters.beside);
+        Ok(())
+    }
+
+    fn exchange(&mut self, parts: Parts) -> Parts {
+        Parts {
+            layers: std::mem::replace(&mut self.layers, parts.layers),
+            embedding: std::mem::replace(&mut self.embedding, parts.embedding),
+            head: std::mem::replace(&mut self.head, parts.head),
+        }
+    }
+
+    fn require_none(&self) -> Result<()> {
+        match self.linears().find(|linear| linear.adapter.is_some()) {
+            Some(linear) => Err(unsloth_train::Error::AdapterExists { layer: linear.name.clone() }.into()),
+            None => Ok(()),
+        }
+    }
+
     /// Adds adapters that change nothing yet, and makes what is trained beside them trainable, as f32 copies. The initial `A` of
     /// a layer depends on `seed` and the layer alone, not on which others are targeted. If it fails, nothing has been changed.
     ///
@@ -44,9 +114,7 @@ impl Decoder {
         ),
         is_good: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        if let Some(linear) = self.linears().find(|linear| linear.adapter.is_some()) {
-            return Err(unsloth_train::Error::AdapterExists { layer: linear.name.clone() }.into());
-        }
+        self.require_none()?;
         let trains_whole = !config.modules_to_save.is_empty() || config.bias != BiasTraining::None;
         if trains_whole && !self.trained.is_empty() {
             let (value, rule) = ("weights that are trained already".to_owned(), "used on a frozen model".to_owned());
@@ -83,8 +151,7 @@ impl Decoder {
             *matrix = Matrix::Trainable(parameter);
         }
         is_good()?;
-        self.layers = Arc::new(layers);
-        (self.embedding, self.head) = (embedding, head);
+        self.base = Some(self.exchange(Parts { layers: Arc::new(layers), embedding, head }));
         (self.adapters, self.beside) = (Some(config.clone()), beside);
         Ok(())
     }
