@@ -114,6 +114,11 @@ impl<R: Runtime> CubeBackend<R> {
         Ok(())
     }
 
+    /// For what is asked of a device; what is launched goes through [`CubeBackend::launch`].
+    pub(crate) fn client(&self) -> &ComputeClient<R> {
+        &self.client
+    }
+
     pub(crate) fn properties(&self) -> &cubecl::ir::DeviceProperties {
         self.client.properties()
     }

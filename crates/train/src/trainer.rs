@@ -255,8 +255,8 @@ impl<M: Model> Trainer<M> {
         }
         let Self { scaler, optimizer, gradients, config, .. } = self;
         let norm = reduce::grad_norm(&gradients.tensors())?;
-        // The loss may be infinite where gradients are cut off, and the norm where every gradient is finite.
-        let checked: Vec<&Tensor> = [&loss, &norm].into_iter().chain(gradients.tensors()).collect();
+        // The loss may be infinite where gradients are cut off. Where one of them is not finite, their norm is not either.
+        let checked = [&loss, &norm];
         let index = metrics.step - 1;
         let embedding = config.embedding_learning_rate.map(|full| config.schedule.rate_of(full, index));
         let weight = metrics.learning_rate;

@@ -9,7 +9,7 @@ pub trait Reduce {
     fn sum(&self, x: &Tensor) -> Result<Tensor>;
     /// 1 if every element of every tensor is finite, else 0. `tensors` is not empty.
     fn all_finite(&self, tensors: &[&Tensor]) -> Result<Tensor>;
-    /// Euclidean norm over all elements of all tensors. `tensors` is not empty.
+    /// Euclidean norm over all elements of all tensors, infinite or NaN if one of them is. `tensors` is not empty.
     fn grad_norm(&self, tensors: &[&Tensor]) -> Result<Tensor>;
 }
 
@@ -47,7 +47,8 @@ pub fn all_finite(tensors: &[&Tensor]) -> Result<Tensor> {
     tensors[0].device().backend().all_finite(tensors)
 }
 
-/// f32 `[1]`: `sqrt(sum of squares)` over all elements of all tensors.
+/// f32 `[1]`: `sqrt(sum of squares)` over all elements of all tensors. It is finite only if all of them are, so that whoever looks
+/// at the norm need not look at the elements again.
 ///
 /// # Errors
 /// [`crate::Error::InvalidSpec`] for an empty list; dtype or device mismatch.

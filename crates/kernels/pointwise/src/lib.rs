@@ -3,6 +3,7 @@
 pub mod adamw;
 pub mod elementwise;
 pub mod embedding;
+mod groups;
 pub mod lion;
 pub mod reduce;
 pub mod sgd;

@@ -1,21 +1,24 @@
 //! Reductions of whole tensors to one f32, in two steps of fixed order: each cube folds its share into the workspace, then one
 //! cube folds the workspace. No atomics, so the same input gives the same bits.
 //!
-//! A reduction over several tensors gives each a range of one workspace: launch the first step once per tensor, then the second
-//! step once. Traffic: every element is read once.
+//! A reduction over several tensors gives each, or each launch of several of them, a range of one workspace, and the second step is
+//! launched once. Traffic: every element is read once.
 //!
 //! The norm keeps three sums, of squares of large elements scaled down, of small ones scaled up, and of the others, so that no
-//! square overflows or vanishes; one pass is enough for that, unlike scaling by the largest element.   Blue 1978, ACM TOMS 4(1)
+//! square overflows or vanishes; one pass is enough for that, unlike scaling by the largest element (Blue 1978, ACM TOMS 4(1)). It
+//! counts elements that are not finite beside them.
 
 use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{Launch, LaunchError, cube_reduce_bytes, cube_sum, vector_sum};
+
+use crate::groups::by_width;
 
 /// Elements that a cube folds, at least, before another cube joins.
 const PART_ELEMENTS: usize = 4096;
 /// Cubes that fold one tensor, at most.
 const MAX_PARTS: usize = 1024;
-/// Sums of a part of a norm: large, middling and small elements.
-const NORM_SUMS: usize = 3;
+/// Sums of a part of a norm: large, middling and small elements, and how many are not finite.
+const NORM_SUMS: usize = 4;
 
 /// Partial results of a tensor of `len` elements; none for an empty one, whose first step launches nothing.
 pub fn parts(len: usize) -> usize {
@@ -54,19 +57,26 @@ pub struct Part<'a> {
     pub total_parts: usize,
 }
 
+impl Part<'_> {
+    fn place(&self) -> (usize, usize, usize) {
+        (self.len, self.at, self.total_parts)
+    }
+}
+
 /// The grid of a first step, and its workspace argument.
 fn partial_grid<R: Runtime>(
     launch: &Launch<'_, R>,
     reduction: Reduction,
-    part: &Part<'_>,
+    workspace: &Handle,
+    (len, at, total_parts): (usize, usize, usize),
 ) -> Result<(CubeCount, CubeDim, ArrayArg<R>), LaunchError> {
     let units = launch.units_for(PART_ELEMENTS);
     let dim = CubeDim::new_1d(units as u32);
     let sums = workspace_len(reduction, 1);
     launch.cube(dim, sums * cube_reduce_bytes(units))?;
-    let parts = parts(part.len);
-    let needed = part.at.saturating_add(parts).max(part.total_parts);
-    let workspace = launch.array::<f32>("workspace", part.workspace, workspace_len(reduction, needed))?;
+    let parts = parts(len);
+    let needed = at.saturating_add(parts).max(total_parts);
+    let workspace = launch.array::<f32>("workspace", workspace, workspace_len(reduction, needed))?;
     Ok((launch.cubes(parts, 1, 1)?, dim, workspace))
 }
 
@@ -81,7 +91,7 @@ pub fn partial_sum<R: Runtime, E: Float>(client: &ComputeClient<R>, part: Part<'
         return Ok(());
     }
     let width = launch.vector_width::<f32>(part.len);
-    let (count, dim, workspace) = partial_grid(&launch, Reduction::Sum, &part)?;
+    let (count, dim, workspace) = partial_grid(&launch, Reduction::Sum, part.workspace, part.place())?;
     let x = launch.vectors::<E>("x", part.x, part.len, width)?;
     let (items, at, units) = ((part.len / width) as u32, part.at as u32, dim.x as usize);
     partial_sum_kernel::launch::<E, R>(client, count, dim, width, x, workspace, items, at, units);
@@ -120,36 +130,106 @@ const GROW: u32 = 75;
 /// Exponent bits of what is infinite or NaN.
 const NOT_FINITE: u32 = 255;
 
-/// Launches the first step of [`Reduction::Norm`] on a tensor of `E`.
+/// Tensors of a launch, at most, where the device binds as many buffers.
+const MOST: usize = 8;
+
+/// The tensors of a norm, by launches.
+#[derive(Clone, Debug)]
+pub struct NormPlan<'a> {
+    /// Tensors with their lengths, and the width of the vectors that they are read in.
+    launches: Vec<(Vec<(&'a Handle, usize)>, usize)>,
+}
+
+impl<'a> NormPlan<'a> {
+    /// Tensors of one element type, with their numbers of elements: as few launches as the device's bindings allow.
+    pub fn new<R: Runtime>(client: &ComputeClient<R>, tensors: &[(&'a Handle, usize)]) -> Self {
+        let launch = Launch::new(client, "grad_norm");
+        // Beside the workspace and the scalars.
+        let most = (client.properties().hardware.max_bindings as usize).saturating_sub(2).clamp(1, MOST);
+        let mut launches = Vec::new();
+        for (width, group) in by_width(&launch, tensors, |(_, len)| *len) {
+            launches.extend(group.chunks(most).map(|tensors| (tensors.to_vec(), width)));
+        }
+        Self { launches }
+    }
+
+    /// Partial results of all launches.
+    pub fn parts(&self) -> usize {
+        self.launches.iter().map(|(tensors, _)| parts_of(tensors)).sum()
+    }
+}
+
+/// Enough cubes for the longest of these tensors; each walks over all of them.
+fn parts_of(tensors: &[(&Handle, usize)]) -> usize {
+    parts(tensors.iter().map(|(_, len)| *len).max().unwrap_or(0))
+}
+
+/// Launches the first step of [`Reduction::Norm`] on tensors of `E`. The results `at .. at + plan.parts()` of `workspace`, f32
+/// `[workspace_len(reduction, total_parts)]`, are overwritten.
 ///
 /// # Errors
 /// As [`partial_sum`].
-pub fn partial_norm<R: Runtime, E: Float>(client: &ComputeClient<R>, part: Part<'_>) -> Result<(), LaunchError> {
+pub fn partial_norm<R: Runtime, E: Float>(
+    client: &ComputeClient<R>,
+    plan: &NormPlan<'_>,
+    workspace: &Handle,
+    (at, total_parts): (usize, usize),
+) -> Result<(), LaunchError> {
     let launch = Launch::new(client, "grad_norm");
     launch.element::<E>()?;
-    if part.len == 0 {
-        return Ok(());
+    let mut at = at;
+    for (tensors, width) in &plan.launches {
+        let width = *width;
+        let (len, of_launch) = (tensors.iter().map(|(_, len)| *len).max().unwrap_or(0), parts_of(tensors));
+        let (count, dim, workspace) = partial_grid(&launch, Reduction::Norm, workspace, (len, at, total_parts))?;
+        let arrays = tensors.iter().map(|(x, len)| launch.vectors::<E>("x", x, *len, width));
+        let items = tensors.iter().map(|(_, len)| (len / width) as u32).collect::<SequenceArg<R, _>>();
+        let arrays = arrays.collect::<Result<SequenceArg<R, _>, _>>()?;
+        let units = dim.x as usize;
+        partial_norm_kernel::launch::<E, R>(client, count, dim, width, arrays, items, workspace, at as u32, units);
+        at += of_launch;
     }
-    let width = launch.vector_width::<f32>(part.len);
-    let (count, dim, workspace) = partial_grid(&launch, Reduction::Norm, &part)?;
-    let x = launch.vectors::<E>("x", part.x, part.len, width)?;
-    let (items, at, units) = ((part.len / width) as u32, part.at as u32, dim.x as usize);
-    partial_norm_kernel::launch::<E, R>(client, count, dim, width, x, workspace, items, at, units);
     Ok(())
 }
 
-/// Grid as [`partial_sum_kernel`].
+/// Grid: units stride over the vectors of each tensor in turn; cube = partial result.
 #[cube(launch)]
 fn partial_norm_kernel<E: Float, N: Size>(
-    x: &Array<Vector<E, N>>,
+    tensors: &Sequence<Array<Vector<E, N>>>,
+    items: &Sequence<u32>,
     workspace: &mut Array<f32>,
-    items: u32,
     at: u32,
     #[comptime] units: usize,
 ) {
-    let mut large = 0.0f32;
-    let mut middling = 0.0f32;
-    let mut small = 0.0f32;
+    let mut sums = NormSums { large: 0.0, middling: 0.0, small: 0.0, bad: 0.0 };
+    #[unroll]
+    for t in 0..tensors.len() {
+        add_squares::<E, N>(tensors.index(t), *items.index(t), &mut sums, units);
+    }
+    let large = cube_sum(sums.large, units);
+    let middling = cube_sum(sums.middling, units);
+    let small = cube_sum(sums.small, units);
+    let bad = cube_sum(sums.bad, units);
+    if UNIT_POS == 0 {
+        let to = (at as usize + CUBE_POS) * NORM_SUMS;
+        workspace[to] = large;
+        workspace[to + 1] = middling;
+        workspace[to + 2] = small;
+        workspace[to + 3] = bad;
+    }
+}
+
+/// Sums of squares by the size of the elements, and the number of those that are not finite.
+#[derive(CubeType)]
+struct NormSums {
+    large: f32,
+    middling: f32,
+    small: f32,
+    bad: f32,
+}
+
+#[cube]
+fn add_squares<E: Float, N: Size>(x: &Array<Vector<E, N>>, items: u32, sums: &mut NormSums, #[comptime] units: usize) {
     let mut i = ABSOLUTE_POS;
     while i < items as usize {
         let vector = Vector::<f32, N>::cast_from(x[i]);
@@ -160,29 +240,22 @@ fn partial_norm_kernel<E: Float, N: Size>(
             // is infinite.
             let bits = u32::reinterpret(value) & 0x7FFF_FFFFu32;
             let exponent = bits >> 23u32;
-            if exponent >= LARGE && exponent != NOT_FINITE {
+            if exponent == NOT_FINITE {
+                sums.bad += 1.0;
+            } else if exponent >= LARGE {
                 let scaled = f32::reinterpret(bits - comptime!(SHRINK << 23));
-                large += scaled * scaled;
+                sums.large += scaled * scaled;
             } else if exponent < SMALL {
                 // Subnormal elements, which many devices take for zero, count as zero.
                 if exponent > 0u32 {
                     let scaled = f32::reinterpret(bits + comptime!(GROW << 23));
-                    small += scaled * scaled;
+                    sums.small += scaled * scaled;
                 }
             } else {
-                middling += value * value;
+                sums.middling += value * value;
             }
         }
         i += CUBE_COUNT * units;
-    }
-    let large = cube_sum(large, units);
-    let middling = cube_sum(middling, units);
-    let small = cube_sum(small, units);
-    if UNIT_POS == 0 {
-        let to = (at as usize + CUBE_POS) * 3;
-        workspace[to] = large;
-        workspace[to + 1] = middling;
-        workspace[to + 2] = small;
     }
 }
 
@@ -229,7 +302,7 @@ pub fn partial_finite<R: Runtime>(
     }
     let words = part.len.div_ceil(exponent.per_word());
     let width = launch.vector_width::<u32>(words);
-    let (count, dim, workspace) = partial_grid(&launch, Reduction::AllFinite, &part)?;
+    let (count, dim, workspace) = partial_grid(&launch, Reduction::AllFinite, part.workspace, part.place())?;
     let x = launch.vectors::<u32>("x", part.x, words, width)?;
     let (first, last) = exponent.masks();
     // The upper half of the last word may be padding, which holds anything.
@@ -297,7 +370,7 @@ pub fn fold<R: Runtime>(
     let workspace = launch.array::<f32>("workspace", workspace, workspace_len(reduction, parts))?;
     let (out, count) = (launch.array::<f32>("out", out, 1)?, launch.cubes(1, 1, 1)?);
     if reduction == Reduction::Norm {
-        fold_norm_kernel::launch::<R>(client, count, dim, workspace, out, parts as u32, units);
+        fold_norm_kernel::launch::<R>(client, count, dim, workspace, out, parts as u32, f32::NAN, units);
     } else {
         let count_bad = reduction == Reduction::AllFinite;
         fold_sum_kernel::launch::<R>(client, count, dim, workspace, out, parts as u32, count_bad, units);
@@ -344,21 +417,30 @@ const NEGLIGIBLE: f32 = 1.0 / ((1u64 << 30) as f32);
 
 /// Grid: one cube.
 #[cube(launch)]
-fn fold_norm_kernel(workspace: &Array<f32>, out: &mut Array<f32>, parts: u32, #[comptime] units: usize) {
-    let len = parts as usize * 3;
-    let large = fold_strided(workspace, len, 3, 0, units);
-    let middling = fold_strided(workspace, len, 3, 1, units);
-    let small = fold_strided(workspace, len, 3, 2, units);
+fn fold_norm_kernel(
+    workspace: &Array<f32>,
+    out: &mut Array<f32>,
+    parts: u32,
+    // Shading languages have no literal for it.
+    nan: f32,
+    #[comptime] units: usize,
+) {
+    let len = parts as usize * NORM_SUMS;
+    let large = fold_strided(workspace, len, NORM_SUMS, 0, units);
+    let middling = fold_strided(workspace, len, NORM_SUMS, 1, units);
+    let small = fold_strided(workspace, len, NORM_SUMS, 2, units);
+    let bad = fold_strided(workspace, len, NORM_SUMS, 3, units);
     if UNIT_POS == 0 {
         let root = f32::sqrt(middling);
-        if large > 0.0 {
+        if bad > 0.0 {
+            out[0] = nan;
+        } else if large > 0.0 {
             let shrunk = root * f32::new(SHRINK_FACTOR);
             out[0] = f32::sqrt(large + shrunk * shrunk) / f32::new(SHRINK_FACTOR);
         } else if small > 0.0 && root < f32::new(NEGLIGIBLE) {
             let grown = root * f32::new(GROW_FACTOR);
             out[0] = f32::sqrt(grown * grown + small) / f32::new(GROW_FACTOR);
         } else {
-            // A NaN among the elements is among the middling ones, and both conditions are false for it.
             out[0] = root;
         }
     }

@@ -147,7 +147,9 @@ mutations! {
         /// The sum of squares without the root.
         NormIsSquared,
         /// Only the first tensor counts.
-        NormOfFirst;
+        NormOfFirst,
+        /// Infinities count as zeros.
+        NormIgnoresInfinity;
     embedding:
         /// Each id reads the row after its own.
         EmbeddingReadsNextRow,

@@ -89,6 +89,11 @@ impl<B: Backend> Reduce for MutantBackend<B> {
     }
 
     fn grad_norm(&self, tensors: &[&Tensor]) -> Result<Tensor> {
+        if self.has(Mutation::NormIgnoresInfinity) {
+            let finite = |x: &&Tensor| mapped(x, |x| if x.is_infinite() { 0.0 } else { x });
+            let finite = tensors.iter().map(finite).collect::<Result<Vec<_>>>()?;
+            return self.inner.grad_norm(&finite.iter().collect::<Vec<_>>());
+        }
         let norm = self.inner.grad_norm(if self.has(Mutation::NormOfFirst) { &tensors[..1] } else { tensors })?;
         if self.has(Mutation::NormIsSquared) { mapped(&norm, |norm| norm * norm) } else { Ok(norm) }
     }

@@ -137,6 +137,7 @@ fn finds_what_is_not_finite(device: &Device, case: &Case) -> Checked {
         };
         let good = data::tensor(device, &vec![largest; 65], [65], dtype)?;
         let empty = data::tensor(device, &[], [0], dtype)?;
+        let ones = data::tensor(device, &[1.0; 7], [7], dtype)?;
         let verdict = |tensors: &[&Tensor]| -> Checked<Vec<f64>> { Ok(data::read(&reduce::all_finite(tensors)?)?) };
         let all_good = verdict(&[&good, &empty, &good])?;
         expect::holds(case, &format!("{dtype} values of {largest:e} are finite, got {all_good:?}"), all_good == [1.0])?;
@@ -148,6 +149,8 @@ fn finds_what_is_not_finite(device: &Device, case: &Case) -> Checked {
                     let tensor = data::tensor(device, &values, [length], dtype)?;
                     let found = verdict(&[&good, &tensor])? == [0.0] && verdict(&[&tensor, &good])? == [0.0];
                     expect::holds(case, &format!("{bad} of {dtype} at {position} of {length} is found"), found)?;
+                    let norm = data::read(&reduce::grad_norm(&[&ones, &tensor, &ones])?)?[0];
+                    expect::holds(case, &format!("the norm is {norm} with {bad} of {dtype} in it"), !norm.is_finite())?;
                 }
             }
         }
