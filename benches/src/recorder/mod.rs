@@ -16,7 +16,10 @@ use std::{
 
 use unsloth_rs::{
     Category, DType, Device, Result, Tensor,
-    core::{AllocationCounts, Backend, Buffer, HostBytes, Init, Memory, Place, TensorStore, Usage, Weight, ops::Cost},
+    core::{
+        AllocationCounts, Backend, Buffer, HostBytes, Init, Memory, Place, PoolUsage, TensorStore, Usage, Weight,
+        ops::Cost,
+    },
 };
 
 /// One call of an operator.
@@ -219,6 +222,14 @@ impl Memory for Recorder {
 
     fn host_threads(&self) -> Option<usize> {
         self.inner.host_threads()
+    }
+
+    fn pool_usage(&self) -> Result<PoolUsage> {
+        self.inner.pool_usage()
+    }
+
+    fn trim(&self) -> Result<()> {
+        self.inner.trim()
     }
 
     fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {

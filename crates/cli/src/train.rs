@@ -78,12 +78,13 @@ fn stop_on_signals() -> Result<Arc<AtomicBool>> {
 fn describe_summary(summary: &Summary) -> String {
     let Summary { steps, first_loss, last_loss, tokens, elapsed, peak_bytes, offloaded, output, evaluation, .. } =
         summary;
+    let reserved = ByteSize(summary.reserved_bytes);
     let mut text = format!("done: {steps} steps, loss {first_loss:.4} -> {last_loss:.4}");
     if let Some(evaluation) = evaluation {
         text += &format!(", eval loss {:.4}", evaluation.eval_loss);
     }
     let (seconds, peak) = (elapsed.as_secs_f64(), ByteSize(*peak_bytes));
-    text += &format!(", {tokens} tokens in {seconds:.1} s, peak {peak}");
+    text += &format!(", {tokens} tokens in {seconds:.1} s, peak {peak}, {reserved} taken from the system");
     if let Some(usage) = offloaded {
         let waited = (usage.put.time + usage.taken.time).as_secs_f64();
         text += &format!(" and {} elsewhere, moved in {waited:.1} s", ByteSize(usage.peak_bytes));

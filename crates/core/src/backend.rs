@@ -27,6 +27,15 @@ impl AllocationCounts {
     pub const LARGE_BYTES: usize = 64 * 1024;
 }
 
+/// Memory that a backend has taken from the system or driver. Mapped files are not among it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolUsage {
+    /// Bytes taken, those in buffers and those that wait to be used again.
+    pub reserved_bytes: u64,
+    /// Bytes that no buffer has.
+    pub idle_bytes: u64,
+}
+
 /// Buffers of a device and their accounting.
 pub trait Memory {
     /// Name as the command line spells it.
@@ -74,6 +83,16 @@ pub trait Memory {
     }
     /// How often memory was taken fresh or reused since the backend was made.
     fn allocation_counts(&self) -> AllocationCounts;
+    /// What has been taken from the system or driver; waits for what was launched.
+    ///
+    /// # Errors
+    /// [`crate::Error::Launch`] if pending work failed.
+    fn pool_usage(&self) -> Result<PoolUsage>;
+    /// Gives back what no buffer has.
+    ///
+    /// # Errors
+    /// [`crate::Error::Launch`] if pending work failed.
+    fn trim(&self) -> Result<()>;
     /// Somewhere else to keep tensors of this device.
     ///
     /// # Errors

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::{
-    Backend, Buffer, Category, DType, Element, Error, HostBytes, Init, Place, Result, Shape, Tensor, TensorStore,
-    Usage, Weight,
+    Backend, Buffer, Category, DType, Element, Error, HostBytes, Init, Place, PoolUsage, Result, Shape, Tensor,
+    TensorStore, Usage, Weight,
 };
 
 /// A handle on a backend; cheap to clone. Two handles are equal when they share one backend.
@@ -128,6 +128,22 @@ impl Device {
     /// Memory held, by category.
     pub fn usage(&self) -> Usage {
         self.0.usage()
+    }
+
+    /// What has been taken from the system or driver; waits for what was launched.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] if pending work failed.
+    pub fn pool_usage(&self) -> Result<PoolUsage> {
+        self.0.pool_usage()
+    }
+
+    /// Gives back to the system or driver what no buffer has.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] if pending work failed.
+    pub fn trim(&self) -> Result<()> {
+        self.0.trim()
     }
 
     /// Somewhere else to keep tensors of this device.

@@ -20,7 +20,7 @@ mod store;
 mod tensor;
 mod weight;
 
-pub use backend::{AllocationCounts, Backend, Init, Memory};
+pub use backend::{AllocationCounts, Backend, Init, Memory, PoolUsage};
 pub use buffer::{Buffer, HostBytes};
 pub use byte_size::ByteSize;
 pub use category::{Category, Usage};

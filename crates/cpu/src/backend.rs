@@ -3,7 +3,8 @@
 use std::{any::Any, ops::Range, sync::Arc};
 
 use unsloth_core::{
-    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, Result, TensorStore, Usage,
+    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, PoolUsage, Result, TensorStore,
+    Usage,
 };
 use unsloth_memory::{Charge, HostBlock, HostPool, Ledger};
 
@@ -232,6 +233,15 @@ impl Memory for CpuBackend {
 
     fn allocation_counts(&self) -> AllocationCounts {
         self.pool.counts()
+    }
+
+    fn pool_usage(&self) -> Result<PoolUsage> {
+        Ok(self.pool.usage())
+    }
+
+    fn trim(&self) -> Result<()> {
+        self.pool.trim();
+        Ok(())
     }
 
     fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {

@@ -12,7 +12,8 @@ use std::{
 use cubecl::{device::Device as _, prelude::*, server::Handle, stream_id::StreamId};
 use unsloth_common::LaunchError;
 use unsloth_core::{
-    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, Result, TensorStore, Usage,
+    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, PoolUsage, Result, TensorStore,
+    Usage,
 };
 use unsloth_memory::{Charge, Ledger};
 
@@ -272,6 +273,26 @@ impl<R: Runtime> Memory for CubeBackend<R> {
     /// CubeCL's pools do not tell fresh allocations from reused ones.
     fn allocation_counts(&self) -> AllocationCounts {
         AllocationCounts::default()
+    }
+
+    /// Of the stream that this backend's work goes to.
+    fn pool_usage(&self) -> Result<PoolUsage> {
+        let usage = self.stream.executes(|| self.client.memory_usage());
+        self.finished("pool_usage")?;
+        let usage = usage.map_err(|source| Error::Launch {
+            op: "pool_usage",
+            device: self.name.clone(),
+            source: Box::new(source),
+        })?;
+        let reserved_bytes = usage.bytes_reserved;
+        let idle_bytes = reserved_bytes.saturating_sub(usage.bytes_in_use + usage.bytes_padding);
+        Ok(PoolUsage { reserved_bytes, idle_bytes })
+    }
+
+    fn trim(&self) -> Result<()> {
+        self.synchronize()?;
+        self.stream.executes(|| self.client.memory_cleanup());
+        self.synchronize()
     }
 
     fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {

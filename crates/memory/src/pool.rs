@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use unsloth_core::{AllocationCounts, Category, Error, Init, Result};
+use unsloth_core::{AllocationCounts, Category, Error, Init, PoolUsage, Result};
 
 use crate::ledger::{Charge, Ledger};
 
@@ -34,15 +34,29 @@ struct State {
     resident_bytes: u64,
     tick: u64,
     counts: AllocationCounts,
+    /// By capacity in lines; of blocks that wait, `idle` knows.
+    classes: BTreeMap<usize, ClassUsage>,
 }
 
-/// What a pool holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PoolUsage {
-    /// Bytes taken from the system: in use and idle.
-    pub resident_bytes: u64,
-    /// Bytes of released blocks kept for reuse.
-    pub idle_bytes: u64,
+/// Blocks of one size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClassUsage {
+    /// Size of each.
+    pub block_bytes: u64,
+    /// Lent now.
+    pub num_lent: u64,
+    /// Waiting to be lent again.
+    pub num_idle: u64,
+    /// How often one was taken from the system.
+    pub num_fresh: u64,
+    /// How often one that had been released was lent again.
+    pub num_reused: u64,
+}
+
+/// Lines of the blocks that serve a request for so many: 16 sizes between a power of two and the next, so that lengths that
+/// differ little share blocks and at most a sixteenth of a block is more than was asked for.
+fn class(num_lines: usize) -> usize {
+    num_lines.next_multiple_of((num_lines.next_power_of_two() / 32).max(1))
 }
 
 /// A pool of 64-byte aligned host blocks with a [`Ledger`].
@@ -69,7 +83,7 @@ impl HostPool {
     /// more than the budget.
     pub fn allocate(self: &Arc<Self>, bytes: usize, category: Category, init: Init) -> Result<HostBlock> {
         let charge = self.ledger.charge(bytes, category)?;
-        let num_lines = crate::round_up(bytes) / size_of::<Line>();
+        let num_lines = class(crate::round_up(bytes) / size_of::<Line>());
         let reused = self.take_idle(num_lines);
         let lines = match reused {
             Some(mut lines) => {
@@ -97,6 +111,8 @@ impl HostPool {
         }
         state.idle_bytes -= (capacity * size_of::<Line>()) as u64;
         state.counts.reused += 1;
+        let class = state.classes.entry(capacity).or_default();
+        (class.num_reused, class.num_lent) = (class.num_reused + 1, class.num_lent + 1);
         Some(block.lines)
     }
 
@@ -117,6 +133,8 @@ impl HostPool {
             breakdown: Box::new(self.ledger.usage()),
         })?;
         state.resident_bytes += bytes;
+        let class = state.classes.entry(num_lines).or_default();
+        (class.num_fresh, class.num_lent) = (class.num_fresh + 1, class.num_lent + 1);
         if bytes >= AllocationCounts::LARGE_BYTES as u64 {
             state.counts.fresh_large += 1;
         }
@@ -131,7 +149,18 @@ impl HostPool {
     /// What the pool holds.
     pub fn usage(&self) -> PoolUsage {
         let state = self.lock();
-        PoolUsage { resident_bytes: state.resident_bytes, idle_bytes: state.idle_bytes }
+        PoolUsage { reserved_bytes: state.resident_bytes, idle_bytes: state.idle_bytes }
+    }
+
+    /// Every size of block that was ever lent, the smallest first, and how often.
+    pub fn classes(&self) -> Vec<ClassUsage> {
+        let state = self.lock();
+        let idle = |lines: &usize| state.idle.get(lines).map_or(0, |blocks| blocks.len() as u64);
+        let class = |(lines, class): (&usize, &ClassUsage)| {
+            let block_bytes = (lines * size_of::<Line>()) as u64;
+            ClassUsage { block_bytes, num_idle: idle(lines), ..*class }
+        };
+        state.classes.iter().map(class).collect()
     }
 
     /// How often memory was taken fresh or reused.
@@ -194,6 +223,9 @@ impl Drop for HostBlock {
         let mut state = self.pool.lock();
         let since = state.tick;
         state.idle_bytes += (lines.len() * size_of::<Line>()) as u64;
+        if let Some(class) = state.classes.get_mut(&lines.len()) {
+            class.num_lent -= 1;
+        }
         state.idle.entry(lines.len()).or_default().push(Idle { lines, since });
     }
 }
@@ -235,9 +267,9 @@ mod tests {
         drop(pool.allocate(8 << 20, Category::Workspace, Init::Arbitrary).unwrap());
         let _small = pool.allocate(1 << 20, Category::Workspace, Init::Arbitrary).unwrap();
         assert_eq!(pool.counts().fresh_large, 2);
-        assert_eq!(pool.usage(), PoolUsage { resident_bytes: 9 << 20, idle_bytes: 8 << 20 });
+        assert_eq!(pool.usage(), PoolUsage { reserved_bytes: 9 << 20, idle_bytes: 8 << 20 });
         pool.trim();
-        assert_eq!(pool.usage(), PoolUsage { resident_bytes: 1 << 20, idle_bytes: 0 });
+        assert_eq!(pool.usage(), PoolUsage { reserved_bytes: 1 << 20, idle_bytes: 0 });
     }
 
     #[test]
@@ -245,9 +277,9 @@ mod tests {
         let pool = pool(Some(3 << 20));
         drop(pool.allocate(2 << 20, Category::Workspace, Init::Arbitrary).unwrap());
         let _block = pool.allocate(1 << 20, Category::Workspace, Init::Arbitrary).unwrap();
-        assert_eq!(pool.usage().resident_bytes, 3 << 20);
+        assert_eq!(pool.usage().reserved_bytes, 3 << 20);
         let _other = pool.allocate(1 << 19, Category::Workspace, Init::Arbitrary).unwrap();
-        assert_eq!(pool.usage().resident_bytes, (1 << 20) + (1 << 19));
+        assert_eq!(pool.usage().reserved_bytes, (1 << 20) + (1 << 19));
     }
 
     #[test]
@@ -259,6 +291,50 @@ mod tests {
         }
         let _block = pool.allocate(4 << 20, Category::Workspace, Init::Arbitrary).unwrap();
         assert_eq!(pool.usage().idle_bytes, 256);
+    }
+
+    #[test]
+    fn sizes_that_differ_little_share_a_class_and_little_is_wasted() {
+        for num_lines in 1..5000 {
+            let lines = class(num_lines);
+            assert!(lines >= num_lines && (lines - num_lines) * 16 <= lines && class(lines) == lines, "{num_lines}");
+        }
+        let pool = pool(None);
+        for bytes in [1_000_000, 1_010_000, 1_000_000] {
+            drop(pool.allocate(bytes, Category::Activations, Init::Arbitrary).unwrap());
+        }
+        let (small, _held) = (4 * 256, pool.allocate(1_005_000, Category::Activations, Init::Arbitrary).unwrap());
+        let _small = pool.allocate(small, Category::Activations, Init::Arbitrary).unwrap();
+        let [few, many] = pool.classes()[..] else { panic!("{:?}", pool.classes()) };
+        let counts = |class: ClassUsage| (class.num_lent, class.num_idle, class.num_fresh, class.num_reused);
+        assert_eq!((few.block_bytes, counts(few)), (small as u64, (1, 0, 1, 0)));
+        assert_eq!((many.block_bytes, counts(many)), (31 << 15, (1, 0, 1, 3)));
+    }
+
+    /// What is lent, what waits and what the ledger says add up at every moment.
+    #[test]
+    fn the_account_is_that_of_the_blocks() {
+        let pool = pool(None);
+        let mut held = Vec::new();
+        for round in 0..200usize {
+            let bytes = 1 + round * 7919 % 300_000;
+            held.push(pool.allocate(bytes, Category::ALL[round % 7], Init::Arbitrary).unwrap());
+            if round % 3 == 0 {
+                held.swap_remove(round * 31 % held.len());
+            }
+            let asked: u64 = held.iter().map(|block| crate::round_up(block.as_slice().len()) as u64).sum();
+            assert_eq!(pool.ledger().usage().total_live_bytes(), asked);
+            let classes = pool.classes();
+            let of = |count: fn(&ClassUsage) -> u64| classes.iter().map(|class| class.block_bytes * count(class)).sum();
+            let (lent, idle): (u64, u64) = (of(|class| class.num_lent), of(|class| class.num_idle));
+            assert_eq!(pool.usage(), PoolUsage { reserved_bytes: lent + idle, idle_bytes: idle });
+            // A released block may be a quarter larger than a large request and twice as large as a small one.
+            assert!(lent >= asked && lent <= 2 * asked + asked / 8, "{lent} bytes lent for {asked}");
+        }
+        held.clear();
+        assert_eq!(pool.ledger().usage().total_live_bytes(), 0);
+        pool.trim();
+        assert_eq!(pool.usage(), PoolUsage::default());
     }
 
     #[test]

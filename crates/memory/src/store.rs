@@ -212,6 +212,6 @@ mod tests {
         assert!(matches!(staging.write(&block, &small), Err(Error::Length { expected: 256, actual: 1024, .. })));
         drop(block);
         // Every copy used the same buffer.
-        assert_eq!(staging.pool().usage().resident_bytes, 1024);
+        assert_eq!(staging.pool().usage().reserved_bytes, 1024);
     }
 }

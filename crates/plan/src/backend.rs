@@ -3,8 +3,8 @@
 use std::{any::Any, ops::Range, sync::Arc};
 
 use unsloth_core::{
-    AllocationCounts, Buffer, Category, DType, Device, Error, HostBytes, Init, Memory, Place, Result, Shape, Tensor,
-    TensorStore, Usage,
+    AllocationCounts, Buffer, Category, DType, Device, Error, HostBytes, Init, Memory, Place, PoolUsage, Result, Shape,
+    Tensor, TensorStore, Usage,
 };
 use unsloth_memory::{Charge, Ledger};
 
@@ -170,6 +170,15 @@ impl Memory for PlanBackend {
 
     fn allocation_counts(&self) -> AllocationCounts {
         AllocationCounts::default()
+    }
+
+    /// What is planned is taken as it is needed.
+    fn pool_usage(&self) -> Result<PoolUsage> {
+        Ok(PoolUsage { reserved_bytes: self.ledger.usage().total_live_bytes(), idle_bytes: 0 })
+    }
+
+    fn trim(&self) -> Result<()> {
+        Ok(())
     }
 
     fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {

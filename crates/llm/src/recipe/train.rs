@@ -70,6 +70,8 @@ pub fn train(
     let before = device.set_budget(config.memory_bytes);
     let summary = train_within(device, config, on_event, stop);
     device.set_budget(before);
+    // Whoever goes on with the device or this process has other sizes to ask for.
+    device.trim()?;
     summary
 }
 
@@ -107,7 +109,7 @@ fn train_within(
     on_event(Event::Prepared(prepared(&data, &trainer, total_steps)));
     let progress = saved.as_ref().map_or_else(Progress::default, |saved| saved.state.progress);
     if stop.load(Ordering::Relaxed) {
-        return Ok(summary(config, &trainer, progress, (None, End::Stopped(None))));
+        return summary(config, &trainer, progress, (None, End::Stopped(None)));
     }
     let metrics = begin(&output, saved.as_ref(), on_event)?;
     output.write_config(&options)?;
@@ -233,7 +235,7 @@ fn finish(mut run: Run<'_>) -> Result<Summary> {
         }
         (outcome, _) => {
             let evaluation = run.metrics.eval_losses.last().map(|&(step, loss)| EvalRecord::new(step, loss));
-            outcome.map(|end| summary(run.config, &run.trainer, run.progress, (evaluation, end)))
+            outcome.and_then(|end| summary(run.config, &run.trainer, run.progress, (evaluation, end)))
         }
     }
 }
@@ -243,19 +245,21 @@ fn summary(
     trainer: &Trainer<Decoder>,
     progress: Progress,
     (evaluation, end): (Option<EvalRecord>, End),
-) -> Summary {
-    Summary {
+) -> Result<Summary> {
+    let device = trainer.model().device();
+    Ok(Summary {
         steps: trainer.num_steps(),
         first_loss: progress.first_loss,
         last_loss: progress.last_loss,
         evaluation,
         tokens: progress.tokens,
         elapsed: Duration::from_secs_f64(progress.seconds),
-        peak_bytes: trainer.model().device().usage().total_peak_bytes(),
+        peak_bytes: device.usage().total_peak_bytes(),
+        reserved_bytes: device.pool_usage()?.reserved_bytes,
         offloaded: trainer.model().offload().map(TensorStore::usage),
         output: config.output.clone(),
         end,
-    }
+    })
 }
 
 /// Writes what a run has trained.

@@ -3,7 +3,8 @@
 use std::{ops::Range, sync::Arc};
 
 use unsloth_core::{
-    AllocationCounts, Backend, Buffer, Category, DType, HostBytes, Init, Memory, Place, Result, TensorStore, Usage,
+    AllocationCounts, Backend, Buffer, Category, DType, HostBytes, Init, Memory, Place, PoolUsage, Result, TensorStore,
+    Usage,
 };
 
 use super::MutantBackend;
@@ -66,6 +67,14 @@ impl<B: Backend> Memory for MutantBackend<B> {
 
     fn allocation_counts(&self) -> AllocationCounts {
         self.inner.allocation_counts()
+    }
+
+    fn pool_usage(&self) -> Result<PoolUsage> {
+        self.inner.pool_usage()
+    }
+
+    fn trim(&self) -> Result<()> {
+        self.inner.trim()
     }
 
     fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {

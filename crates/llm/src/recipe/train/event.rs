@@ -87,6 +87,8 @@ pub struct Summary {
     pub elapsed: Duration,
     /// Most bytes held at once since this process began, by the ledger of the device.
     pub peak_bytes: u64,
+    /// Bytes that the device had taken from the system or driver at the end, for buffers and for their reuse.
+    pub reserved_bytes: u64,
     /// What waited outside the device, if anything was to.
     pub offloaded: Option<StoreUsage>,
     /// Folder of the adapter.
