@@ -3,10 +3,10 @@
 
 mod support;
 
-use std::path::PathBuf;
+use std::{fs, path::PathBuf};
 
 use serde_json::json;
-use support::*;
+use support::{shapes::DEEP, *};
 use tempfile::TempDir;
 
 const SEQ: usize = 200;
@@ -19,7 +19,7 @@ impl Runs {
         let folder = tempfile::tempdir().unwrap();
         let document = |i: usize| json!({"input_ids": (0..SEQ).map(|j| (7 * i + 3 * j) % 100).collect::<Vec<_>>()});
         let lines: String = (0..8).map(|i| format!("{}\n", document(i))).collect();
-        std::fs::write(folder.path().join("data.jsonl"), lines).unwrap();
+        fs::write(folder.path().join("data.jsonl"), lines).unwrap();
         Self(folder)
     }
 
@@ -124,7 +124,7 @@ fn auto_picks_the_least_that_fits_says_so_and_changes_no_bit() {
         assert!(outcome.stderr.contains(&format!("; checkpointing {policy} chosen")), "{policy}: {}", outcome.stderr);
         assert!(runs.peak(&name) <= peak);
         assert_eq!(adapter_bytes(&runs.output(&name)), adapter_bytes(&runs.output("none")), "{policy}");
-        let config = std::fs::read_to_string(runs.output(&name).join("config.toml")).unwrap();
+        let config = fs::read_to_string(runs.output(&name).join("config.toml")).unwrap();
         assert!(config.contains(&format!("checkpointing = \"{policy}\"\n")), "{config}");
     }
     let refused = runs.train("refused", &format!("--checkpointing auto --memory {}", peaks[3] / 2));
@@ -164,4 +164,69 @@ fn a_plan_tells_what_a_limit_has_room_for() {
     let table = plan("--seq 100".into()).succeeded().stdout;
     let sizes: Vec<&str> = table.lines().filter_map(|line| line.split_once(" GB")).map(|(size, _)| size).collect();
     assert_eq!(sizes, ["8", "12", "16", "24", "32", "40", "48", "64", "80", "96", "128", "192"]);
+}
+
+/// Runs a command and gives the most memory that its process has had, by the operating system.
+#[cfg(target_os = "linux")]
+fn resident_peak(args: Vec<String>) -> u64 {
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_unsloth")).args(args).spawn().unwrap();
+    let mut peak = 0;
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        // What is read is itself the highest so far: a look before the end is enough.
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        peak = kilobytes.map_or(peak, |kilobytes| peak.max(1024 * kilobytes));
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    };
+    assert!(status.success());
+    peak
+}
+
+/// What checkpointing saves on 24 layers at 2048 tokens: by the ledger, by the plan, and by the operating system.
+#[cfg(target_os = "linux")]
+#[test]
+#[ignore = "full: minutes of training on a deep model"]
+fn a_deep_model_holds_as_much_less_as_it_says() {
+    /// What a process holds besides its buffers: the program, what products of f32 pack, what waits in the pool.
+    const BESIDES: u64 = 64 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (folder.path().join("model"), folder.path().join("data.jsonl"));
+    fs::create_dir(&model).unwrap();
+    DEEP.write(&model);
+    let document = json!({"input_ids": (0..2048).map(|j| 3 * j % 1000).collect::<Vec<_>>()});
+    fs::write(&data, format!("{document}\n{document}\n")).unwrap();
+    let mut first = None;
+    for (index, (options, most)) in [
+        ("--checkpointing none", 1.0),
+        ("--checkpointing sqrt", 0.3),
+        ("--checkpointing every:1 --offload host", 0.2),
+        ("--checkpointing every:1 --offload disk", 0.2),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let plan = unsloth(line(&format!("plan --model {{}} --seq 2048 --json --threads 2 {options}"), &[&model]));
+        let plan = plan.succeeded().json();
+        let number = |value: &Value| value.as_u64().unwrap();
+        let (activations, planned) = (number(&plan["by_category"]["activations"]), number(&plan["peak_bytes"]));
+        let output = folder.path().join(index.to_string());
+        let text = format!(
+            "train --model {{}} --data {{}} --output {{}} --steps 2 --packing false --max-seq-len 2048 --threads 2 --quiet \
+             {options}"
+        );
+        let system = resident_peak(line(&text, &[&model, &data, &output]));
+        let measured = number(&read_metrics(&output).last().unwrap()["peak_bytes"]);
+        let (none, none_system) = *first.get_or_insert((activations, system));
+        println!("{options}: activations {activations}, planned {planned}, measured {measured}, system {system}");
+        assert!(planned.abs_diff(measured) * 20 <= measured, "{options}: planned {planned}, measured {measured}");
+        assert!(activations as f64 <= most * none as f64, "{options}: {activations} of {none}");
+        let in_memory = if options.ends_with("host") { number(&plan["offloaded_bytes"]) } else { 0 };
+        let ledger = measured + in_memory;
+        assert!(system <= ledger + ledger / 10 + BESIDES, "{options}: system {system}, ledger {ledger}");
+        assert!(index == 0 || system < none_system, "{options}: system {system}, {none_system} without");
+    }
 }

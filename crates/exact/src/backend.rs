@@ -3,7 +3,7 @@
 use std::{any::Any, ops::Range, sync::Arc};
 
 use unsloth_core::{
-    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, Result, Shape, Tensor,
+    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, PoolUsage, Result, Shape, Tensor,
     TensorStore, Usage,
 };
 use unsloth_memory::{Charge, Ledger};
@@ -189,6 +189,15 @@ impl Memory for ExactBackend {
 
     fn allocation_counts(&self) -> AllocationCounts {
         AllocationCounts::default()
+    }
+
+    /// What is there is taken as it is needed.
+    fn pool_usage(&self) -> Result<PoolUsage> {
+        Ok(PoolUsage { reserved_bytes: self.ledger.usage().total_live_bytes(), idle_bytes: 0 })
+    }
+
+    fn trim(&self) -> Result<()> {
+        Ok(())
     }
 
     fn store(&self, _place: &Place) -> Result<Arc<dyn TensorStore>> {

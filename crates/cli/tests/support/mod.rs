@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file is a crate of its own and uses some of this")]
 
 pub(crate) mod running;
+pub(crate) mod shapes;
 
 use std::{
     collections::BTreeMap,
