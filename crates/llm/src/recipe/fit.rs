@@ -6,7 +6,7 @@ use std::fmt;
 
 use unsloth_core::{ByteSize, Category, DType, Device};
 use unsloth_plan::{PlanBackend, PlanOptions, Target};
-use unsloth_train::Checkpointing;
+use unsloth_train::{Checkpointing, OptimizerConfig, OptimizerKind};
 
 use super::{MemoryPlan, Method, Offload, Policy, RunError, TrainConfig, max_seq_len, plan};
 use crate::{
@@ -234,6 +234,13 @@ impl Planner {
         }
         if self.bf16 && config.dtype == DType::F32 {
             changes.push(("--dtype bf16".to_owned(), TrainConfig { dtype: DType::BF16, ..config.clone() }));
+        }
+        if let (OptimizerConfig::AdamW(adamw), Target::Cpu { .. }) = (config.optimizer, self.target) {
+            let optimizer = OptimizerConfig::AdamW8bit(adamw);
+            changes.push((
+                format!("--optimizer {}", OptimizerKind::AdamW8bit),
+                TrainConfig { optimizer, ..config.clone() },
+            ));
         }
         if config.method == Method::Full {
             changes.push(("--method lora".to_owned(), TrainConfig { method: Method::Lora, ..config.clone() }));
