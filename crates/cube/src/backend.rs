@@ -278,7 +278,7 @@ impl<R: Runtime> Memory for CubeBackend<R> {
     /// Of the stream that this backend's work goes to.
     fn pool_usage(&self) -> Result<PoolUsage> {
         let usage = self.stream.executes(|| self.client.memory_usage());
-        self.finished("pool_usage")?;
+        self.check("pool_usage")?;
         let usage = usage.map_err(|source| Error::Launch {
             op: "pool_usage",
             device: self.name.clone(),
