@@ -92,6 +92,8 @@ struct Summary {
     ignored: Vec<String>,
     /// Devices that suites passed on.
     devices: BTreeSet<String>,
+    /// What tests say that they could not do on this machine, and why.
+    not_run: BTreeSet<String>,
     /// Inside the output of passing tests.
     in_successes: bool,
 }
@@ -112,6 +114,8 @@ impl Summary {
             self.ignored.push(format!("{name}: not run ({rest})"));
         } else if let Some((_, device)) = line.split_once(": passed on ") {
             self.devices.insert(device.to_owned());
+        } else if line.contains(": not run (") {
+            self.not_run.insert(line.to_owned());
         }
     }
 
@@ -130,7 +134,7 @@ impl std::fmt::Display for Summary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let devices: Vec<&str> = self.devices.iter().map(String::as_str).collect();
         writeln!(f, "\nsuites ran on: {}", if devices.is_empty() { "no device".into() } else { devices.join(", ") })?;
-        for line in &self.ignored {
+        for line in self.ignored.iter().chain(&self.not_run) {
             writeln!(f, "{line}")?;
         }
         Ok(())
@@ -147,13 +151,14 @@ mod tests {
         let text = "running 3 tests\n\
             test a::b ... ok\n\
             test slow ... ignored, needs an idle machine\n\
-            successes:\n\n---- rope stdout ----\nrope: passed on cpu\n\nsuccesses:\n    rope\n\nfailures:\n    x\n\
+            successes:\n\n---- rope stdout ----\nrope: passed on cpu\ncard: not run (no compiler)\n\nsuccesses:\n    rope\n\nfailures:\n    x\n\
             test result: FAILED. 3 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s\n\
             test result: ok. 40 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.25s\n";
         text.lines().for_each(|line| summary.read(line));
         assert_eq!((summary.passed, summary.failed), (43, 1));
         assert_eq!(summary.ignored, ["slow: not run (ignored, needs an idle machine)"]);
         assert_eq!(summary.devices.iter().collect::<Vec<_>>(), ["cpu"]);
+        assert_eq!(summary.not_run.iter().collect::<Vec<_>>(), ["card: not run (no compiler)"]);
         assert!(!summary.in_successes);
         assert_eq!(summary.totals(), "xtask test: 43 passed, 1 failed, 1 ignored");
     }

@@ -38,7 +38,7 @@ pub(crate) struct AdapterArgs {
     /// Adapt the targets in these decoder layers alone, counted from 0 [default: as in --adapter, else all]
     #[arg(long, value_name = "N,N,..", value_delimiter = ',')]
     layers_to_transform: Option<Vec<usize>>,
-    /// Another rank for the layers that a regular expression means, such as 'layers.[01].*=8'; may be given several times, the
+    /// Another rank for the layers that a regular expression means, such as 'layers.(0|1).*=8'; may be given several times, the
     /// first that matches counts
     #[arg(long, value_name = "PATTERN=N")]
     rank_pattern: Option<Vec<String>>,

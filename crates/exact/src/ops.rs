@@ -51,7 +51,7 @@ fn targets(op: &'static str, tensor: &Tensor, num_classes: usize) -> Result<Vec<
             let value = target.to_string();
             Err(Error::InvalidSpec {
                 op,
-                field: "target",
+                field: "targets",
                 value,
                 rule: "-100, or 0 or more and below the vocabulary's size",
             })
