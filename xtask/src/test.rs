@@ -18,7 +18,7 @@ use crate::{
 /// Options of `cargo xtask test`.
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// Run the ignored tests too: more repeats, more models, whole programs. Takes an hour or so of two idle cores
+    /// Run the ignored tests too: more repeats, more models, whole programs
     #[arg(long)]
     full: bool,
 }

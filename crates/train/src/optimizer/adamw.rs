@@ -39,11 +39,7 @@ impl AdamWConfig {
     /// # Errors
     /// [`crate::Error::InvalidConfig`] for a field out of its range.
     pub fn validate(&self) -> Result<()> {
-        for (field, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            if !(0.0..1.0).contains(&value) {
-                return invalid(field, value, "in [0, 1)");
-            }
-        }
+        super::config::check_betas(self.beta1, self.beta2)?;
         if !(self.eps > 0.0 && self.eps.is_finite()) {
             return invalid("eps", self.eps, "positive and finite");
         }

@@ -115,6 +115,15 @@ impl OptimizerConfig {
     }
 }
 
+pub(super) fn check_betas(beta1: f32, beta2: f32) -> Result<()> {
+    for (field, value) in [("beta1", beta1), ("beta2", beta2)] {
+        if !(0.0..1.0).contains(&value) {
+            return invalid(field, value, "in [0, 1)");
+        }
+    }
+    Ok(())
+}
+
 pub(super) fn check_decay(weight_decay: f32) -> Result<()> {
     if weight_decay >= 0.0 && weight_decay.is_finite() {
         return Ok(());

@@ -9,7 +9,7 @@ use unsloth_core::{
 };
 
 use super::{Form, Rule, Slot};
-use crate::{Result, error::invalid};
+use crate::Result;
 
 /// Hyper-parameters of Lion; betas are those of the paper.            Chen et al. 2023, arXiv:2302.06675
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -32,11 +32,7 @@ impl LionConfig {
     /// # Errors
     /// [`crate::Error::InvalidConfig`] for a field out of its range.
     pub fn validate(&self) -> Result<()> {
-        for (field, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            if !(0.0..1.0).contains(&value) {
-                return invalid(field, value, "in [0, 1)");
-            }
-        }
+        super::config::check_betas(self.beta1, self.beta2)?;
         super::config::check_decay(self.weight_decay)
     }
 }
