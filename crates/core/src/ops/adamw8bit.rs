@@ -51,6 +51,12 @@ fn map(signed: bool) -> [f32; 256] {
     map
 }
 
+/// Lengths of [`Moment::codes`] and [`Moment::absmax`] for a parameter of `len` elements.
+pub const fn lengths(len: usize) -> (usize, usize) {
+    let blocks = len.div_ceil(BLOCK_SIZE);
+    (blocks * (BLOCK_SIZE / CODES), blocks)
+}
+
 /// A moment of one parameter.
 #[derive(Debug)]
 pub struct Moment {
@@ -66,9 +72,9 @@ impl Moment {
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn zeros(device: &Device, len: usize) -> Result<Self> {
-        let blocks = len.div_ceil(BLOCK_SIZE);
+        let (codes, blocks) = lengths(len);
         let zeros = |len: usize, dtype| device.zeros([len], dtype, Category::Optimiser);
-        Ok(Self { codes: zeros(blocks * (BLOCK_SIZE / CODES), DType::I32)?, absmax: zeros(blocks, DType::F32)? })
+        Ok(Self { codes: zeros(codes, DType::I32)?, absmax: zeros(blocks, DType::F32)? })
     }
 }
 
@@ -112,8 +118,8 @@ pub fn step(spec: &Spec, buffers: Buffers<'_>, state: &StepState) -> Result<()> 
     spec.validate(OP)?;
     check::update(OP, (buffers.param, buffers.grad), state)?;
     let device = buffers.grad.device().clone();
-    let blocks = buffers.grad.num_elements().div_ceil(BLOCK_SIZE);
-    let codes = (&[blocks * (BLOCK_SIZE / CODES)][..], DType::I32, &device);
+    let (codes, blocks) = lengths(buffers.grad.num_elements());
+    let codes = (&[codes][..], DType::I32, &device);
     let absmax = (&[blocks][..], DType::F32, &device);
     check::tensor(OP, "m_codes", buffers.m_codes, codes)?;
     check::tensor(OP, "m_absmax", buffers.m_absmax, absmax)?;

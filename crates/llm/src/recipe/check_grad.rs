@@ -239,7 +239,9 @@ fn pass(model: &Decoder, documents: &[(Vec<i32>, Vec<i32>)]) -> Result<(Tensor, 
 fn compare(name: &str, gradient: &[f32], exact: &[f64], noise: f64) -> CheckedGradient {
     let largest = exact.iter().fold(0.0f64, |most, value| most.max(value.abs()));
     let scale = largest.max(noise);
-    let (mut difference, mut worst) = (0.0f64, 0);
+    // A gradient that is not there is wrong, not equal.
+    let missing = gradient.len() != exact.len();
+    let (mut difference, mut worst) = (if missing { f64::INFINITY } else { 0.0 }, 0);
     for (index, (gradient, exact)) in gradient.iter().zip(exact).enumerate() {
         let found = (f64::from(*gradient) - exact).abs() / scale;
         if found.is_nan() || found > difference {

@@ -139,7 +139,7 @@ impl Planner {
         let plan = self.plan(config)?;
         let needed_bytes = self.needed_bytes(config, &plan);
         if needed_bytes > budget_bytes {
-            let suggestions = self.suggestions(config, budget_bytes)?;
+            let suggestions = self.suggestions(config, needed_bytes, budget_bytes)?;
             return Err(
                 RunError::OverBudget(Box::new(OverBudget { budget_bytes, needed_bytes, plan, suggestions })).into()
             );
@@ -198,9 +198,8 @@ impl Planner {
         largest(most, budget_bytes, |batch_size| self.needs(&TrainConfig { batch_size, ..config.clone() }))
     }
 
-    /// Changes that make a run smaller, each on its own, or all at once where none is enough.
-    fn suggestions(&self, config: &TrainConfig, budget_bytes: u64) -> Result<Vec<Suggestion>> {
-        let now = self.needs(config)?;
+    /// Changes that make a run that needs `now` smaller, each on its own, or all at once where none is enough.
+    fn suggestions(&self, config: &TrainConfig, now: u64, budget_bytes: u64) -> Result<Vec<Suggestion>> {
         let mut found = Vec::new();
         for (options, config) in self.changes(config, budget_bytes)? {
             let needed_bytes = self.needs(&config)?;

@@ -4,7 +4,7 @@ use unsloth_core::{
     DType, Device, Tensor,
     ops::{
         adamw::{Buffers, Spec, StepState, step},
-        adamw8bit::{self, BLOCK_SIZE, CODES},
+        adamw8bit,
     },
 };
 
@@ -79,8 +79,8 @@ impl Rule for EightBit<'_> {
         if len < MIN_8BIT_SIZE {
             return self.0.parts(value);
         }
-        let blocks = len.div_ceil(BLOCK_SIZE);
-        let codes = |name| (name, [blocks * (BLOCK_SIZE / CODES)].into(), DType::I32);
+        let (num_codes, blocks) = adamw8bit::lengths(len);
+        let codes = |name| (name, [num_codes].into(), DType::I32);
         let absmax = |name| (name, [blocks].into(), DType::F32);
         vec![codes("m_codes"), absmax("m_absmax"), codes("v_codes"), absmax("v_absmax")]
     }
