@@ -177,11 +177,11 @@ golden!(
 golden!(
     llama_vulkan: "tiny-llama" on VULKAN,
     qwen2_vulkan: "tiny-qwen2" on VULKAN,
-    #[ignore = "full: minutes on a software device"] llama3_vulkan: "tiny-llama3" on VULKAN,
-    #[ignore = "full: minutes on a software device"] qwen3_vulkan: "tiny-qwen3" on VULKAN,
-    #[ignore = "full: minutes on a software device"] mistral_vulkan: "tiny-mistral" on VULKAN,
-    #[ignore = "full: minutes on a software device"] gemma2_vulkan: "tiny-gemma2" on VULKAN,
-    #[ignore = "full: minutes on a software device"] gemma3_vulkan: "tiny-gemma3" on VULKAN
+    #[ignore = "full: a minute more on a software device"] llama3_vulkan: "tiny-llama3" on VULKAN,
+    #[ignore = "full: a minute more on a software device"] qwen3_vulkan: "tiny-qwen3" on VULKAN,
+    #[ignore = "full: a minute more on a software device"] mistral_vulkan: "tiny-mistral" on VULKAN,
+    #[ignore = "full: a minute more on a software device"] gemma2_vulkan: "tiny-gemma2" on VULKAN,
+    #[ignore = "full: a minute more on a software device"] gemma3_vulkan: "tiny-gemma3" on VULKAN
 );
 
 /// A checkpoint in bf16, which this device need not have: its values are read as they are.
