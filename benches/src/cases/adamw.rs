@@ -47,7 +47,7 @@ impl Tensors {
 
     fn step(&mut self) -> unsloth_rs::Result<()> {
         let Self { param, grad, m, v, state } = self;
-        adamw::step(&SPEC, Buffers { param, grad, m, v }, state)
+        adamw::step(&SPEC, &mut [Buffers { param, grad, m, v }], state)
     }
 }
 

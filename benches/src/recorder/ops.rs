@@ -350,10 +350,10 @@ impl adamw::AdamW for Recorder {
         let about = || like("step_control", norm, reduce::cost(&[norm, finite]));
         self.call(about, |backend| backend.step_control(spec, norm, finite, state))
     }
-    fn adamw(&self, spec: &adamw::Spec, buffers: adamw::Buffers<'_>, state: &Tensor) -> Result<()> {
-        let (shape, cost) = (*buffers.grad.shape(), buffers.cost());
-        let about = || About { name: "adamw step", shape: shape.to_string(), subject: None, cost };
-        self.call(about, |backend| backend.adamw(spec, buffers, state))
+    fn adamw(&self, spec: &adamw::Spec, parameters: &mut [adamw::Buffers<'_>], state: &Tensor) -> Result<()> {
+        let (shape, cost) = (format!("{} parameters", parameters.len()), parameters.iter().map(|p| p.cost()).sum());
+        let about = || About { name: "adamw step", shape, subject: None, cost };
+        self.call(about, |backend| backend.adamw(spec, parameters, state))
     }
 }
 

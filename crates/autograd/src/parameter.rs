@@ -91,6 +91,19 @@ impl Parameter {
         *self.0.copy.write().unwrap_or_else(PoisonError::into_inner) = None;
         f(&mut self.0.value.write().unwrap_or_else(PoisonError::into_inner))
     }
+
+    /// [`Parameter::update`] of several at once, in their order. Each may stand in the list once: its lock is held.
+    ///
+    /// # Errors
+    /// As [`Parameter::update`].
+    pub fn update_all<'a, R>(
+        parameters: impl IntoIterator<Item = &'a Self>,
+        f: impl FnOnce(Vec<&mut Tensor>) -> Result<R>,
+    ) -> Result<R> {
+        let lock = |parameter: &'a Self| parameter.0.value.write().unwrap_or_else(PoisonError::into_inner);
+        let mut values: Vec<_> = parameters.into_iter().map(lock).collect();
+        f(values.iter_mut().map(|value| &mut **value).collect())
+    }
 }
 
 impl fmt::Debug for Parameter {

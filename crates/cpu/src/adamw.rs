@@ -53,7 +53,7 @@ impl Factors {
 }
 
 impl CpuBackend {
-    fn adamw_elements<T: FloatElement>(&self, factors: Factors, buffers: Buffers<'_>) -> Result<()> {
+    fn adamw_elements<T: FloatElement>(&self, factors: Factors, buffers: &mut Buffers<'_>) -> Result<()> {
         let param = write::<T>("adamw", "param", buffers.param)?;
         let grad = read::<f32>(buffers.grad);
         let (m, v) = (write::<f32>("adamw", "m", buffers.m)?, write::<f32>("adamw", "v", buffers.v)?);
@@ -96,12 +96,14 @@ impl AdamW for CpuBackend {
         Ok(())
     }
 
-    fn adamw(&self, spec: &Spec, buffers: Buffers<'_>, state: &Tensor) -> Result<()> {
+    fn adamw(&self, spec: &Spec, parameters: &mut [Buffers<'_>], state: &Tensor) -> Result<()> {
         let state = read::<f32>(state);
         if state[StepState::SKIP] != 0.0 {
             return Ok(());
         }
         let factors = Factors::new(spec, state[StepState::GRADIENT_SCALE], state[StepState::STEPS]);
-        dispatch_float!(buffers.param.dtype(), T => self.adamw_elements::<T>(factors, buffers))
+        parameters.iter_mut().try_for_each(
+            |buffers| dispatch_float!(buffers.param.dtype(), T => self.adamw_elements::<T>(factors, buffers)),
+        )
     }
 }

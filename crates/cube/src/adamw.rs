@@ -2,7 +2,7 @@
 
 use cubecl::prelude::Runtime;
 use unsloth_core::{
-    Result, Tensor,
+    DType, Result, Tensor,
     ops::adamw::{AdamW, Buffers, ControlSpec, Spec, StepState},
 };
 use unsloth_pointwise::adamw as kernels;
@@ -17,6 +17,16 @@ const _: () = assert!(
     StepState::GRAD_NORM == 0 && StepState::GRADIENT_SCALE == 1 && StepState::SKIP == 2 && StepState::STEPS == 3
 );
 
+fn parameter<'a>(buffers: &'a mut Buffers<'_>) -> Result<kernels::Parameter<'a>> {
+    Ok(kernels::Parameter {
+        len: buffers.grad.num_elements(),
+        param: handle_mut("adamw", "param", buffers.param)?,
+        grad: handle(buffers.grad),
+        m: handle_mut("adamw", "m", buffers.m)?,
+        v: handle_mut("adamw", "v", buffers.v)?,
+    })
+}
+
 impl<R: Runtime> AdamW for CubeBackend<R> {
     fn step_control(&self, spec: &ControlSpec, norm: &Tensor, finite: &Tensor, state: &mut Tensor) -> Result<()> {
         let &ControlSpec { max_grad_norm, loss_scale, sticky } = spec;
@@ -26,17 +36,20 @@ impl<R: Runtime> AdamW for CubeBackend<R> {
         self.launch("step_control", |client| kernels::control(client, options, args))
     }
 
-    fn adamw(&self, spec: &Spec, buffers: Buffers<'_>, state: &Tensor) -> Result<()> {
-        let (len, dtype) = (buffers.grad.num_elements(), buffers.param.dtype());
+    fn adamw(&self, spec: &Spec, parameters: &mut [Buffers<'_>], state: &Tensor) -> Result<()> {
         let &Spec { learning_rate, beta1, beta2, eps, weight_decay } = spec;
         let options = kernels::Options { learning_rate, beta1, beta2, eps, weight_decay };
-        let args = kernels::Step {
-            param: handle_mut("adamw", "param", buffers.param)?,
-            grad: handle(buffers.grad),
-            m: handle_mut("adamw", "m", buffers.m)?,
-            v: handle_mut("adamw", "v", buffers.v)?,
-            state: handle(state),
-        };
-        self.launch("adamw", |client| dispatch_float!(dtype, E => kernels::step::<R, E>(client, &options, len, args)))
+        for dtype in DType::FLOATS {
+            let of_dtype = parameters.iter_mut().filter(|buffers| buffers.param.dtype() == dtype);
+            let of_dtype = of_dtype.map(parameter).collect::<Result<Vec<_>>>()?;
+            if !of_dtype.is_empty() {
+                let state = handle(state);
+                self.launch(
+                    "adamw",
+                    |client| dispatch_float!(dtype, E => kernels::step::<R, E>(client, &options, &of_dtype, state)),
+                )?;
+            }
+        }
+        Ok(())
     }
 }

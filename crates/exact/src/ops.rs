@@ -463,7 +463,7 @@ impl adamw::AdamW for ExactBackend {
     ) -> Result<()> {
         unsupported("step_control", "optimisers")
     }
-    fn adamw(&self, _spec: &adamw::Spec, _buffers: adamw::Buffers<'_>, _state: &Tensor) -> Result<()> {
+    fn adamw(&self, _spec: &adamw::Spec, _parameters: &mut [adamw::Buffers<'_>], _state: &Tensor) -> Result<()> {
         unsupported("adamw", "optimisers")
     }
 }

@@ -325,7 +325,7 @@ impl adamw::AdamW for PlanBackend {
     ) -> Result<()> {
         Ok(())
     }
-    fn adamw(&self, _spec: &adamw::Spec, _buffers: adamw::Buffers<'_>, _state: &Tensor) -> Result<()> {
+    fn adamw(&self, _spec: &adamw::Spec, _parameters: &mut [adamw::Buffers<'_>], _state: &Tensor) -> Result<()> {
         Ok(())
     }
 }

@@ -269,7 +269,7 @@ fn adamw() {
         let moment = || device.zeros([1000], DType::F32, Category::Optimiser);
         let buffers = adamw::Buffers { param: &mut param, grad: &grad, m: &mut moment()?, v: &mut moment()? };
         let spec = adamw::Spec { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
-        adamw::step(&spec, buffers, &state)
+        adamw::step(&spec, &mut [buffers], &state)
     });
 }
 

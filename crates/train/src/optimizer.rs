@@ -81,12 +81,23 @@ impl Slot {
 /// Name, shape and type of a part.
 type Form = (&'static str, Shape, DType);
 
+/// What changes one parameter in a step.
+struct Change<'a> {
+    slot: &'a mut Slot,
+    grad: &'a Tensor,
+    rate: f32,
+}
+
 /// How parameters change. A rule keeps nothing itself.
 trait Rule {
     /// The parts that it keeps of a parameter with this value, all zero before the first step.
     fn parts(&self, value: &Tensor) -> Vec<Form>;
     /// Changes one parameter by its gradient.
     fn step(&self, slot: &mut Slot, grad: &Tensor, step: (f32, &StepState)) -> unsloth_core::Result<()>;
+    /// Changes all parameters of a step, in their order unless the rule has a launch for several.
+    fn step_all(&self, changes: Vec<Change<'_>>, state: &StepState) -> unsloth_core::Result<()> {
+        changes.into_iter().try_for_each(|Change { slot, grad, rate }| self.step(slot, grad, (rate, state)))
+    }
     /// Whether this device can take its steps.
     ///
     /// # Errors
@@ -205,7 +216,7 @@ impl Optimizer {
     /// holds on to a parameter's value.
     pub fn step(&mut self, gradients: &GradStore, rates: Rates) -> unsloth_core::Result<()> {
         let Self { config, slots, state } = self;
-        let rule = config.rule();
+        let mut changes = Vec::with_capacity(slots.len());
         for slot in slots {
             let Some(grad) = gradients.get(&slot.parameter) else {
                 return Err(Error::InvalidSpec {
@@ -216,9 +227,9 @@ impl Optimizer {
                 });
             };
             let rate = rates.of(slot.role);
-            rule.step(slot, grad, (rate, state))?;
+            changes.push(Change { slot, grad, rate });
         }
-        Ok(())
+        config.rule().step_all(changes, state)
     }
 }
 

@@ -101,8 +101,8 @@ pub trait AdamW {
     /// Fills the state for the next step from the norm of the scaled gradients (f32 `[1]`) and whether all is finite (f32
     /// `[1]`, 1 or 0). The step is skipped if not finite, if the norm is not, or (sticky) if the last one was.
     fn step_control(&self, spec: &ControlSpec, norm: &Tensor, finite: &Tensor, state: &mut Tensor) -> Result<()>;
-    /// One step of one parameter.
-    fn adamw(&self, spec: &Spec, buffers: Buffers<'_>, state: &Tensor) -> Result<()>;
+    /// One step of parameters, in as few launches as the device admits.
+    fn adamw(&self, spec: &Spec, parameters: &mut [Buffers<'_>], state: &Tensor) -> Result<()>;
 }
 
 /// Decides about the next step on the device. See [`AdamW::step_control`].
@@ -120,16 +120,18 @@ pub fn control(spec: &ControlSpec, norm: &Tensor, finite: &Tensor, state: &mut S
     device.backend().step_control(spec, norm, finite, &mut state.0)
 }
 
-/// One AdamW step of one parameter, steered by `state`.
+/// One AdamW step of parameters of one device, steered by `state`.
 ///
 /// # Errors
 /// Shape, dtype or device mismatch; a field out of its range; [`crate::Error::Shared`] if a buffer to write is shared.
-pub fn step(spec: &Spec, buffers: Buffers<'_>, state: &StepState) -> Result<()> {
+pub fn step(spec: &Spec, parameters: &mut [Buffers<'_>], state: &StepState) -> Result<()> {
     spec.validate("adamw")?;
-    check::update("adamw", (buffers.param, buffers.grad), state)?;
-    let like = (&**buffers.grad.shape(), DType::F32, buffers.grad.device());
-    check::tensor("adamw", "m", buffers.m, like)?;
-    check::tensor("adamw", "v", buffers.v, like)?;
-    let device = buffers.grad.device().clone();
-    device.backend().adamw(spec, buffers, &state.0)
+    for Buffers { param, grad, m, v } in &*parameters {
+        check::update("adamw", (param, grad), state)?;
+        let like = (&**grad.shape(), DType::F32, grad.device());
+        check::tensor("adamw", "m", m, like)?;
+        check::tensor("adamw", "v", v, like)?;
+    }
+    let device = state.0.device().clone();
+    device.backend().adamw(spec, parameters, &state.0)
 }

@@ -1,5 +1,6 @@
-//! AdamW in one pass over parameter, gradient and moments, and the kernel that decides about a step on the device.
-//!                                                                     Loshchilov & Hutter 2017, arXiv:1711.05101
+//! AdamW in one pass over parameters, gradients and moments, several parameters to a launch, and the kernel that decides about a
+//! step on the device.                                                 Loshchilov & Hutter 2017, arXiv:1711.05101
+//!
 //! With `g = grad * gradient_scale`, in the order of PyTorch:
 //! - `m = beta1 * m + (1 - beta1) * g`, `v = beta2 * v + (1 - beta2) * g^2`
 //! - `param = param * (1 - lr * weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)`
@@ -9,6 +10,8 @@
 
 use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{Launch, LaunchError};
+
+use crate::groups::by_width;
 
 /// How [`control`] decides.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -104,9 +107,9 @@ pub struct Options {
     pub weight_decay: f32,
 }
 
-/// Buffers of one parameter, each of `len` elements, and the step's state.
+/// Buffers of one parameter, each of `len` elements.
 #[derive(Clone, Copy, Debug)]
-pub struct Step<'a> {
+pub struct Parameter<'a> {
     /// `E`, updated.
     pub param: &'a Handle,
     /// f32
@@ -115,8 +118,8 @@ pub struct Step<'a> {
     pub m: &'a Handle,
     /// f32, updated: second moment.
     pub v: &'a Handle,
-    /// f32 `[4]`, as [`control`] leaves it.
-    pub state: &'a Handle,
+    /// Number of elements.
+    pub len: usize,
 }
 
 /// Logarithm of a decay, from which a kernel gets `beta^t` for a `t` that the host does not know.
@@ -125,35 +128,58 @@ fn log_of(beta: f32) -> f32 {
     (f64::from(beta).ln() as f32).max(-1e4)
 }
 
-/// Launches one step of one parameter; nothing changes if the state says to skip.
+/// Parameters of a launch, at most, where the device binds as many buffers.
+const MOST: usize = 8;
+
+/// Launches one step of parameters of one type, as few launches as the device's bindings allow. Nothing changes if `state`, f32 `[4]`
+/// as [`control`] leaves it, says to skip.
 ///
 /// # Errors
 /// [`LaunchError`] for an element type that the device lacks, a buffer that is too small, or a limit exceeded.
 pub fn step<R: Runtime, E: Float>(
     client: &ComputeClient<R>,
     options: &Options,
-    len: usize,
-    args: Step<'_>,
+    parameters: &[Parameter<'_>],
+    state: &Handle,
 ) -> Result<(), LaunchError> {
     let launch = Launch::new(client, "adamw");
     launch.element::<E>()?;
-    if len == 0 {
-        return Ok(());
+    // Four buffers each, beside the state and the scalars.
+    let most = (client.properties().hardware.max_bindings as usize).saturating_sub(2) / 4;
+    for (width, group) in by_width(&launch, parameters, |parameter| parameter.len) {
+        for group in group.chunks(most.clamp(1, MOST)) {
+            step_group::<R, E>(&launch, options, (group, width), state)?;
+        }
     }
-    let width = launch.vector_width::<f32>(len);
-    let grid = launch.flat(len / width);
+    Ok(())
+}
+
+fn step_group<R: Runtime, E: Float>(
+    launch: &Launch<'_, R>,
+    options: &Options,
+    (parameters, width): (&[Parameter<'_>], usize),
+    state: &Handle,
+) -> Result<(), LaunchError> {
+    let most = parameters.iter().map(|parameter| parameter.len / width).max().unwrap_or(0);
+    let grid = launch.flat(most);
     launch.cube(grid.dim, 0)?;
+    let params = parameters.iter().map(|p| launch.vectors::<E>("param", p.param, p.len, width));
+    let floats = |arg, pick: fn(&Parameter<'_>) -> Handle| {
+        let array = |p: &Parameter<'_>| launch.vectors::<f32>(arg, &pick(p), p.len, width);
+        parameters.iter().map(array).collect::<Result<SequenceArg<R, _>, _>>()
+    };
     let decay = 1.0 - f64::from(options.learning_rate) * f64::from(options.weight_decay);
     step_kernel::launch::<E, R>(
-        client,
+        launch.client(),
         grid.count,
         grid.dim,
         width,
-        launch.vectors::<E>("param", args.param, len, width)?,
-        launch.vectors::<f32>("grad", args.grad, len, width)?,
-        launch.vectors::<f32>("m", args.m, len, width)?,
-        launch.vectors::<f32>("v", args.v, len, width)?,
-        launch.array::<f32>("state", args.state, 4)?,
+        params.collect::<Result<SequenceArg<R, _>, _>>()?,
+        floats("grad", |p| p.grad.clone())?,
+        floats("m", |p| p.m.clone())?,
+        floats("v", |p| p.v.clone())?,
+        parameters.iter().map(|p| (p.len / width) as u32).collect::<SequenceArg<R, _>>(),
+        launch.array::<f32>("state", state, 4)?,
         options.learning_rate,
         decay as f32,
         options.beta1,
@@ -161,7 +187,6 @@ pub fn step<R: Runtime, E: Float>(
         log_of(options.beta1),
         log_of(options.beta2),
         options.eps,
-        (len / width) as u32,
     );
     Ok(())
 }
@@ -184,13 +209,26 @@ fn correction(log_beta: f32, steps: f32) -> f32 {
     result
 }
 
-/// Grid: unit = vector, walking on by the number of units.
+/// What all elements of a step have in common.
+#[derive(CubeType, Clone, Copy)]
+struct Rates {
+    gradient_scale: f32,
+    step_size: f32,
+    decay: f32,
+    beta1: f32,
+    beta2: f32,
+    correction2: f32,
+    eps: f32,
+}
+
+/// Grid: unit = vector of each parameter in turn, walking on by the number of units.
 #[cube(launch)]
 fn step_kernel<E: Float, N: Size>(
-    param: &mut Array<Vector<E, N>>,
-    grad: &Array<Vector<f32, N>>,
-    m: &mut Array<Vector<f32, N>>,
-    v: &mut Array<Vector<f32, N>>,
+    params: &mut Sequence<Array<Vector<E, N>>>,
+    grads: &Sequence<Array<Vector<f32, N>>>,
+    ms: &mut Sequence<Array<Vector<f32, N>>>,
+    vs: &mut Sequence<Array<Vector<f32, N>>>,
+    items: &Sequence<u32>,
     state: &Array<f32>,
     learning_rate: f32,
     decay: f32,
@@ -199,24 +237,39 @@ fn step_kernel<E: Float, N: Size>(
     log_beta1: f32,
     log_beta2: f32,
     eps: f32,
-    items: u32,
 ) {
     if state[2] == 0.0 {
-        let (scale, steps) = (state[1], state[3]);
+        let (gradient_scale, steps) = (state[1], state[3]);
         let step_size = learning_rate / correction(log_beta1, steps);
         let correction2 = correction(log_beta2, steps);
-        let walk = CUBE_COUNT * CUBE_DIM as usize;
-        let mut i = ABSOLUTE_POS;
-        while i < items as usize {
-            let g = grad[i] * Vector::new(scale);
-            let first = Vector::new(beta1) * m[i] + Vector::new(1.0 - beta1) * g;
-            let second = Vector::new(beta2) * v[i] + Vector::new(1.0 - beta2) * (g * g);
-            m[i] = first;
-            v[i] = second;
-            let root = Vector::<f32, N>::sqrt(second / Vector::new(correction2)) + Vector::new(eps);
-            let decayed = Vector::<f32, N>::cast_from(param[i]) * Vector::new(decay);
-            param[i] = Vector::cast_from(decayed - Vector::new(step_size) * first / root);
-            i += walk;
+        let rates = Rates { gradient_scale, step_size, decay, beta1, beta2, correction2, eps };
+        #[unroll]
+        for p in 0..params.len() {
+            let (param, m, v) = (params.index_mut(p), ms.index_mut(p), vs.index_mut(p));
+            update::<E, N>(param, grads.index(p), m, v, *items.index(p), &rates);
         }
+    }
+}
+
+#[cube]
+fn update<E: Float, N: Size>(
+    param: &mut Array<Vector<E, N>>,
+    grad: &Array<Vector<f32, N>>,
+    m: &mut Array<Vector<f32, N>>,
+    v: &mut Array<Vector<f32, N>>,
+    items: u32,
+    rates: &Rates,
+) {
+    let mut i = ABSOLUTE_POS;
+    while i < items as usize {
+        let g = grad[i] * Vector::new(rates.gradient_scale);
+        let first = Vector::new(rates.beta1) * m[i] + Vector::new(1.0 - rates.beta1) * g;
+        let second = Vector::new(rates.beta2) * v[i] + Vector::new(1.0 - rates.beta2) * (g * g);
+        m[i] = first;
+        v[i] = second;
+        let root = Vector::<f32, N>::sqrt(second / Vector::new(rates.correction2)) + Vector::new(rates.eps);
+        let decayed = Vector::<f32, N>::cast_from(param[i]) * Vector::new(rates.decay);
+        param[i] = Vector::cast_from(decayed - Vector::new(rates.step_size) * first / root);
+        i += CUBE_COUNT * CUBE_DIM as usize;
     }
 }

@@ -27,7 +27,7 @@ impl<B: Backend> AdamW for MutantBackend<B> {
         Ok(())
     }
 
-    fn adamw(&self, spec: &Spec, buffers: Buffers<'_>, state: &Tensor) -> Result<()> {
+    fn adamw(&self, spec: &Spec, parameters: &mut [Buffers<'_>], state: &Tensor) -> Result<()> {
         let mut spec = *spec;
         match self.mutation {
             Some(Mutation::AdamwDropsEps) => spec.eps = 1e-30,
@@ -35,26 +35,35 @@ impl<B: Backend> AdamW for MutantBackend<B> {
             Some(Mutation::AdamwDropsBiasCorrection) => {
                 // After a million steps both corrections are 1.
                 let late = edited(state, |state| state[StepState::STEPS] = 1e6)?;
-                return self.inner.adamw(&spec, buffers, &late);
+                return self.inner.adamw(&spec, parameters, &late);
             }
             Some(Mutation::AdamwIgnoresGradientScale) => {
                 let unscaled = edited(state, |state| state[StepState::GRADIENT_SCALE] = 1.0)?;
-                return self.inner.adamw(&spec, buffers, &unscaled);
+                return self.inner.adamw(&spec, parameters, &unscaled);
             }
             Some(Mutation::AdamwIgnoresSkip) => {
                 let unskipped = edited(state, |state| state[StepState::SKIP] = 0.0)?;
-                return self.inner.adamw(&spec, buffers, &unskipped);
+                return self.inner.adamw(&spec, parameters, &unskipped);
             }
             Some(Mutation::AdamwCouplesDecay) => {
                 let decay = f64::from(std::mem::take(&mut spec.weight_decay));
-                let (param, scale) = (data::read(buffers.param)?, data::read(state)?[StepState::GRADIENT_SCALE]);
-                let grad = edited(buffers.grad, |grad| {
-                    grad.iter_mut().zip(&param).for_each(|(grad, param)| *grad += decay * param / scale);
-                })?;
-                return self.inner.adamw(&spec, Buffers { grad: &grad, ..buffers }, state);
+                let scale = data::read(state)?[StepState::GRADIENT_SCALE];
+                for Buffers { param, grad, m, v } in parameters {
+                    let values = data::read(param)?;
+                    let grad = &edited(grad, |grad| {
+                        grad.iter_mut().zip(&values).for_each(|(grad, value)| *grad += decay * value / scale);
+                    })?;
+                    self.inner.adamw(&spec, &mut [Buffers { param, grad, m, v }], state)?;
+                }
+                return Ok(());
+            }
+            Some(Mutation::AdamwLeavesLast) => {
+                let last = usize::from(parameters.len() > 1);
+                let changed = parameters.len() - last;
+                return self.inner.adamw(&spec, &mut parameters[..changed], state);
             }
             _ => {}
         }
-        self.inner.adamw(&spec, buffers, state)
+        self.inner.adamw(&spec, parameters, state)
     }
 }

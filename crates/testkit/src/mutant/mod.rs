@@ -327,7 +327,9 @@ mutations! {
         /// No weight decay.
         AdamwDropsDecay,
         /// Decay is added to the gradient.
-        AdamwCouplesDecay;
+        AdamwCouplesDecay,
+        /// The last of several parameters is not changed.
+        AdamwLeavesLast;
     adamw8bit:
         /// Some codes are one too low.
         Adamw8bitRoundsDown,

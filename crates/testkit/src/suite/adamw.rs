@@ -50,7 +50,8 @@ pub fn check(device: &Device) -> Checked {
 
 type Hazard = fn(&Device, &Case) -> Checked;
 
-const HAZARDS: [(&str, Hazard); 9] = [
+const HAZARDS: [(&str, Hazard); 10] = [
+    ("many_at_once_are_as_one_by_one", many_at_once_are_as_one_by_one),
     ("skips_a_bad_step", skips_a_bad_step),
     ("sticky_skips_all_later_steps", sticky_skips_all_later_steps),
     ("continues_from_a_step_count", continues_from_a_step_count),
@@ -92,7 +93,11 @@ impl OnDevice {
     }
 
     fn step(&mut self, spec: &Spec, grad: &Tensor, state: &StepState) -> unsloth_core::Result<()> {
-        adamw::step(spec, Buffers { param: &mut self.param, grad, m: &mut self.m, v: &mut self.v }, state)
+        adamw::step(spec, &mut [self.buffers(grad)], state)
+    }
+
+    fn buffers<'a>(&'a mut self, grad: &'a Tensor) -> Buffers<'a> {
+        Buffers { param: &mut self.param, grad, m: &mut self.m, v: &mut self.v }
     }
 
     fn read(&self) -> unsloth_core::Result<Parameter> {
@@ -184,6 +189,31 @@ fn five_steps(
         }
     }
     actual.same_bits(case, "deterministic", &again)
+}
+
+/// More parameters than a device may take in one launch, of every type and of lengths that vectors divide and that they do not: the
+/// same bits as one after the other.
+fn many_at_once_are_as_one_by_one(device: &Device, case: &Case) -> Checked {
+    let dtypes = device.float_dtypes();
+    let mut data = Data::new(75);
+    let (mut together, mut alone, mut grads) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, length) in AWKWARD_LENGTHS.into_iter().cycle().take(23).enumerate() {
+        let dtype = dtypes[index % dtypes.len()];
+        let values = data.normal(length, 1.0, dtype);
+        together.push(OnDevice::new(device, &values, dtype)?);
+        alone.push(OnDevice::new(device, &values, dtype)?);
+        grads.push(data::tensor(device, &data.normal(length, 0.2, DType::F32), [length], DType::F32)?);
+    }
+    let mut state = StepState::new(device, 3)?;
+    control(device, &CONTROL, (0.5, true), &mut state)?;
+    let mut buffers: Vec<Buffers<'_>> = together.iter_mut().zip(&grads).map(|(p, grad)| p.buffers(grad)).collect();
+    adamw::step(&SPEC, &mut buffers, &state)?;
+    adamw::step(&SPEC, &mut [], &state)?;
+    for (index, ((together, alone), grad)) in together.iter().zip(&mut alone).zip(&grads).enumerate() {
+        alone.step(&SPEC, grad, &state)?;
+        together.same_bits(case, &format!("parameter {index}"), alone)?;
+    }
+    Ok(())
 }
 
 /// A step with an infinite or NaN norm, or with the finite flag down, changes nothing, whatever the gradients hold; the
@@ -334,7 +364,7 @@ fn rejects_operands(device: &Device, case: &Case) -> Checked {
     let state = StepState::new(device, 1)?;
     let floats = |length| device.zeros([length], DType::F32, Category::Gradients);
     let step = |param: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor| {
-        adamw::step(&SPEC, Buffers { param, grad, m, v }, &state)
+        adamw::step(&SPEC, &mut [Buffers { param, grad, m, v }], &state)
     };
     let mut ids = data::integers(device, &[1, 2, 3])?;
     let (x, m, v) = (&mut floats(3)?, &mut floats(3)?, &mut floats(3)?);

@@ -1,5 +1,6 @@
 //! AdamW, with moments in f32 or in 8 bits.
 
+use unsloth_autograd::Parameter;
 use unsloth_core::{
     DType, Device, Tensor,
     ops::{
@@ -8,7 +9,7 @@ use unsloth_core::{
     },
 };
 
-use super::{Form, Part, Rule, Slot};
+use super::{Change, Form, Part, Rule, Slot};
 use crate::{Result, error::invalid};
 
 /// Parameters with fewer elements than this keep their moments in f32: they need little, and few blocks tell small from large
@@ -58,16 +59,42 @@ impl Rule for AdamWConfig {
     }
 
     fn step(&self, slot: &mut Slot, grad: &Tensor, (rate, state): (f32, &StepState)) -> unsloth_core::Result<()> {
-        let spec = self.spec(slot, rate);
-        let [Part { tensor: m, .. }, Part { tensor: v, .. }] = slot.parts.as_mut_slice() else {
-            unreachable!("AdamW keeps two moments");
-        };
-        slot.parameter.update(|param| step(&spec, Buffers { param, grad, m, v }, state))
+        self.step_all(vec![Change { slot, grad, rate }], state)
+    }
+
+    /// Together, what has one decay and one rate.
+    fn step_all(&self, changes: Vec<Change<'_>>, state: &StepState) -> unsloth_core::Result<()> {
+        let mut others = changes.into_iter();
+        while let Some(first) = others.next() {
+            let spec = self.spec(first.slot, first.rate);
+            let (mut alike, rest): (Vec<_>, Vec<_>) =
+                others.partition(|other| self.spec(other.slot, other.rate) == spec);
+            alike.push(first);
+            step_alike(&spec, alike, state)?;
+            others = rest.into_iter();
+        }
+        Ok(())
     }
 
     fn check_device(&self, _device: &Device) -> unsloth_core::Result<()> {
         Ok(())
     }
+}
+
+fn step_alike(spec: &Spec, changes: Vec<Change<'_>>, state: &StepState) -> unsloth_core::Result<()> {
+    let split = |Change { slot, grad, .. }| {
+        let Slot { parameter, parts, .. } = slot;
+        let [Part { tensor: m, .. }, Part { tensor: v, .. }] = parts.as_mut_slice() else {
+            unreachable!("AdamW keeps two moments");
+        };
+        (&*parameter, (grad, m, v))
+    };
+    let (parameters, moments): (Vec<_>, Vec<_>) = changes.into_iter().map(split).unzip();
+    Parameter::update_all(parameters, |values| {
+        let buffers = |(param, (grad, m, v))| Buffers { param, grad, m, v };
+        let mut all: Vec<_> = values.into_iter().zip(moments).map(buffers).collect();
+        step(spec, &mut all, state)
+    })
 }
 
 /// AdamW whose moments are kept in 8 bits where that pays.            Dettmers et al. 2021, arXiv:2110.02861
@@ -96,6 +123,13 @@ impl Rule for EightBit<'_> {
             let buffers = adamw8bit::Buffers { param, grad, m_codes, m_absmax, v_codes, v_absmax };
             adamw8bit::step(&spec, buffers, state)
         })
+    }
+
+    /// Together, what has moments in f32.
+    fn step_all(&self, changes: Vec<Change<'_>>, state: &StepState) -> unsloth_core::Result<()> {
+        let (in_f32, in_codes): (Vec<_>, Vec<_>) = changes.into_iter().partition(|change| change.slot.parts.len() == 2);
+        self.0.step_all(in_f32, state)?;
+        in_codes.into_iter().try_for_each(|Change { slot, grad, rate }| self.step(slot, grad, (rate, state)))
     }
 
     /// By a step of a parameter without elements.

@@ -65,10 +65,16 @@ pub(super) fn adamw(caller: &mut Caller) -> Result<()> {
     for length in LENGTHS {
         for dtype in DType::FLOATS {
             let state = StepState::new(&caller.device, 0)?;
-            let (mut param, grad) = (caller.tensor(dtype, [length])?, caller.tensor(DType::F32, [length])?);
-            let (mut m, mut v) = (caller.tensor(DType::F32, [length])?, caller.tensor(DType::F32, [length])?);
-            let buffers = Buffers { param: &mut param, grad: &grad, m: &mut m, v: &mut v };
-            caller.call(format!("step [{length}] {dtype}"), || optimiser::step(&spec, buffers, &state));
+            for count in [1, 8] {
+                let tensors = |dtype| (0..count).map(|_| caller.tensor(dtype, [length])).collect::<Result<Vec<_>>>();
+                let (mut params, grads) = (tensors(dtype)?, tensors(DType::F32)?);
+                let (mut ms, mut vs) = (tensors(DType::F32)?, tensors(DType::F32)?);
+                let moments = ms.iter_mut().zip(&mut vs);
+                let buffers = |((param, grad), (m, v))| Buffers { param, grad, m, v };
+                let mut all: Vec<_> = params.iter_mut().zip(&grads).zip(moments).map(buffers).collect();
+                let detail = format!("step of {count} [{length}] {dtype}");
+                caller.call(detail, || optimiser::step(&spec, &mut all, &state));
+            }
         }
     }
     Ok(())
