@@ -130,7 +130,7 @@ fn options_as_measured() {
 fn vulkan_as_measured() {
     let small = tempfile::tempdir().unwrap();
     SMALL.write(small.path());
-    let configurations: [(&Path, usize, usize, &str); 12] = [
+    let configurations: [(&Path, usize, usize, &str); 14] = [
         (&tiny(), 64, 1, ""),
         (&tiny(), 256, 2, ""),
         (&tiny(), 256, 2, "--checkpointing selective"),
@@ -138,6 +138,8 @@ fn vulkan_as_measured() {
         (&tiny(), 100, 3, "--method full"),
         (&tiny(), 100, 2, "--dropout 0.1 --rank 4"),
         (&tiny(), 100, 2, "--dtype f16"),
+        (&tiny(), 100, 2, "--dora"),
+        (&tiny(), 100, 2, "--method full --optimizer adamw8bit"),
         (small.path(), 128, 1, ""),
         (small.path(), 256, 1, "--checkpointing sqrt"),
         (small.path(), 256, 2, "--checkpointing every:1 --offload disk"),

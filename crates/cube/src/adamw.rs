@@ -17,6 +17,11 @@ const _: () = assert!(
     StepState::GRAD_NORM == 0 && StepState::GRADIENT_SCALE == 1 && StepState::SKIP == 2 && StepState::STEPS == 3
 );
 
+pub(crate) fn options(spec: &Spec) -> kernels::Options {
+    let &Spec { learning_rate, beta1, beta2, eps, weight_decay } = spec;
+    kernels::Options { learning_rate, beta1, beta2, eps, weight_decay }
+}
+
 fn parameter<'a>(buffers: &'a mut Buffers<'_>) -> Result<kernels::Parameter<'a>> {
     Ok(kernels::Parameter {
         len: buffers.grad.num_elements(),
@@ -37,8 +42,7 @@ impl<R: Runtime> AdamW for CubeBackend<R> {
     }
 
     fn adamw(&self, spec: &Spec, parameters: &mut [Buffers<'_>], state: &Tensor) -> Result<()> {
-        let &Spec { learning_rate, beta1, beta2, eps, weight_decay } = spec;
-        let options = kernels::Options { learning_rate, beta1, beta2, eps, weight_decay };
+        let options = options(spec);
         for dtype in DType::FLOATS {
             let of_dtype = parameters.iter_mut().filter(|buffers| buffers.param.dtype() == dtype);
             let of_dtype = of_dtype.map(parameter).collect::<Result<Vec<_>>>()?;

@@ -4,7 +4,7 @@ use std::{
     any::Any,
     ops::Range,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -46,6 +46,8 @@ pub struct CubeBackend<R: Runtime> {
     launched: Mutex<Vec<&'static str>>,
     num_reads: AtomicU64,
     fill_arbitrary_with_nan: bool,
+    /// See [`CubeBackend::table`].
+    pub(crate) moment_maps: OnceLock<CubeBuffer>,
 }
 
 impl<R: Runtime> CubeBackend<R> {
@@ -73,6 +75,7 @@ impl<R: Runtime> CubeBackend<R> {
             launched: Mutex::new(Vec::new()),
             num_reads: AtomicU64::new(0),
             fill_arbitrary_with_nan: options.fill_arbitrary_with_nan,
+            moment_maps: OnceLock::new(),
         };
         backend.check("open device")?;
         Ok(backend)
@@ -145,6 +148,26 @@ impl<R: Runtime> CubeBackend<R> {
             unsloth_pointwise::elementwise::fill(client, words, &handle, u32::from_ne_bytes([byte; 4]))
         })?;
         Ok(handle)
+    }
+
+    /// What `slot` holds; if nothing yet, these values, which are then uploaded and kept as long as the backend.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]
+    pub(crate) fn table<'a>(
+        &self,
+        slot: &'a OnceLock<CubeBuffer>,
+        op: &'static str,
+        values: impl FnOnce() -> Vec<f32>,
+    ) -> Result<&'a Handle> {
+        if let Some(table) = slot.get() {
+            return Ok(table.handle());
+        }
+        let values = values();
+        let bytes: &[u8] = bytemuck::cast_slice(&values);
+        let charge = self.reserve(op, bytes.len(), Category::Workspace)?;
+        let table = CubeBuffer { handle: self.upload(bytes), charge };
+        Ok(slot.get_or_init(|| table).handle())
     }
 
     fn upload(&self, bytes: &[u8]) -> Handle {

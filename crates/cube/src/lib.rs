@@ -12,6 +12,7 @@ mod backend;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod dora;
 mod elementwise;
 mod embedding;
 mod glu;

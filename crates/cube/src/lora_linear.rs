@@ -3,10 +3,7 @@
 use cubecl::prelude::Runtime;
 use unsloth_core::{
     DType, Result, Tensor, Weight,
-    ops::{
-        dora::Dora,
-        lora_linear::{Adapter, Backward, Dropout, Forward, LoraLinear, ParameterGradients, RowDropout, Spec},
-    },
+    ops::lora_linear::{Adapter, Backward, Dropout, Forward, LoraLinear, ParameterGradients, RowDropout, Spec},
 };
 use unsloth_linear::{dropout, linear, lora_linear as kernels};
 
@@ -140,6 +137,3 @@ impl<R: Runtime> LoraLinear for CubeBackend<R> {
         self.adapted_input_gradient(spec, inputs, &dh).map(Some)
     }
 }
-
-/// Refuses: no kernel has trained lengths yet.
-impl<R: Runtime> Dora for CubeBackend<R> {}

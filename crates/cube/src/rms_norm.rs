@@ -1,6 +1,7 @@
 //! RMSNorm on the kernels of `unsloth-norm`.
 
 use cubecl::prelude::*;
+use unsloth_common::column_parts;
 use unsloth_core::{
     DType, Result, Tensor,
     ops::{
@@ -55,7 +56,7 @@ impl<R: Runtime> RmsNorm for CubeBackend<R> {
         let mut dx = if inputs.dout.is_unique() { inputs.dout } else { self.copy(&inputs.dout)? };
         let (sum, rstd) = (handle(inputs.sum), handle(inputs.rstd));
         if let Some(dweight) = dweight {
-            let parts = kernels::weight_gradient_parts(spec.rows);
+            let parts = column_parts(spec.rows);
             let workspace = workspace(OP, &dx, DType::F32, [parts, spec.hidden_size])?;
             let dweight = handle_mut(OP, "dweight", dweight)?;
             let args = kernels::WeightGradient { dout: handle(&dx), sum, rstd, workspace: handle(&workspace), dweight };

@@ -19,6 +19,11 @@ fn adamw() {
 }
 
 #[test]
+fn adamw8bit() {
+    suite::adamw8bit::run(&device());
+}
+
+#[test]
 fn attention() {
     suite::attention::run(&device());
 }
@@ -26,6 +31,11 @@ fn attention() {
 #[test]
 fn cross_entropy() {
     suite::cross_entropy::run(&device());
+}
+
+#[test]
+fn dora() {
+    suite::dora::run(&device());
 }
 
 #[test]

@@ -12,9 +12,6 @@ use unsloth_testkit::{
 
 const REPEATS: usize = 50;
 
-/// Operators that these devices refuse, so that there is nothing to repeat.
-const REFUSED: [&str; 2] = ["dora", "adamw8bit"];
-
 fn repeat(name: &str, check: Suite) {
     let options = CubeOptions { fill_arbitrary_with_nan: true, ..Default::default() };
     let backend = CubeBackend::<WgpuRuntime>::new(&WgpuDevice::DefaultDevice, "vulkan:0", options).unwrap();
@@ -43,7 +40,7 @@ macro_rules! repeated {
 
         #[test]
         fn every_suite_is_repeated() {
-            let named: Vec<_> = suites().into_iter().map(|(op, _)| op).filter(|op| !REFUSED.contains(op)).collect();
+            let named: Vec<_> = suites().into_iter().map(|(op, _)| op).collect();
             assert_eq!(named, [$(stringify!($op)),*]);
         }
     };
@@ -60,9 +57,11 @@ repeated! {
     linear
     lora_linear
     lora_dropout
+    dora
     cross_entropy
     linear_cross_entropy
     adamw
+    adamw8bit
     lion
     sgd
 }

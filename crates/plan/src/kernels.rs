@@ -9,18 +9,18 @@ const LOGITS: usize = 16 << 20;
 const WIDENED: usize = 8 << 20;
 /// Rows of a chunk are a multiple of this.
 const ROWS: usize = 128;
-/// Parts of the rows that a norm's weight gradient is summed in, at most, and rows of a part.
-const NORM_PARTS: (usize, usize) = (64, 16);
+/// Parts of the rows that sums over rows are made in, at most, and rows of a part.
+const COLUMN_PARTS: (usize, usize) = (64, 16);
 
 /// Rows of `width` elements that are at work at a time.
 fn chunk_rows(elements: usize, width: usize, rows: usize) -> usize {
     (elements / width.max(1) / ROWS * ROWS).max(ROWS).min(rows)
 }
 
-/// Partial sums of a norm's weight gradient.
-pub(crate) fn rms_norm_backward(spec: &ops::rms_norm::Spec, with_dweight: bool) -> usize {
-    let (max_parts, rows) = NORM_PARTS;
-    if with_dweight { spec.rows.div_ceil(rows).clamp(1, max_parts) * spec.hidden_size } else { 0 }
+/// Partial sums of a gradient that is summed over rows, if it is wanted.
+pub(crate) fn column_sums([rows, columns]: [usize; 2], is_wanted: bool) -> usize {
+    let (max_parts, part_rows) = COLUMN_PARTS;
+    if is_wanted { rows.div_ceil(part_rows).clamp(1, max_parts) * columns } else { 0 }
 }
 
 /// Rows in f32, of the input without what is dropped or of a result before it is rounded.

@@ -91,7 +91,7 @@ impl rms_norm::RmsNorm for PlanBackend {
         let dx = take_or_copy(inputs.dout)?;
         let with_dweight = dweight.is_some();
         let _scratch = self.on_cpu(|_| scratch::rms_norm_backward(spec, with_dweight))?;
-        let _parts = self.on_kernels(|| [kernels::rms_norm_backward(spec, with_dweight)])?;
+        let _parts = self.on_kernels(|| [kernels::column_sums([spec.rows, spec.hidden_size], with_dweight)])?;
         Ok(dx)
     }
 }
@@ -256,7 +256,7 @@ impl dora::Dora for PlanBackend {
         _bias: Option<&Tensor>,
     ) -> Result<Tensor> {
         let y = output(t, spec.dtype, [spec.rows, spec.out_features])?;
-        self.workspace([2 * spec.out_features])?;
+        self.on_cpu(|_| [2 * spec.out_features])?;
         Ok(y)
     }
     fn dora_backward(
@@ -265,10 +265,11 @@ impl dora::Dora for PlanBackend {
         dy: Tensor,
         _t: &Tensor,
         _lengths: dora::Lengths<'_>,
-        _dmagnitude: Option<&mut Tensor>,
+        dmagnitude: Option<&mut Tensor>,
     ) -> Result<Tensor> {
         let dt = take_or_copy(dy)?;
-        self.workspace([2 * spec.out_features])?;
+        self.on_cpu(|_| [2 * spec.out_features])?;
+        self.on_kernels(|| [kernels::column_sums([spec.rows, spec.out_features], dmagnitude.is_some())])?;
         Ok(dt)
     }
 }

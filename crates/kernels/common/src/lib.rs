@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod columns;
 mod error;
 mod launch;
 pub mod math;
@@ -7,6 +8,7 @@ pub mod mma;
 mod reduce;
 mod rng;
 
+pub use columns::{ColumnGrid, column_parts, fold_columns};
 /// The CubeCL whose types this crate takes and gives.
 pub use cubecl;
 pub use error::LaunchError;

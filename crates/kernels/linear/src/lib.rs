@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+pub mod dora;
 pub mod dropout;
 mod few_rows;
 pub mod linear;

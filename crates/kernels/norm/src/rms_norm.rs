@@ -7,7 +7,7 @@
 //! has the same bits on every run.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, cube_reduce_bytes, cube_sum, vector_sum};
+use unsloth_common::{Launch, LaunchError, column_parts, cube_reduce_bytes, cube_sum, fold_columns, vector_sum};
 
 /// Sizes and constants of one normalisation.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -311,16 +311,6 @@ fn backward_kernel<E: Float, W: Float, N: Size>(
     }
 }
 
-/// Blocks of rows whose sums are kept apart, at most.
-const MAX_PARTS: usize = 64;
-/// Rows of a block, at least.
-const MIN_PART_ROWS: usize = 16;
-
-/// Rows of the workspace that [`weight_gradient`] needs: it is f32 `[parts, hidden_size]`.
-pub fn weight_gradient_parts(rows: usize) -> usize {
-    rows.div_ceil(MIN_PART_ROWS).clamp(1, MAX_PARTS)
-}
-
 /// Buffers of the weight gradient.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightGradient<'a> {
@@ -330,7 +320,7 @@ pub struct WeightGradient<'a> {
     pub sum: &'a Handle,
     /// `[rows]` f32.
     pub rstd: &'a Handle,
-    /// f32 `[weight_gradient_parts(rows), hidden_size]`, overwritten.
+    /// f32 `[unsloth_common::column_parts(rows), hidden_size]`, overwritten.
     pub workspace: &'a Handle,
     /// `[hidden_size]` f32, added to.
     pub dweight: &'a Handle,
@@ -350,33 +340,21 @@ pub fn weight_gradient<R: Runtime, E: Float>(
     if shape.rows == 0 || shape.hidden_size == 0 {
         return Ok(());
     }
-    let (len, parts) = (shape.rows * shape.hidden_size, weight_gradient_parts(shape.rows));
-    let units = launch.units_for(shape.hidden_size);
-    let columns = shape.hidden_size.div_ceil(units);
-    let dim = CubeDim::new_1d(units as u32);
-    launch.cube(dim, 0)?;
+    let (len, parts) = (shape.rows * shape.hidden_size, column_parts(shape.rows));
+    let grid = launch.columns(shape.rows, shape.hidden_size)?;
     partial_kernel::launch::<E, R>(
         client,
-        launch.cubes(columns, parts, 1)?,
-        dim,
+        grid.count,
+        grid.dim,
         launch.array::<E>("dout", args.dout, len)?,
         launch.array::<E>("sum", args.sum, len)?,
         launch.array::<f32>("rstd", args.rstd, shape.rows)?,
         launch.array::<f32>("workspace", args.workspace, parts * shape.hidden_size)?,
         shape.rows as u32,
         shape.hidden_size as u32,
-        shape.rows.div_ceil(parts) as u32,
+        grid.part_rows,
     );
-    fold_kernel::launch::<R>(
-        client,
-        launch.cubes(columns, 1, 1)?,
-        dim,
-        launch.array::<f32>("workspace", args.workspace, parts * shape.hidden_size)?,
-        launch.array::<f32>("dweight", args.dweight, shape.hidden_size)?,
-        parts as u32,
-        shape.hidden_size as u32,
-    );
-    Ok(())
+    fold_columns(&launch, (shape.rows, shape.hidden_size), args.workspace, ("dweight", args.dweight))
 }
 
 /// Grid: x = block of columns, y = block of rows; unit = column.
@@ -403,19 +381,5 @@ fn partial_kernel<E: Float>(
             row += 1;
         }
         partial[part * cols + column] = total;
-    }
-}
-
-/// Grid: unit = column.
-#[cube(launch)]
-fn fold_kernel(partial: &Array<f32>, dweight: &mut Array<f32>, parts: u32, cols: u32) {
-    let column = ABSOLUTE_POS_X as usize;
-    let cols = cols as usize;
-    if column < cols {
-        let mut total = 0.0f32;
-        for part in 0..parts as usize {
-            total += partial[part * cols + column];
-        }
-        dweight[column] += total;
     }
 }

@@ -107,6 +107,27 @@ pub struct Options {
     pub weight_decay: f32,
 }
 
+impl Options {
+    pub(crate) fn factors<R: Runtime>(&self) -> FactorsLaunch<R> {
+        let &Self { learning_rate, beta1, beta2, eps, weight_decay } = self;
+        let decay = 1.0 - f64::from(learning_rate) * f64::from(weight_decay);
+        FactorsLaunch::new(learning_rate, decay as f32, beta1, beta2, log_of(beta1), log_of(beta2), eps)
+    }
+}
+
+/// [`Options`] as a kernel reads them.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(crate) struct Factors {
+    learning_rate: f32,
+    /// `1 - learning_rate * weight_decay`
+    decay: f32,
+    beta1: f32,
+    beta2: f32,
+    log_beta1: f32,
+    log_beta2: f32,
+    eps: f32,
+}
+
 /// Buffers of one parameter, each of `len` elements.
 #[derive(Clone, Copy, Debug)]
 pub struct Parameter<'a> {
@@ -168,7 +189,6 @@ fn step_group<R: Runtime, E: Float>(
         let array = |p: &Parameter<'_>| launch.vectors::<f32>(arg, &pick(p), p.len, width);
         parameters.iter().map(array).collect::<Result<SequenceArg<R, _>, _>>()
     };
-    let decay = 1.0 - f64::from(options.learning_rate) * f64::from(options.weight_decay);
     step_kernel::launch::<E, R>(
         launch.client(),
         grid.count,
@@ -180,13 +200,7 @@ fn step_group<R: Runtime, E: Float>(
         floats("v", |p| p.v.clone())?,
         parameters.iter().map(|p| (p.len / width) as u32).collect::<SequenceArg<R, _>>(),
         launch.array::<f32>("state", state, 4)?,
-        options.learning_rate,
-        decay as f32,
-        options.beta1,
-        options.beta2,
-        log_of(options.beta1),
-        log_of(options.beta2),
-        options.eps,
+        options.factors(),
     );
     Ok(())
 }
@@ -211,14 +225,46 @@ fn correction(log_beta: f32, steps: f32) -> f32 {
 
 /// What all elements of a step have in common.
 #[derive(CubeType, Clone, Copy)]
-struct Rates {
+pub(crate) struct Rates {
     gradient_scale: f32,
     step_size: f32,
-    decay: f32,
-    beta1: f32,
-    beta2: f32,
     correction2: f32,
-    eps: f32,
+}
+
+/// Of a step with this state that is not skipped.
+#[cube]
+pub(crate) fn rates(factors: &Factors, state: &Array<f32>) -> Rates {
+    let steps = state[3];
+    Rates {
+        gradient_scale: state[1],
+        step_size: factors.learning_rate / correction(factors.log_beta1, steps),
+        correction2: correction(factors.log_beta2, steps),
+    }
+}
+
+/// Some elements of a parameter and their moments.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Elements<N: Size> {
+    pub(crate) param: Vector<f32, N>,
+    pub(crate) m: Vector<f32, N>,
+    pub(crate) v: Vector<f32, N>,
+}
+
+/// What they are after the step.
+#[cube]
+pub(crate) fn stepped<N: Size>(
+    before: Elements<N>,
+    grad: Vector<f32, N>,
+    factors: &Factors,
+    rates: &Rates,
+) -> Elements<N> {
+    let (beta1, beta2) = (factors.beta1, factors.beta2);
+    let g = grad * Vector::new(rates.gradient_scale);
+    let m = Vector::new(beta1) * before.m + Vector::new(1.0 - beta1) * g;
+    let v = Vector::new(beta2) * before.v + Vector::new(1.0 - beta2) * (g * g);
+    let root = Vector::<f32, N>::sqrt(v / Vector::new(rates.correction2)) + Vector::new(factors.eps);
+    let param = before.param * Vector::new(factors.decay) - Vector::new(rates.step_size) * m / root;
+    Elements::<N> { param, m, v }
 }
 
 /// Grid: unit = vector of each parameter in turn, walking on by the number of units.
@@ -230,23 +276,14 @@ fn step_kernel<E: Float, N: Size>(
     vs: &mut Sequence<Array<Vector<f32, N>>>,
     items: &Sequence<u32>,
     state: &Array<f32>,
-    learning_rate: f32,
-    decay: f32,
-    beta1: f32,
-    beta2: f32,
-    log_beta1: f32,
-    log_beta2: f32,
-    eps: f32,
+    factors: &Factors,
 ) {
     if state[2] == 0.0 {
-        let (gradient_scale, steps) = (state[1], state[3]);
-        let step_size = learning_rate / correction(log_beta1, steps);
-        let correction2 = correction(log_beta2, steps);
-        let rates = Rates { gradient_scale, step_size, decay, beta1, beta2, correction2, eps };
+        let rates = rates(factors, state);
         #[unroll]
         for p in 0..params.len() {
             let (param, m, v) = (params.index_mut(p), ms.index_mut(p), vs.index_mut(p));
-            update::<E, N>(param, grads.index(p), m, v, *items.index(p), &rates);
+            update::<E, N>(param, grads.index(p), m, v, *items.index(p), factors, &rates);
         }
     }
 }
@@ -258,18 +295,16 @@ fn update<E: Float, N: Size>(
     m: &mut Array<Vector<f32, N>>,
     v: &mut Array<Vector<f32, N>>,
     items: u32,
+    factors: &Factors,
     rates: &Rates,
 ) {
     let mut i = ABSOLUTE_POS;
     while i < items as usize {
-        let g = grad[i] * Vector::new(rates.gradient_scale);
-        let first = Vector::new(rates.beta1) * m[i] + Vector::new(1.0 - rates.beta1) * g;
-        let second = Vector::new(rates.beta2) * v[i] + Vector::new(1.0 - rates.beta2) * (g * g);
-        m[i] = first;
-        v[i] = second;
-        let root = Vector::<f32, N>::sqrt(second / Vector::new(rates.correction2)) + Vector::new(rates.eps);
-        let decayed = Vector::<f32, N>::cast_from(param[i]) * Vector::new(rates.decay);
-        param[i] = Vector::cast_from(decayed - Vector::new(rates.step_size) * first / root);
+        let before = Elements::<N> { param: Vector::cast_from(param[i]), m: m[i], v: v[i] };
+        let after = stepped::<N>(before, grad[i], factors, rates);
+        m[i] = after.m;
+        v[i] = after.v;
+        param[i] = Vector::cast_from(after.param);
         i += CUBE_COUNT * CUBE_DIM as usize;
     }
 }

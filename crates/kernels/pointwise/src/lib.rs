@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod adamw;
+pub mod adamw8bit;
 pub mod elementwise;
 pub mod embedding;
 mod groups;

@@ -64,7 +64,7 @@ impl FromStr for OptimizerKind {
 pub enum OptimizerConfig {
     /// Adam with decoupled weight decay; two moments in f32.
     AdamW(AdamWConfig),
-    /// The same with moments in 8 bits for parameters of at least [`super::MIN_8BIT_SIZE`] elements. CPU only.
+    /// The same with moments in 8 bits for parameters of at least [`super::MIN_8BIT_SIZE`] elements.
     AdamW8bit(AdamWConfig),
     /// Gradient descent with momentum.
     Sgd(SgdConfig),

@@ -16,6 +16,7 @@ use crate::{
 };
 
 mod attention;
+mod dora;
 mod embedding;
 mod glu;
 mod linear;
@@ -28,12 +29,14 @@ mod rope;
 type Calls = fn(&mut Caller) -> unsloth_core::Result<()>;
 
 /// Every operator.
-const OPERATORS: [(&str, Calls); 14] = [
+const OPERATORS: [(&str, Calls); 16] = [
     ("adamw", pointwise::adamw),
+    ("adamw8bit", pointwise::adamw8bit),
     ("lion", pointwise::lion),
     ("sgd", pointwise::sgd),
     ("attention", attention::calls),
     ("cross_entropy", loss::cross_entropy),
+    ("dora", dora::calls),
     ("elementwise", pointwise::elementwise),
     ("embedding", embedding::calls),
     ("glu", glu::calls),

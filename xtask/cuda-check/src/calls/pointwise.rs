@@ -4,7 +4,7 @@ use unsloth_core::{
     DType, Result,
     ops::{
         adamw::{self as optimiser, Buffers, ControlSpec, Spec, StepState},
-        elementwise as ops, lion as sign, reduce as reductions, sgd as descent,
+        adamw8bit as eight_bits, elementwise as ops, lion as sign, reduce as reductions, sgd as descent,
     },
 };
 
@@ -51,6 +51,8 @@ pub(super) fn reduce(caller: &mut Caller) -> Result<()> {
     Ok(())
 }
 
+const SPEC: Spec = Spec { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
+
 pub(super) fn adamw(caller: &mut Caller) -> Result<()> {
     for max_grad_norm in [None, Some(1.0)] {
         for sticky in [false, true] {
@@ -61,7 +63,6 @@ pub(super) fn adamw(caller: &mut Caller) -> Result<()> {
             caller.call(detail, || optimiser::control(&spec, &norm, &finite, &mut state));
         }
     }
-    let spec = Spec { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
     for length in LENGTHS {
         for dtype in DType::FLOATS {
             let state = StepState::new(&caller.device, 0)?;
@@ -73,8 +74,30 @@ pub(super) fn adamw(caller: &mut Caller) -> Result<()> {
                 let buffers = |((param, grad), (m, v))| Buffers { param, grad, m, v };
                 let mut all: Vec<_> = params.iter_mut().zip(&grads).zip(moments).map(buffers).collect();
                 let detail = format!("step of {count} [{length}] {dtype}");
-                caller.call(detail, || optimiser::step(&spec, &mut all, &state));
+                caller.call(detail, || optimiser::step(&SPEC, &mut all, &state));
             }
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn adamw8bit(caller: &mut Caller) -> Result<()> {
+    for length in LENGTHS {
+        for dtype in DType::FLOATS {
+            let state = StepState::new(&caller.device, 0)?;
+            let (mut param, grad) = (caller.tensor(dtype, [length])?, caller.tensor(DType::F32, [length])?);
+            let (num_codes, blocks) = eight_bits::lengths(length);
+            let codes = || caller.tensor(DType::I32, [num_codes]);
+            let absmax = || caller.tensor(DType::F32, [blocks]);
+            let buffers = eight_bits::Buffers {
+                param: &mut param,
+                grad: &grad,
+                m_codes: &mut codes()?,
+                m_absmax: &mut absmax()?,
+                v_codes: &mut codes()?,
+                v_absmax: &mut absmax()?,
+            };
+            caller.call(format!("step [{length}] {dtype}"), || eight_bits::step(&SPEC, buffers, &state));
         }
     }
     Ok(())
