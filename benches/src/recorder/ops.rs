@@ -5,7 +5,7 @@ use unsloth_rs::{
     core::{
         KvView, Lengths, Sequences, Weight,
         ops::{
-            Cost, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
+            Cost, adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
             linear_cross_entropy, lion, lora_linear, reduce, rms_norm, rope, sgd,
         },
     },
@@ -373,6 +373,13 @@ impl lion::Lion for Recorder {
     fn lion(&self, spec: &lion::Spec, buffers: lion::Buffers<'_>, state: &Tensor) -> Result<()> {
         let about = update("lion step", buffers.grad, buffers.cost());
         self.call(|| about, |backend| backend.lion(spec, buffers, state))
+    }
+}
+
+impl adafactor::Adafactor for Recorder {
+    fn adafactor(&self, spec: &adafactor::Spec, buffers: adafactor::Buffers<'_>, state: &Tensor) -> Result<()> {
+        let about = update("adafactor step", buffers.grad, buffers.cost());
+        self.call(|| about, |backend| backend.adafactor(spec, buffers, state))
     }
 }
 

@@ -118,6 +118,7 @@ fn options_as_measured() {
         "--method full --optimizer adamw8bit",
         "--optimizer sgd",
         "--optimizer lion",
+        "--method full --optimizer adafactor",
     ] {
         Run { model: &tiny(), seq_len: 100, batch_size: 3, options }.check();
     }
@@ -221,4 +222,13 @@ fn bad_input() {
     plan("--seq 8").failed_with(&["model.safetensors", "not a complete safetensors file"]);
     let nowhere = folder.path().join("nowhere");
     unsloth(line("plan --model {} --seq 8", &[&nowhere])).failed_with(&["cannot read", "nowhere/config.json"]);
+}
+
+/// As by the run itself.
+#[test]
+fn an_optimiser_without_a_kernel_is_refused() {
+    let plan = |device| format!("plan --model {{}} --seq 8 --optimizer adafactor --device {device}");
+    unsloth(line(&plan("cpu"), &[&tiny()])).succeeded();
+    unsloth(line(&plan("cuda:0"), &[&tiny()]))
+        .failed_with(&["adafactor: the operator is not supported on devices of CubeCL"]);
 }

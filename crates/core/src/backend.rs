@@ -122,6 +122,7 @@ pub trait Backend:
     + ops::linear_cross_entropy::LinearCrossEntropy
     + ops::adamw::AdamW
     + ops::adamw8bit::AdamW8bit
+    + ops::adafactor::Adafactor
     + ops::lion::Lion
     + ops::sgd::Sgd
     + Send
@@ -146,9 +147,7 @@ impl<T> Backend for T where
         + ops::linear_cross_entropy::LinearCrossEntropy
         + ops::adamw::AdamW
         + ops::adamw8bit::AdamW8bit
-        + ops::lion::Lion
-        + ops::sgd::Sgd
-        + ops::adamw8bit::AdamW8bit
+        + ops::adafactor::Adafactor
         + ops::lion::Lion
         + ops::sgd::Sgd
         + Send

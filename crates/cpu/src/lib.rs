@@ -12,6 +12,7 @@
 //! ```
 
 mod access;
+mod adafactor;
 mod adamw;
 mod adamw8bit;
 mod attention;

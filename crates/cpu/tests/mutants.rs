@@ -65,6 +65,7 @@ caught! {
     adamw8bit
     lion
     sgd
+    adafactor
 }
 
 /// The wrapper without a fault passes, so that what fails above is the fault.

@@ -38,6 +38,7 @@ suites! {
     adamw8bit
     lion
     sgd
+    adafactor
     cross_entropy
     dora
     elementwise

@@ -5,6 +5,7 @@
 //! thread for panics: see [`backend`](CubeBackend).
 
 mod access;
+mod adafactor;
 mod adamw;
 mod adamw8bit;
 mod attention;

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use unsloth_core::{
     DType, Error, KvView, Lengths, Result, Sequences, Tensor, Weight,
     ops::{
-        adamw, adamw8bit, attention,
+        adafactor, adamw, adamw8bit, attention,
         cross_entropy::{self, IGNORE_INDEX},
         dora, elementwise, embedding, glu, linear, linear_cross_entropy, lion, lora_linear, reduce, rms_norm, rope,
         sgd,
@@ -471,6 +471,12 @@ impl adamw::AdamW for ExactBackend {
 impl adamw8bit::AdamW8bit for ExactBackend {
     fn adamw8bit(&self, _spec: &adamw::Spec, _buffers: adamw8bit::Buffers<'_>, _state: &Tensor) -> Result<()> {
         unsupported("adamw8bit", "optimisers")
+    }
+}
+
+impl adafactor::Adafactor for ExactBackend {
+    fn adafactor(&self, _spec: &adafactor::Spec, _buffers: adafactor::Buffers<'_>, _state: &Tensor) -> Result<()> {
+        unsupported("adafactor", "optimisers")
     }
 }
 

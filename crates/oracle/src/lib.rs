@@ -6,6 +6,7 @@
 
 #![allow(clippy::needless_range_loop, reason = "references index as their formulas do")]
 
+pub mod adafactor;
 pub mod adamw;
 pub mod adamw8bit;
 pub mod arith;

@@ -3,8 +3,8 @@
 use unsloth_core::{
     DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
     ops::{
-        adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear, linear_cross_entropy,
-        lion, lora_linear, reduce, rms_norm, rope, sgd,
+        adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
+        linear_cross_entropy, lion, lora_linear, reduce, rms_norm, rope, sgd,
     },
 };
 
@@ -345,6 +345,16 @@ impl lion::Lion for PlanBackend {
 
 impl sgd::Sgd for PlanBackend {
     fn sgd(&self, _spec: &sgd::Spec, _buffers: sgd::Buffers<'_>, _state: &Tensor) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl adafactor::Adafactor for PlanBackend {
+    fn adafactor(&self, _spec: &adafactor::Spec, buffers: adafactor::Buffers<'_>, _state: &Tensor) -> Result<()> {
+        self.require_cpu("adafactor")?;
+        if let adafactor::Averages::Factored { row, col } = &buffers.averages {
+            self.on_cpu(|_| [scratch::adafactor(row.num_elements(), col.num_elements())])?;
+        }
         Ok(())
     }
 }

@@ -178,3 +178,9 @@ pub(crate) fn loss_chunk(spec: &ops::linear_cross_entropy::Spec, with_dweight: b
     let dx = if spec.needs_dx { product(weight, [rows, hidden, vocab], num_threads) } else { 0 };
     [rows * hidden, rows * vocab, logits.max(dweight).max(dx)]
 }
+
+/// Sums over the columns of each part of a matrix.
+pub(crate) fn adafactor(rows: usize, columns: usize) -> usize {
+    const MAX_PARTS: usize = 16;
+    if rows * columns == 0 { 0 } else { rows.div_ceil(rows.div_ceil(MAX_PARTS)) * columns }
+}

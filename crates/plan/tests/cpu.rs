@@ -5,8 +5,8 @@
 use unsloth_core::{
     Category, DType, Device, KvView, Lengths, Result, Sequences, Shape, Tensor, Usage, Weight,
     ops::{
-        adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear, linear_cross_entropy,
-        lion, lora_linear, reduce, rms_norm, rope, sgd,
+        adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
+        linear_cross_entropy, lion, lora_linear, reduce, rms_norm, rope, sgd,
     },
     rng::Philox,
 };
@@ -297,6 +297,34 @@ fn optimisers_without_scratch() {
         };
         adamw8bit::step(&spec, buffers, &state)
     });
+}
+
+fn adafactor_step(device: &Device, [rows, columns]: [usize; 2]) -> Result<()> {
+    let state = adamw::StepState::new(device, 1)?;
+    let grad = gradient(device, [rows, columns])?;
+    let mut param = device.zeros([rows, columns], DType::F32, Category::Weights)?;
+    let average = |length: usize| device.zeros([length], DType::F32, Category::Optimiser);
+    let averages = adafactor::Averages::Factored { row: &mut average(rows)?, col: &mut average(columns)? };
+    let spec = adafactor::Spec {
+        learning_rate: 1e-3,
+        decay_rate: -0.8,
+        eps: 1e-30,
+        clip_threshold: 1.0,
+        parameter_scale: Some(1e-3),
+        weight_decay: 0.01,
+    };
+    adafactor::step(&spec, adafactor::Buffers { param: &mut param, grad: &grad, averages }, &state)
+}
+
+#[test]
+fn averages_of_rows_and_columns() {
+    for shape in [[1, 7], [40, 25], [16, 3], [17, 1000]] {
+        same(&format!("adafactor, {shape:?}"), |device| adafactor_step(device, shape));
+    }
+    let options = PlanOptions { target: Target::Kernels, ..PlanOptions::default() };
+    let device = Device::new(PlanBackend::new(options).unwrap());
+    let error = adafactor_step(&device, [2, 3]).unwrap_err().to_string();
+    assert_eq!(error, "adafactor: the operator is not supported on devices of CubeCL");
 }
 
 #[test]

@@ -32,7 +32,8 @@ pub use lora::{Adapter, LoraConfig, LoraInit};
 pub use loss_scale::{LossScaleConfig, LossScaleError, LossScaleState, LossScaler, Unscaled};
 pub use model::Model;
 pub use optimizer::{
-    AdamWConfig, LionConfig, MIN_8BIT_SIZE, Optimizer, OptimizerConfig, OptimizerKind, Rates, Role, SgdConfig,
+    AdafactorConfig, AdamWConfig, LionConfig, MIN_8BIT_SIZE, Optimizer, OptimizerConfig, OptimizerKind, Rates, Role,
+    SgdConfig,
 };
 pub use precision::Precision;
 pub use schedule::{Schedule, ScheduleKind};

@@ -3,6 +3,7 @@
 //! A rule of change is one operator of `unsloth_core::ops`, or several by the shape of a parameter. What it keeps of a parameter
 //! from step to step are tensors with names, its parts: with the number of steps they are all that a run needs to go on.
 
+mod adafactor;
 mod adamw;
 mod config;
 mod lion;
@@ -18,6 +19,7 @@ use unsloth_core::{
 };
 
 pub use self::{
+    adafactor::AdafactorConfig,
     adamw::{AdamWConfig, MIN_8BIT_SIZE},
     config::{OptimizerConfig, OptimizerKind},
     lion::LionConfig,

@@ -119,7 +119,8 @@ struct OptimizerArgs {
     /// Learning rate of the embedding table and the head, where they are trained [default: --learning-rate]
     #[arg(long, value_name = "F")]
     embedding_learning_rate: Option<f64>,
-    /// How parameters change: adamw, adamw8bit (moments in 8 bits), sgd (with momentum) or lion [default: adamw]
+    /// How parameters change: adamw, adamw8bit (moments in 8 bits), sgd (with momentum), lion or adafactor [default:
+    /// adamw]
     #[arg(long, value_name = "NAME")]
     optimizer: Option<OptimizerKind>,
     /// Weight decay of matrices: decoupled, but added to the gradient by sgd [default: 0.01]
@@ -137,6 +138,9 @@ struct OptimizerArgs {
     /// Nesterov's momentum for sgd
     #[arg(long)]
     nesterov: bool,
+    /// Make the learning rate of adafactor relative to the size of each parameter
+    #[arg(long)]
+    scale_parameter: bool,
     /// Added to the root of AdamW's second moment [default: 0.00000001]
     #[arg(long, value_name = "F")]
     adam_eps: Option<f64>,
@@ -212,6 +216,7 @@ impl Args {
             optimizer: optimizer.optimizer,
             momentum: optimizer.momentum,
             nesterov: optimizer.nesterov.then_some(true),
+            scale_parameter: optimizer.scale_parameter.then_some(true),
             weight_decay: optimizer.weight_decay,
             beta1: optimizer.beta1,
             beta2: optimizer.beta2,

@@ -4,6 +4,7 @@
 //! their methods may assume that the checks have passed. Rules that hold for all: storage is f32, f16 or bf16 and sums are
 //! f32; activation gradients are overwritten, parameter gradients accumulate into f32; the same call gives the same bits.
 
+pub mod adafactor;
 pub mod adamw;
 pub mod adamw8bit;
 pub mod attention;

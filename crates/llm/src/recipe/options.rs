@@ -70,6 +70,7 @@ pub struct TrainOptions {
     pub adam_eps: Option<f64>,
     pub momentum: Option<f64>,
     pub nesterov: Option<bool>,
+    pub scale_parameter: Option<bool>,
     /// `inf`: gradients are never scaled down.
     pub max_grad_norm: Option<f64>,
     pub checkpointing: Option<String>,

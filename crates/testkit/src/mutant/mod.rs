@@ -361,4 +361,19 @@ mutations! {
         SgdIgnoresGradientScale,
         /// A step to be skipped is made.
         SgdIgnoresSkip;
+    adafactor:
+        /// Changes are not scaled down.
+        AdafactorIgnoresThreshold,
+        /// Averages are as long at every step.
+        AdafactorKeepsDecay,
+        /// eps is 0, or nearly.
+        AdafactorDropsEps,
+        /// No weight decay.
+        AdafactorDropsDecay,
+        /// The rate is not relative to the parameter.
+        AdafactorIgnoresParameter,
+        /// The gradient is taken as it is.
+        AdafactorIgnoresGradientScale,
+        /// A step to be skipped is made.
+        AdafactorIgnoresSkip;
 }

@@ -3,6 +3,7 @@
 use unsloth_core::{
     Backend, Result, Tensor,
     ops::{
+        adafactor::{self, Adafactor},
         adamw::{self, StepState},
         adamw8bit::{self, AdamW8bit},
         lion::{self, Lion},
@@ -95,5 +96,24 @@ impl<B: Backend> AdamW8bit for MutantBackend<B> {
             _ => {}
         }
         Ok(())
+    }
+}
+
+impl<B: Backend> Adafactor for MutantBackend<B> {
+    fn adafactor(&self, spec: &adafactor::Spec, buffers: adafactor::Buffers<'_>, state: &Tensor) -> Result<()> {
+        let mut spec = *spec;
+        match self.mutation {
+            Some(Mutation::AdafactorIgnoresThreshold) => spec.clip_threshold = 1e30,
+            Some(Mutation::AdafactorKeepsDecay) => spec.decay_rate = -1e-6,
+            Some(Mutation::AdafactorDropsEps) => spec.eps = 1e-30,
+            Some(Mutation::AdafactorDropsDecay) => spec.weight_decay = 0.0,
+            Some(Mutation::AdafactorIgnoresParameter) => spec.parameter_scale = None,
+            Some(Mutation::AdafactorIgnoresGradientScale) => {
+                return self.inner.adafactor(&spec, buffers, &unscaled(state)?);
+            }
+            Some(Mutation::AdafactorIgnoresSkip) => return self.inner.adafactor(&spec, buffers, &unskipped(state)?),
+            _ => {}
+        }
+        self.inner.adafactor(&spec, buffers, state)
     }
 }

@@ -3,6 +3,7 @@
 //! A suite is `run(device)`, which panics, on top of `check(device)`, which returns the failure; [`crate::mutant`] holds the
 //! latter to failing on wrong backends.
 
+pub mod adafactor;
 pub mod adamw;
 pub mod adamw8bit;
 pub mod attention;

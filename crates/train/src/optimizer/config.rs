@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use super::{AdamWConfig, LionConfig, Rule, SgdConfig, adamw::EightBit};
+use super::{AdafactorConfig, AdamWConfig, LionConfig, Rule, SgdConfig, adamw::EightBit};
 use crate::{Error, Result, error::invalid};
 
 /// Name of an optimiser.
@@ -18,6 +18,8 @@ pub enum OptimizerKind {
     Sgd,
     /// [`OptimizerConfig::Lion`]
     Lion,
+    /// [`OptimizerConfig::Adafactor`]
+    Adafactor,
 }
 
 impl OptimizerKind {
@@ -28,15 +30,21 @@ impl OptimizerKind {
             OptimizerKind::AdamW8bit => OptimizerConfig::AdamW8bit(AdamWConfig::default()),
             OptimizerKind::Sgd => OptimizerConfig::Sgd(SgdConfig::default()),
             OptimizerKind::Lion => OptimizerConfig::Lion(LionConfig::default()),
+            OptimizerKind::Adafactor => OptimizerConfig::Adafactor(AdafactorConfig::default()),
         }
     }
 
     /// Every optimiser.
-    pub const ALL: [OptimizerKind; 4] =
-        [OptimizerKind::AdamW, OptimizerKind::AdamW8bit, OptimizerKind::Sgd, OptimizerKind::Lion];
+    pub const ALL: [OptimizerKind; 5] = [
+        OptimizerKind::AdamW,
+        OptimizerKind::AdamW8bit,
+        OptimizerKind::Sgd,
+        OptimizerKind::Lion,
+        OptimizerKind::Adafactor,
+    ];
 }
 
-/// `adamw`, `adamw8bit`, `sgd` or `lion`.
+/// `adamw`, `adamw8bit`, `sgd`, `lion` or `adafactor`.
 impl fmt::Display for OptimizerKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -44,6 +52,7 @@ impl fmt::Display for OptimizerKind {
             OptimizerKind::AdamW8bit => "adamw8bit",
             OptimizerKind::Sgd => "sgd",
             OptimizerKind::Lion => "lion",
+            OptimizerKind::Adafactor => "adafactor",
         })
     }
 }
@@ -55,7 +64,7 @@ impl FromStr for OptimizerKind {
     /// [`Error::InvalidConfig`] for another name.
     fn from_str(text: &str) -> Result<Self> {
         let kind = OptimizerKind::ALL.into_iter().find(|kind| kind.to_string() == text);
-        kind.map_or_else(|| invalid("optimizer", text, "adamw, adamw8bit, sgd or lion"), Ok)
+        kind.map_or_else(|| invalid("optimizer", text, "adamw, adamw8bit, sgd, lion or adafactor"), Ok)
     }
 }
 
@@ -70,6 +79,8 @@ pub enum OptimizerConfig {
     Sgd(SgdConfig),
     /// Steps of one size in the direction of a sign; one momentum in f32.
     Lion(LionConfig),
+    /// Averages of squared gradients by rows and columns, in f32. CPU only.
+    Adafactor(AdafactorConfig),
 }
 
 impl Default for OptimizerConfig {
@@ -92,6 +103,7 @@ impl OptimizerConfig {
             Self::AdamW8bit(_) => OptimizerKind::AdamW8bit,
             Self::Sgd(_) => OptimizerKind::Sgd,
             Self::Lion(_) => OptimizerKind::Lion,
+            Self::Adafactor(_) => OptimizerKind::Adafactor,
         }
     }
 
@@ -102,6 +114,7 @@ impl OptimizerConfig {
             Self::AdamW(config) | Self::AdamW8bit(config) => config.validate(),
             Self::Sgd(config) => config.validate(),
             Self::Lion(config) => config.validate(),
+            Self::Adafactor(config) => config.validate(),
         }
     }
 
@@ -111,6 +124,7 @@ impl OptimizerConfig {
             Self::AdamW8bit(config) => Box::new(EightBit(config)),
             Self::Sgd(config) => Box::new(*config),
             Self::Lion(config) => Box::new(*config),
+            Self::Adafactor(config) => Box::new(*config),
         }
     }
 }

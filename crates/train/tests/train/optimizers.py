@@ -1,12 +1,13 @@
 """Writes optimizers.txt: `python crates/train/tests/train/optimizers.py > crates/train/tests/train/optimizers.txt` with torch.
 
-Twenty steps of one matrix under given gradients, by the optimisers of PyTorch and, for Lion, by algorithm 2 of its paper in f64. A line
+Twenty steps of one matrix under given gradients, by the optimisers of PyTorch and transformers and, for Lion, by algorithm 2 of its paper in f64. A line
 is a name, a number of steps, and the matrix behind them.
 """
 
 import math
 
 import torch
+from transformers.optimization import Adafactor
 
 ROWS, COLUMNS, STEPS, SHOWN = 7, 5, 20, (1, 2, 10, 20)
 
@@ -55,3 +56,5 @@ run("sgd", lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9, weight_decay=0.1))
 run("nesterov", lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.9, weight_decay=0.1, nesterov=True))
 run("plain", lambda p: torch.optim.SGD(p, lr=1.0, weight_decay=0.1))
 lion()
+run("adafactor", lambda p: Adafactor(p, lr=1.0, weight_decay=0.1, scale_parameter=False, relative_step=False))
+run("adafactor_scaled", lambda p: torch.optim.Adafactor(p, lr=1.0, weight_decay=0.1, eps=(1e-30, 1e-3)))

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use unsloth_autograd::{GradStore, Matrix, Parameter, Tape, ops};
 use unsloth_core::{Category, DType, Device, ops::reduce};
 use unsloth_train::{
-    AdamWConfig, LionConfig, LossScaleConfig, LossScaler, Model, Optimizer, OptimizerConfig, OptimizerKind, Rates,
-    Role, SgdConfig, Trainer, TrainerConfig,
+    AdafactorConfig, AdamWConfig, LionConfig, LossScaleConfig, LossScaler, Model, Optimizer, OptimizerConfig,
+    OptimizerKind, Rates, Role, SgdConfig, Trainer, TrainerConfig,
 };
 
 use crate::model::{ADAMW, Sizes, TinyModel, config, constant, micro_batches};
@@ -92,6 +92,14 @@ fn lion_as_its_paper() {
     check("lion", OptimizerConfig::Lion(LionConfig { weight_decay: 0.1, ..LionConfig::default() }));
 }
 
+#[test]
+fn adafactor_as_transformers_and_pytorch() {
+    let adafactor =
+        |scale_parameter| OptimizerConfig::Adafactor(AdafactorConfig { scale_parameter, weight_decay: 0.1 });
+    check("adafactor", adafactor(false));
+    check("adafactor_scaled", adafactor(true));
+}
+
 /// Table and head have enough elements for moments in 8 bits.
 const LARGER: Sizes = Sizes { vocab_size: 96, hidden_size: 64, inner_size: 64, rank: 2 };
 
@@ -141,7 +149,7 @@ fn all_optimisers_learn() {
         assert_eq!(kind.to_string().parse::<OptimizerKind>().unwrap(), kind);
     }
     let message = "adam".parse::<OptimizerKind>().unwrap_err().to_string();
-    assert_eq!(message, "optimizer = adam, must be adamw, adamw8bit, sgd or lion");
+    assert_eq!(message, "optimizer = adam, must be adamw, adamw8bit, sgd, lion or adafactor");
 }
 
 /// Table and head of a model that says which parameters these are.

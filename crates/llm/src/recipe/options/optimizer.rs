@@ -1,6 +1,8 @@
 //! Options of optimisers and schedules, of which each has its own.
 
-use unsloth_train::{AdamWConfig, LionConfig, OptimizerConfig, OptimizerKind, ScheduleKind, SgdConfig};
+use unsloth_train::{
+    AdafactorConfig, AdamWConfig, LionConfig, OptimizerConfig, OptimizerKind, ScheduleKind, SgdConfig,
+};
 
 use super::TrainOptions;
 use crate::{Result, fields::decimal, recipe::config::invalid};
@@ -23,6 +25,13 @@ pub(super) fn config(options: &TrainOptions) -> Result<OptimizerConfig> {
                 weight_decay: narrow(options.weight_decay, defaults.weight_decay),
             })
         }
+        OptimizerKind::Adafactor => {
+            let defaults = AdafactorConfig::default();
+            OptimizerConfig::Adafactor(AdafactorConfig {
+                scale_parameter: options.scale_parameter.unwrap_or(defaults.scale_parameter),
+                weight_decay: narrow(options.weight_decay, defaults.weight_decay),
+            })
+        }
         OptimizerKind::Lion => {
             let defaults = LionConfig::default();
             OptimizerConfig::Lion(LionConfig {
@@ -36,18 +45,20 @@ pub(super) fn config(options: &TrainOptions) -> Result<OptimizerConfig> {
 
 /// No option is given that changes nothing.
 fn require_used(options: &TrainOptions, kind: OptimizerKind) -> Result<()> {
-    use OptimizerKind::{AdamW, AdamW8bit, Sgd};
+    use OptimizerKind::{Adafactor, AdamW, AdamW8bit, Lion, Sgd};
     let schedule = options.schedule.unwrap_or_default();
     let (adamw, sgd) = (matches!(kind, AdamW | AdamW8bit), kind == Sgd);
+    let betas = adamw || kind == Lion;
     let (polynomial, wsd) = (schedule == ScheduleKind::Polynomial, schedule == ScheduleKind::Wsd);
-    let nesterov = options.nesterov.map(|on| f64::from(u8::from(on)));
+    let number = |on: Option<bool>| on.map(|on| f64::from(u8::from(on)));
     let decay_steps = options.decay_steps.map(|steps| steps as f64);
     for (field, value, is_used, rule) in [
-        ("beta1", options.beta1, !sgd, "used with adamw, adamw8bit or lion"),
-        ("beta2", options.beta2, !sgd, "used with adamw, adamw8bit or lion"),
+        ("beta1", options.beta1, betas, "used with adamw, adamw8bit or lion"),
+        ("beta2", options.beta2, betas, "used with adamw, adamw8bit or lion"),
         ("adam_eps", options.adam_eps, adamw, "used with adamw or adamw8bit"),
         ("momentum", options.momentum, sgd, "used with sgd"),
-        ("nesterov", nesterov, sgd, "used with sgd"),
+        ("nesterov", number(options.nesterov), sgd, "used with sgd"),
+        ("scale_parameter", number(options.scale_parameter), kind == Adafactor, "used with adafactor"),
         ("end_learning_rate", options.end_learning_rate, polynomial, "used with the schedule polynomial"),
         ("power", options.power, polynomial, "used with the schedule polynomial"),
         ("decay_steps", decay_steps, wsd, "used with the schedule wsd"),
@@ -92,6 +103,9 @@ pub(super) fn options(options: TrainOptions, config: &OptimizerConfig) -> TrainO
             weight_decay: shown(weight_decay),
             ..options
         },
+        OptimizerConfig::Adafactor(AdafactorConfig { scale_parameter, weight_decay }) => {
+            TrainOptions { scale_parameter: Some(scale_parameter), weight_decay: shown(weight_decay), ..options }
+        }
         OptimizerConfig::Lion(LionConfig { beta1, beta2, weight_decay }) => {
             TrainOptions { beta1: shown(beta1), beta2: shown(beta2), weight_decay: shown(weight_decay), ..options }
         }
@@ -115,6 +129,14 @@ mod tests {
             (
                 TrainOptions { adam_eps: Some(0.5), ..lion.clone() },
                 "adam_eps = 0.5, must be used with adamw or adamw8bit",
+            ),
+            (
+                TrainOptions { beta2: Some(0.5), ..named(OptimizerKind::Adafactor) },
+                "beta2 = 0.5, must be used with adamw, adamw8bit or lion",
+            ),
+            (
+                TrainOptions { scale_parameter: Some(true), ..plain.clone() },
+                "scale_parameter = 1, must be used with adafactor",
             ),
             (TrainOptions { momentum: Some(0.5), ..lion }, "momentum = 0.5, must be used with sgd"),
             (TrainOptions { nesterov: Some(true), ..plain.clone() }, "nesterov = 1, must be used with sgd"),

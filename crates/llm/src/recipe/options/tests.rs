@@ -1,6 +1,6 @@
 //! Options that survive the file they are written to.
 
-use unsloth_train::{AdamWConfig, LionConfig, OptimizerConfig, SgdConfig};
+use unsloth_train::{AdafactorConfig, AdamWConfig, LionConfig, OptimizerConfig, SgdConfig};
 
 use super::*;
 
@@ -69,7 +69,9 @@ fn a_configuration_survives_the_file() {
         ..defaults.clone()
     };
     let small = TrainConfig { optimizer: OptimizerKind::AdamW8bit.with_defaults(), ..defaults.clone() };
-    for config in [every_option(), defaults, split, polynomial, wsd, small] {
+    let adafactor = OptimizerConfig::Adafactor(AdafactorConfig { scale_parameter: true, weight_decay: 0.3 });
+    let factored = TrainConfig { optimizer: adafactor, ..defaults.clone() };
+    for config in [every_option(), defaults, split, polynomial, wsd, small, factored] {
         std::fs::write(&path, TrainOptions::of(&config, "cpu").to_toml().unwrap()).unwrap();
         let read = TrainOptions::read(&path).unwrap();
         assert_eq!(read, TrainOptions::of(&config, "cpu"));
