@@ -6,7 +6,7 @@ use unsloth_rs::{
         KvView, Lengths, Sequences, Weight,
         ops::{
             Cost, adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
-            linear_cross_entropy, lion, lora_linear, reduce, rms_norm, rope, sgd,
+            linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd,
         },
     },
 };
@@ -380,6 +380,17 @@ impl adafactor::Adafactor for Recorder {
     fn adafactor(&self, spec: &adafactor::Spec, buffers: adafactor::Buffers<'_>, state: &Tensor) -> Result<()> {
         let about = update("adafactor step", buffers.grad, buffers.cost());
         self.call(|| about, |backend| backend.adafactor(spec, buffers, state))
+    }
+}
+
+impl muon::Muon for Recorder {
+    fn muon_direction(&self, spec: &muon::Spec, grad: &Tensor, buf: &mut Tensor, state: &Tensor) -> Result<Tensor> {
+        let about = update("muon direction", grad, muon::direction_cost(grad, buf));
+        self.call(|| about, |backend| backend.muon_direction(spec, grad, buf, state))
+    }
+    fn muon_apply(&self, spec: &muon::Spec, param: &mut Tensor, direction: &Tensor, state: &Tensor) -> Result<()> {
+        let about = update("muon apply", direction, muon::apply_cost(param, direction));
+        self.call(|| about, |backend| backend.muon_apply(spec, param, direction, state))
     }
 }
 

@@ -51,7 +51,7 @@ pub(crate) struct Args {
     /// Where inputs of layers that are computed again wait: none (on the device), host or disk
     #[arg(long, value_name = "PLACE", default_value = "none")]
     offload: Offload,
-    /// What is kept of each parameter: by adamw, adamw8bit, sgd, lion or adafactor
+    /// What is kept of each parameter: by adamw, adamw8bit, sgd, lion, adafactor or muon
     #[arg(long, value_name = "NAME", default_value_t)]
     optimizer: OptimizerKind,
     /// Fail, naming what is held and what would help, if the run would need more, such as 12GiB; without, a table of common

@@ -119,6 +119,7 @@ fn options_as_measured() {
         "--optimizer sgd",
         "--optimizer lion",
         "--method full --optimizer adafactor",
+        "--method full --optimizer muon",
     ] {
         Run { model: &tiny(), seq_len: 100, batch_size: 3, options }.check();
     }

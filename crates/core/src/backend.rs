@@ -124,6 +124,7 @@ pub trait Backend:
     + ops::adamw8bit::AdamW8bit
     + ops::adafactor::Adafactor
     + ops::lion::Lion
+    + ops::muon::Muon
     + ops::sgd::Sgd
     + Send
     + Sync
@@ -149,6 +150,7 @@ impl<T> Backend for T where
         + ops::adamw8bit::AdamW8bit
         + ops::adafactor::Adafactor
         + ops::lion::Lion
+        + ops::muon::Muon
         + ops::sgd::Sgd
         + Send
         + Sync

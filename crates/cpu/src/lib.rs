@@ -32,6 +32,7 @@ mod linear_cross_entropy;
 mod lion;
 mod lora_linear;
 mod matmul;
+mod muon;
 mod parallel;
 mod reduce;
 mod rms_norm;

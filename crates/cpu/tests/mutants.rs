@@ -66,6 +66,7 @@ caught! {
     lion
     sgd
     adafactor
+    muon
 }
 
 /// The wrapper without a fault passes, so that what fails above is the fault.

@@ -39,6 +39,7 @@ suites! {
     lion
     sgd
     adafactor
+    muon
     cross_entropy
     dora
     elementwise

@@ -23,6 +23,7 @@ mod linear;
 mod linear_cross_entropy;
 mod lion;
 mod lora_linear;
+mod muon;
 mod poison;
 mod reduce;
 mod rms_norm;

@@ -79,6 +79,11 @@ fn lora_linear() {
 }
 
 #[test]
+fn muon() {
+    suite::muon::run(&device());
+}
+
+#[test]
 fn reduce() {
     suite::reduce::run(&device());
 }

@@ -67,4 +67,5 @@ repeated! {
     adamw8bit
     lion
     sgd
+    muon
 }

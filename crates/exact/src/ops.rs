@@ -6,8 +6,8 @@ use unsloth_core::{
     ops::{
         adafactor, adamw, adamw8bit, attention,
         cross_entropy::{self, IGNORE_INDEX},
-        dora, elementwise, embedding, glu, linear, linear_cross_entropy, lion, lora_linear, reduce, rms_norm, rope,
-        sgd,
+        dora, elementwise, embedding, glu, linear, linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm,
+        rope, sgd,
     },
 };
 use unsloth_oracle::{self as oracle, arith::Exact, linear::Dims};
@@ -483,6 +483,15 @@ impl adafactor::Adafactor for ExactBackend {
 impl lion::Lion for ExactBackend {
     fn lion(&self, _spec: &lion::Spec, _buffers: lion::Buffers<'_>, _state: &Tensor) -> Result<()> {
         unsupported("lion", "optimisers")
+    }
+}
+
+impl muon::Muon for ExactBackend {
+    fn muon_direction(&self, _spec: &muon::Spec, _grad: &Tensor, _buf: &mut Tensor, _state: &Tensor) -> Result<Tensor> {
+        unsupported("muon", "optimisers")
+    }
+    fn muon_apply(&self, _spec: &muon::Spec, _param: &mut Tensor, _direction: &Tensor, _state: &Tensor) -> Result<()> {
+        unsupported("muon", "optimisers")
     }
 }
 

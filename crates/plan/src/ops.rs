@@ -4,7 +4,7 @@ use unsloth_core::{
     DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
     ops::{
         adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
-        linear_cross_entropy, lion, lora_linear, reduce, rms_norm, rope, sgd,
+        linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd,
     },
 };
 
@@ -355,6 +355,15 @@ impl adafactor::Adafactor for PlanBackend {
         if let adafactor::Averages::Factored { row, col } = &buffers.averages {
             self.on_cpu(|_| [scratch::adafactor(row.num_elements(), col.num_elements())])?;
         }
+        Ok(())
+    }
+}
+
+impl muon::Muon for PlanBackend {
+    fn muon_direction(&self, _spec: &muon::Spec, grad: &Tensor, _buf: &mut Tensor, _state: &Tensor) -> Result<Tensor> {
+        output(grad, DType::F32, *grad.shape())
+    }
+    fn muon_apply(&self, _spec: &muon::Spec, _param: &mut Tensor, _direction: &Tensor, _state: &Tensor) -> Result<()> {
         Ok(())
     }
 }

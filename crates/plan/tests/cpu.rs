@@ -6,7 +6,7 @@ use unsloth_core::{
     Category, DType, Device, KvView, Lengths, Result, Sequences, Shape, Tensor, Usage, Weight,
     ops::{
         adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
-        linear_cross_entropy, lion, lora_linear, reduce, rms_norm, rope, sgd,
+        linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd,
     },
     rng::Philox,
 };
@@ -325,6 +325,27 @@ fn averages_of_rows_and_columns() {
     let device = Device::new(PlanBackend::new(options).unwrap());
     let error = adafactor_step(&device, [2, 3]).unwrap_err().to_string();
     assert_eq!(error, "adafactor: the operator is not supported on devices of CubeCL");
+}
+
+#[test]
+fn orthogonal_momentum() {
+    for shape in [[1, 7], [40, 25], [25, 40], [64, 700]] {
+        same(&format!("muon, {shape:?}"), |device| {
+            let state = adamw::StepState::new(device, 1)?;
+            let grad = gradient(device, shape)?;
+            let mut param = device.zeros(shape, DType::BF16, Category::Weights)?;
+            let mut buf = device.zeros(shape, DType::F32, Category::Optimiser)?;
+            let spec = muon::Spec {
+                learning_rate: 1e-3,
+                adjustment: 1.0,
+                momentum: 0.95,
+                nesterov: true,
+                eps: 1e-7,
+                weight_decay: 0.01,
+            };
+            muon::step(&spec, muon::Buffers { param: &mut param, grad: &grad, buf: &mut buf }, &state)
+        });
+    }
 }
 
 #[test]

@@ -32,8 +32,8 @@ pub use lora::{Adapter, LoraConfig, LoraInit};
 pub use loss_scale::{LossScaleConfig, LossScaleError, LossScaleState, LossScaler, Unscaled};
 pub use model::Model;
 pub use optimizer::{
-    AdafactorConfig, AdamWConfig, LionConfig, MIN_8BIT_SIZE, Optimizer, OptimizerConfig, OptimizerKind, Rates, Role,
-    SgdConfig,
+    AdafactorConfig, AdamWConfig, AdjustLr, LionConfig, MIN_8BIT_SIZE, MuonConfig, Optimizer, OptimizerConfig,
+    OptimizerKind, Rates, Role, SgdConfig,
 };
 pub use precision::Precision;
 pub use schedule::{Schedule, ScheduleKind};

@@ -7,6 +7,7 @@ mod adafactor;
 mod adamw;
 mod config;
 mod lion;
+mod muon;
 mod sgd;
 
 use unsloth_autograd::{GradStore, Parameter};
@@ -23,6 +24,7 @@ pub use self::{
     adamw::{AdamWConfig, MIN_8BIT_SIZE},
     config::{OptimizerConfig, OptimizerKind},
     lion::LionConfig,
+    muon::{AdjustLr, MuonConfig},
     sgd::SgdConfig,
 };
 use crate::{Result, StateTensor, Unscaled};
@@ -93,7 +95,7 @@ struct Change<'a> {
 /// How parameters change. A rule keeps nothing itself.
 trait Rule {
     /// The parts that it keeps of a parameter with this value, all zero before the first step.
-    fn parts(&self, value: &Tensor) -> Vec<Form>;
+    fn parts(&self, value: &Tensor, role: Role) -> Vec<Form>;
     /// Changes one parameter by its gradient.
     fn step(&self, slot: &mut Slot, grad: &Tensor, step: (f32, &StepState)) -> unsloth_core::Result<()>;
     /// Changes all parameters of a step, in their order unless the rule has a launch for several.
@@ -132,7 +134,7 @@ impl Optimizer {
             let part = |(name, shape, dtype): Form| -> Result<Part> {
                 Ok(Part { name, tensor: device.zeros(shape, dtype, Category::Optimiser)? })
             };
-            let forms = rule.parts(&parameter.value());
+            let forms = rule.parts(&parameter.value(), role);
             let parts = forms.into_iter().map(part).collect::<Result<_>>()?;
             Ok(Slot { parameter, role, parts })
         };

@@ -9,7 +9,7 @@ use unsloth_rs::{
     core::DType,
     llm::dataset::TrainOn,
     recipe::{Method, Offload, OneOrMany, Policy, TrainOptions},
-    train::{OptimizerKind, ScheduleKind},
+    train::{AdjustLr, OptimizerKind, ScheduleKind},
 };
 
 use crate::{
@@ -119,8 +119,8 @@ struct OptimizerArgs {
     /// Learning rate of the embedding table and the head, where they are trained [default: --learning-rate]
     #[arg(long, value_name = "F")]
     embedding_learning_rate: Option<f64>,
-    /// How parameters change: adamw, adamw8bit (moments in 8 bits), sgd (with momentum), lion or adafactor [default:
-    /// adamw]
+    /// How parameters change: adamw, adamw8bit (moments in 8 bits), sgd (with momentum), lion, adafactor or muon
+    /// (momentum of matrices made orthogonal; AdamW for everything else) [default: adamw]
     #[arg(long, value_name = "NAME")]
     optimizer: Option<OptimizerKind>,
     /// Weight decay of matrices: decoupled, but added to the gradient by sgd [default: 0.01]
@@ -132,15 +132,19 @@ struct OptimizerArgs {
     /// Decay of AdamW's second moment; of lion's momentum, 0.99 if not given [default: 0.999]
     #[arg(long, value_name = "F")]
     beta2: Option<f64>,
-    /// Momentum of sgd; 0: none [default: 0.9]
+    /// Momentum of sgd, 0: none; of muon, 0.95 if not given [default: 0.9]
     #[arg(long, value_name = "F")]
     momentum: Option<f64>,
-    /// Nesterov's momentum for sgd
+    /// Nesterov's momentum for sgd; muon has it
     #[arg(long)]
     nesterov: bool,
     /// Make the learning rate of adafactor relative to the size of each parameter
     #[arg(long)]
     scale_parameter: bool,
+    /// How muon's learning rate depends on a matrix's shape: original (sqrt(max(1, rows / columns))), match_rms_adamw (rates
+    /// as for adamw) or spectral_unclamped (sqrt(rows / columns)) [default: original]
+    #[arg(long, value_name = "RULE")]
+    adjust_lr: Option<AdjustLr>,
     /// Added to the root of AdamW's second moment [default: 0.00000001]
     #[arg(long, value_name = "F")]
     adam_eps: Option<f64>,
@@ -217,6 +221,7 @@ impl Args {
             momentum: optimizer.momentum,
             nesterov: optimizer.nesterov.then_some(true),
             scale_parameter: optimizer.scale_parameter.then_some(true),
+            adjust_lr: optimizer.adjust_lr,
             weight_decay: optimizer.weight_decay,
             beta1: optimizer.beta1,
             beta2: optimizer.beta2,

@@ -6,6 +6,7 @@ pub mod elementwise;
 pub mod embedding;
 mod groups;
 pub mod lion;
+pub mod muon;
 pub mod reduce;
 pub mod sgd;
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 use unsloth_core::{ByteSize, DType};
-use unsloth_train::{OptimizerKind, ScheduleKind};
+use unsloth_train::{AdjustLr, OptimizerKind, ScheduleKind};
 
 use super::{
     AdapterSettings, Method, Offload, RunError,
@@ -71,6 +71,7 @@ pub struct TrainOptions {
     pub momentum: Option<f64>,
     pub nesterov: Option<bool>,
     pub scale_parameter: Option<bool>,
+    pub adjust_lr: Option<AdjustLr>,
     /// `inf`: gradients are never scaled down.
     pub max_grad_norm: Option<f64>,
     pub checkpointing: Option<String>,

@@ -376,4 +376,23 @@ mutations! {
         AdafactorIgnoresGradientScale,
         /// A step to be skipped is made.
         AdafactorIgnoresSkip;
+    muon:
+        /// Every step is as without Nesterov.
+        MuonIgnoresNesterov,
+        /// Earlier gradients are forgotten.
+        MuonForgetsMomentum,
+        /// A direction keeps its norm.
+        MuonKeepsNorm,
+        /// A direction is divided by its norm, however small that is.
+        MuonDropsEps,
+        /// The rate of every shape is the same.
+        MuonIgnoresShape,
+        /// No weight decay.
+        MuonDropsDecay,
+        /// The rate of the decay depends on the shape.
+        MuonAdjustsDecay,
+        /// The gradient is taken as it is.
+        MuonIgnoresGradientScale,
+        /// A step to be skipped is made.
+        MuonIgnoresSkip;
 }

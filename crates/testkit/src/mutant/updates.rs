@@ -7,6 +7,7 @@ use unsloth_core::{
         adamw::{self, StepState},
         adamw8bit::{self, AdamW8bit},
         lion::{self, Lion},
+        muon::{self, Muon},
         sgd::{self, Sgd},
     },
 };
@@ -115,5 +116,37 @@ impl<B: Backend> Adafactor for MutantBackend<B> {
             _ => {}
         }
         self.inner.adafactor(&spec, buffers, state)
+    }
+}
+
+impl<B: Backend> Muon for MutantBackend<B> {
+    fn muon_direction(&self, spec: &muon::Spec, grad: &Tensor, buf: &mut Tensor, state: &Tensor) -> Result<Tensor> {
+        let mut spec = *spec;
+        match self.mutation {
+            Some(Mutation::MuonIgnoresNesterov) => spec.nesterov = false,
+            Some(Mutation::MuonForgetsMomentum) => *buf = zeros_like(buf)?,
+            Some(Mutation::MuonKeepsNorm) => spec.eps = 1.0,
+            Some(Mutation::MuonDropsEps) => spec.eps = 1e-30,
+            Some(Mutation::MuonIgnoresGradientScale) => {
+                return self.inner.muon_direction(&spec, grad, buf, &unscaled(state)?);
+            }
+            Some(Mutation::MuonIgnoresSkip) => return self.inner.muon_direction(&spec, grad, buf, &unskipped(state)?),
+            _ => {}
+        }
+        self.inner.muon_direction(&spec, grad, buf, state)
+    }
+
+    fn muon_apply(&self, spec: &muon::Spec, param: &mut Tensor, direction: &Tensor, state: &Tensor) -> Result<()> {
+        let mut spec = *spec;
+        match self.mutation {
+            Some(Mutation::MuonIgnoresShape) => spec.adjustment = 1.0,
+            Some(Mutation::MuonDropsDecay) => spec.weight_decay = 0.0,
+            Some(Mutation::MuonAdjustsDecay) => spec.weight_decay *= spec.adjustment,
+            Some(Mutation::MuonIgnoresSkip) => {
+                return self.inner.muon_apply(&spec, param, direction, &unskipped(state)?);
+            }
+            _ => {}
+        }
+        self.inner.muon_apply(&spec, param, direction, state)
     }
 }

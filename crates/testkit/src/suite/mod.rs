@@ -17,6 +17,7 @@ pub mod linear_cross_entropy;
 pub mod lion;
 pub mod lora_dropout;
 pub mod lora_linear;
+pub mod muon;
 pub mod reduce;
 pub mod rms_norm;
 pub mod rope;

@@ -8,7 +8,7 @@ use unsloth_core::{
     },
 };
 
-use super::{Form, Part, Rule, Slot};
+use super::{Form, Part, Role, Rule, Slot};
 use crate::Result;
 
 /// Least root mean square of a parameter that a rate is relative to.
@@ -46,7 +46,7 @@ impl AdafactorConfig {
 }
 
 impl Rule for AdafactorConfig {
-    fn parts(&self, value: &Tensor) -> Vec<Form> {
+    fn parts(&self, value: &Tensor, _role: Role) -> Vec<Form> {
         match **value.shape() {
             [rows, columns] => vec![("row", [rows].into(), DType::F32), ("col", [columns].into(), DType::F32)],
             _ => vec![("v", *value.shape(), DType::F32)],

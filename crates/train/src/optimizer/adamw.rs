@@ -9,7 +9,7 @@ use unsloth_core::{
     },
 };
 
-use super::{Change, Form, Part, Rule, Slot};
+use super::{Change, Form, Part, Role, Rule, Slot};
 use crate::{Result, error::invalid};
 
 /// Parameters with fewer elements than this keep their moments in f32: they need little, and few blocks tell small from large
@@ -54,7 +54,7 @@ impl AdamWConfig {
 }
 
 impl Rule for AdamWConfig {
-    fn parts(&self, value: &Tensor) -> Vec<Form> {
+    fn parts(&self, value: &Tensor, _role: Role) -> Vec<Form> {
         ["m", "v"].map(|name| (name, *value.shape(), DType::F32)).into()
     }
 
@@ -101,10 +101,10 @@ fn step_alike(spec: &Spec, changes: Vec<Change<'_>>, state: &StepState) -> unslo
 pub(super) struct EightBit<'a>(pub(super) &'a AdamWConfig);
 
 impl Rule for EightBit<'_> {
-    fn parts(&self, value: &Tensor) -> Vec<Form> {
+    fn parts(&self, value: &Tensor, role: Role) -> Vec<Form> {
         let len = value.num_elements();
         if len < MIN_8BIT_SIZE {
-            return self.0.parts(value);
+            return self.0.parts(value, role);
         }
         let (num_codes, blocks) = adamw8bit::lengths(len);
         let codes = |name| (name, [num_codes].into(), DType::I32);

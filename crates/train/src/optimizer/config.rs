@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use super::{AdafactorConfig, AdamWConfig, LionConfig, Rule, SgdConfig, adamw::EightBit};
+use super::{AdafactorConfig, AdamWConfig, LionConfig, MuonConfig, Rule, SgdConfig, adamw::EightBit};
 use crate::{Error, Result, error::invalid};
 
 /// Name of an optimiser.
@@ -20,6 +20,8 @@ pub enum OptimizerKind {
     Lion,
     /// [`OptimizerConfig::Adafactor`]
     Adafactor,
+    /// [`OptimizerConfig::Muon`]
+    Muon,
 }
 
 impl OptimizerKind {
@@ -31,20 +33,22 @@ impl OptimizerKind {
             OptimizerKind::Sgd => OptimizerConfig::Sgd(SgdConfig::default()),
             OptimizerKind::Lion => OptimizerConfig::Lion(LionConfig::default()),
             OptimizerKind::Adafactor => OptimizerConfig::Adafactor(AdafactorConfig::default()),
+            OptimizerKind::Muon => OptimizerConfig::Muon(MuonConfig::default()),
         }
     }
 
     /// Every optimiser.
-    pub const ALL: [OptimizerKind; 5] = [
+    pub const ALL: [OptimizerKind; 6] = [
         OptimizerKind::AdamW,
         OptimizerKind::AdamW8bit,
         OptimizerKind::Sgd,
         OptimizerKind::Lion,
         OptimizerKind::Adafactor,
+        OptimizerKind::Muon,
     ];
 }
 
-/// `adamw`, `adamw8bit`, `sgd`, `lion` or `adafactor`.
+/// `adamw`, `adamw8bit`, `sgd`, `lion`, `adafactor` or `muon`.
 impl fmt::Display for OptimizerKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -53,6 +57,7 @@ impl fmt::Display for OptimizerKind {
             OptimizerKind::Sgd => "sgd",
             OptimizerKind::Lion => "lion",
             OptimizerKind::Adafactor => "adafactor",
+            OptimizerKind::Muon => "muon",
         })
     }
 }
@@ -64,7 +69,7 @@ impl FromStr for OptimizerKind {
     /// [`Error::InvalidConfig`] for another name.
     fn from_str(text: &str) -> Result<Self> {
         let kind = OptimizerKind::ALL.into_iter().find(|kind| kind.to_string() == text);
-        kind.map_or_else(|| invalid("optimizer", text, "adamw, adamw8bit, sgd, lion or adafactor"), Ok)
+        kind.map_or_else(|| invalid("optimizer", text, "adamw, adamw8bit, sgd, lion, adafactor or muon"), Ok)
     }
 }
 
@@ -81,6 +86,8 @@ pub enum OptimizerConfig {
     Lion(LionConfig),
     /// Averages of squared gradients by rows and columns, in f32. CPU only.
     Adafactor(AdafactorConfig),
+    /// Momentum of matrices made orthogonal, in f32; AdamW for everything else.
+    Muon(MuonConfig),
 }
 
 impl Default for OptimizerConfig {
@@ -104,6 +111,7 @@ impl OptimizerConfig {
             Self::Sgd(_) => OptimizerKind::Sgd,
             Self::Lion(_) => OptimizerKind::Lion,
             Self::Adafactor(_) => OptimizerKind::Adafactor,
+            Self::Muon(_) => OptimizerKind::Muon,
         }
     }
 
@@ -115,6 +123,7 @@ impl OptimizerConfig {
             Self::Sgd(config) => config.validate(),
             Self::Lion(config) => config.validate(),
             Self::Adafactor(config) => config.validate(),
+            Self::Muon(config) => config.validate(),
         }
     }
 
@@ -125,6 +134,7 @@ impl OptimizerConfig {
             Self::Sgd(config) => Box::new(*config),
             Self::Lion(config) => Box::new(*config),
             Self::Adafactor(config) => Box::new(*config),
+            Self::Muon(config) => Box::new(*config),
         }
     }
 }

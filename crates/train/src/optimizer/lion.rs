@@ -8,7 +8,7 @@ use unsloth_core::{
     },
 };
 
-use super::{Form, Rule, Slot};
+use super::{Form, Role, Rule, Slot};
 use crate::Result;
 
 /// Hyper-parameters of Lion; betas are those of the paper.            Chen et al. 2023, arXiv:2302.06675
@@ -38,7 +38,7 @@ impl LionConfig {
 }
 
 impl Rule for LionConfig {
-    fn parts(&self, value: &Tensor) -> Vec<Form> {
+    fn parts(&self, value: &Tensor, _role: Role) -> Vec<Form> {
         vec![("m", *value.shape(), DType::F32)]
     }
 

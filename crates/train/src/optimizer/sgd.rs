@@ -8,7 +8,7 @@ use unsloth_core::{
     },
 };
 
-use super::{Form, Rule, Slot};
+use super::{Form, Role, Rule, Slot};
 use crate::{Result, error::invalid};
 
 /// Hyper-parameters of stochastic gradient descent, as `torch.optim.SGD` without dampening.
@@ -43,7 +43,7 @@ impl SgdConfig {
 }
 
 impl Rule for SgdConfig {
-    fn parts(&self, value: &Tensor) -> Vec<Form> {
+    fn parts(&self, value: &Tensor, _role: Role) -> Vec<Form> {
         if self.momentum > 0.0 { vec![("momentum", *value.shape(), DType::F32)] } else { Vec::new() }
     }
 

@@ -29,10 +29,11 @@ mod rope;
 type Calls = fn(&mut Caller) -> unsloth_core::Result<()>;
 
 /// Every operator.
-const OPERATORS: [(&str, Calls); 16] = [
+const OPERATORS: [(&str, Calls); 17] = [
     ("adamw", pointwise::adamw),
     ("adamw8bit", pointwise::adamw8bit),
     ("lion", pointwise::lion),
+    ("muon", pointwise::muon),
     ("sgd", pointwise::sgd),
     ("attention", attention::calls),
     ("cross_entropy", loss::cross_entropy),

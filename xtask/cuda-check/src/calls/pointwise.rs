@@ -4,7 +4,8 @@ use unsloth_core::{
     DType, Result,
     ops::{
         adamw::{self as optimiser, Buffers, ControlSpec, Spec, StepState},
-        adamw8bit as eight_bits, elementwise as ops, lion as sign, reduce as reductions, sgd as descent,
+        adamw8bit as eight_bits, elementwise as ops, lion as sign, muon as orthogonal, reduce as reductions,
+        sgd as descent,
     },
 };
 
@@ -112,6 +113,27 @@ pub(super) fn lion(caller: &mut Caller) -> Result<()> {
             let mut m = caller.tensor(DType::F32, [length])?;
             let buffers = sign::Buffers { param: &mut param, grad: &grad, m: &mut m };
             caller.call(format!("step [{length}] {dtype}"), || sign::step(&spec, buffers, &state));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn muon(caller: &mut Caller) -> Result<()> {
+    let spec = orthogonal::Spec {
+        learning_rate: 1e-3,
+        adjustment: 1.0,
+        momentum: 0.95,
+        nesterov: true,
+        eps: 1e-7,
+        weight_decay: 0.01,
+    };
+    for shape in [[1024, 1024], [17, 241]] {
+        for dtype in DType::FLOATS {
+            let state = StepState::new(&caller.device, 0)?;
+            let (mut param, grad) = (caller.tensor(dtype, shape)?, caller.tensor(DType::F32, shape)?);
+            let mut buf = caller.tensor(DType::F32, shape)?;
+            let buffers = orthogonal::Buffers { param: &mut param, grad: &grad, buf: &mut buf };
+            caller.call(format!("step {shape:?} {dtype}"), || orthogonal::step(&spec, buffers, &state));
         }
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! Options of optimisers and schedules, of which each has its own.
 
 use unsloth_train::{
-    AdafactorConfig, AdamWConfig, LionConfig, OptimizerConfig, OptimizerKind, ScheduleKind, SgdConfig,
+    AdafactorConfig, AdamWConfig, LionConfig, MuonConfig, OptimizerConfig, OptimizerKind, ScheduleKind, SgdConfig,
 };
 
 use super::TrainOptions;
@@ -32,6 +32,15 @@ pub(super) fn config(options: &TrainOptions) -> Result<OptimizerConfig> {
                 weight_decay: narrow(options.weight_decay, defaults.weight_decay),
             })
         }
+        OptimizerKind::Muon => {
+            let defaults = MuonConfig::default();
+            OptimizerConfig::Muon(MuonConfig {
+                momentum: narrow(options.momentum, defaults.momentum),
+                nesterov: options.nesterov.unwrap_or(defaults.nesterov),
+                adjust_lr: options.adjust_lr.unwrap_or(defaults.adjust_lr),
+                adamw: adamw(options),
+            })
+        }
         OptimizerKind::Lion => {
             let defaults = LionConfig::default();
             OptimizerConfig::Lion(LionConfig {
@@ -45,19 +54,19 @@ pub(super) fn config(options: &TrainOptions) -> Result<OptimizerConfig> {
 
 /// No option is given that changes nothing.
 fn require_used(options: &TrainOptions, kind: OptimizerKind) -> Result<()> {
-    use OptimizerKind::{Adafactor, AdamW, AdamW8bit, Lion, Sgd};
+    use OptimizerKind::{Adafactor, AdamW, AdamW8bit, Lion, Muon, Sgd};
     let schedule = options.schedule.unwrap_or_default();
-    let (adamw, sgd) = (matches!(kind, AdamW | AdamW8bit), kind == Sgd);
-    let betas = adamw || kind == Lion;
+    let adamw = matches!(kind, AdamW | AdamW8bit | Muon);
+    let (betas, momentum) = (adamw || kind == Lion, matches!(kind, Sgd | Muon));
     let (polynomial, wsd) = (schedule == ScheduleKind::Polynomial, schedule == ScheduleKind::Wsd);
     let number = |on: Option<bool>| on.map(|on| f64::from(u8::from(on)));
     let decay_steps = options.decay_steps.map(|steps| steps as f64);
     for (field, value, is_used, rule) in [
-        ("beta1", options.beta1, betas, "used with adamw, adamw8bit or lion"),
-        ("beta2", options.beta2, betas, "used with adamw, adamw8bit or lion"),
-        ("adam_eps", options.adam_eps, adamw, "used with adamw or adamw8bit"),
-        ("momentum", options.momentum, sgd, "used with sgd"),
-        ("nesterov", number(options.nesterov), sgd, "used with sgd"),
+        ("beta1", options.beta1, betas, "used with adamw, adamw8bit, lion or muon"),
+        ("beta2", options.beta2, betas, "used with adamw, adamw8bit, lion or muon"),
+        ("adam_eps", options.adam_eps, adamw, "used with adamw, adamw8bit or muon"),
+        ("momentum", options.momentum, momentum, "used with sgd or muon"),
+        ("nesterov", number(options.nesterov), momentum, "used with sgd or muon"),
         ("scale_parameter", number(options.scale_parameter), kind == Adafactor, "used with adafactor"),
         ("end_learning_rate", options.end_learning_rate, polynomial, "used with the schedule polynomial"),
         ("power", options.power, polynomial, "used with the schedule polynomial"),
@@ -67,7 +76,10 @@ fn require_used(options: &TrainOptions, kind: OptimizerKind) -> Result<()> {
             return invalid(field, value, rule);
         }
     }
-    Ok(())
+    match options.adjust_lr.filter(|_| kind != Muon) {
+        Some(rule) => invalid("adjust_lr", rule, "used with muon"),
+        None => Ok(()),
+    }
 }
 
 fn adamw(options: &TrainOptions) -> AdamWConfig {
@@ -103,6 +115,16 @@ pub(super) fn options(options: TrainOptions, config: &OptimizerConfig) -> TrainO
             weight_decay: shown(weight_decay),
             ..options
         },
+        OptimizerConfig::Muon(MuonConfig { momentum, nesterov, adjust_lr, adamw }) => TrainOptions {
+            momentum: shown(momentum),
+            nesterov: Some(nesterov),
+            adjust_lr: Some(adjust_lr),
+            beta1: shown(adamw.beta1),
+            beta2: shown(adamw.beta2),
+            adam_eps: shown(adamw.eps),
+            weight_decay: shown(adamw.weight_decay),
+            ..options
+        },
         OptimizerConfig::Adafactor(AdafactorConfig { scale_parameter, weight_decay }) => {
             TrainOptions { scale_parameter: Some(scale_parameter), weight_decay: shown(weight_decay), ..options }
         }
@@ -114,6 +136,8 @@ pub(super) fn options(options: TrainOptions, config: &OptimizerConfig) -> TrainO
 
 #[cfg(test)]
 mod tests {
+    use unsloth_train::AdjustLr;
+
     use super::*;
 
     #[test]
@@ -124,25 +148,29 @@ mod tests {
         for (options, expected) in [
             (
                 TrainOptions { beta1: Some(0.5), ..sgd.clone() },
-                "beta1 = 0.5, must be used with adamw, adamw8bit or lion",
+                "beta1 = 0.5, must be used with adamw, adamw8bit, lion or muon",
             ),
             (
                 TrainOptions { adam_eps: Some(0.5), ..lion.clone() },
-                "adam_eps = 0.5, must be used with adamw or adamw8bit",
+                "adam_eps = 0.5, must be used with adamw, adamw8bit or muon",
             ),
             (
                 TrainOptions { beta2: Some(0.5), ..named(OptimizerKind::Adafactor) },
-                "beta2 = 0.5, must be used with adamw, adamw8bit or lion",
+                "beta2 = 0.5, must be used with adamw, adamw8bit, lion or muon",
             ),
             (
                 TrainOptions { scale_parameter: Some(true), ..plain.clone() },
                 "scale_parameter = 1, must be used with adafactor",
             ),
-            (TrainOptions { momentum: Some(0.5), ..lion }, "momentum = 0.5, must be used with sgd"),
-            (TrainOptions { nesterov: Some(true), ..plain.clone() }, "nesterov = 1, must be used with sgd"),
+            (TrainOptions { momentum: Some(0.5), ..lion }, "momentum = 0.5, must be used with sgd or muon"),
+            (TrainOptions { nesterov: Some(true), ..plain.clone() }, "nesterov = 1, must be used with sgd or muon"),
             (
                 TrainOptions { power: Some(2.0), ..plain.clone() },
                 "power = 2, must be used with the schedule polynomial",
+            ),
+            (
+                TrainOptions { adjust_lr: Some(AdjustLr::MatchRmsAdamw), ..plain.clone() },
+                "adjust_lr = match_rms_adamw, must be used with muon",
             ),
             (TrainOptions { decay_steps: Some(3), ..plain }, "decay_steps = 3, must be used with the schedule wsd"),
         ] {

@@ -1,6 +1,6 @@
 //! Options that survive the file they are written to.
 
-use unsloth_train::{AdafactorConfig, AdamWConfig, LionConfig, OptimizerConfig, SgdConfig};
+use unsloth_train::{AdafactorConfig, AdamWConfig, AdjustLr, LionConfig, MuonConfig, OptimizerConfig, SgdConfig};
 
 use super::*;
 
@@ -71,7 +71,10 @@ fn a_configuration_survives_the_file() {
     let small = TrainConfig { optimizer: OptimizerKind::AdamW8bit.with_defaults(), ..defaults.clone() };
     let adafactor = OptimizerConfig::Adafactor(AdafactorConfig { scale_parameter: true, weight_decay: 0.3 });
     let factored = TrainConfig { optimizer: adafactor, ..defaults.clone() };
-    for config in [every_option(), defaults, split, polynomial, wsd, small, factored] {
+    let adamw = AdamWConfig { beta1: 0.3, beta2: 0.4, eps: 0.5, weight_decay: 0.6 };
+    let muon = MuonConfig { momentum: 0.7, nesterov: false, adjust_lr: AdjustLr::MatchRmsAdamw, adamw };
+    let orthogonal = TrainConfig { optimizer: OptimizerConfig::Muon(muon), ..defaults.clone() };
+    for config in [every_option(), defaults, split, polynomial, wsd, small, factored, orthogonal] {
         std::fs::write(&path, TrainOptions::of(&config, "cpu").to_toml().unwrap()).unwrap();
         let read = TrainOptions::read(&path).unwrap();
         assert_eq!(read, TrainOptions::of(&config, "cpu"));
