@@ -389,8 +389,13 @@ impl Model for Decoder {
     }
 
     fn role(&self, parameter: &Parameter) -> Role {
-        let is = |matrix: &Matrix| matrix.parameter().is_some_and(|own| own.id() == parameter.id());
-        if is(&self.embedding) || is(&self.head) { Role::Embedding } else { Role::Weight }
+        let is = |own: &Parameter| own.id() == parameter.id();
+        if [&self.embedding, &self.head].into_iter().filter_map(Matrix::parameter).any(is) {
+            return Role::Embedding;
+        }
+        let mut adapters = self.linears().filter_map(|linear| linear.adapter.as_ref());
+        let is_vector = self.adapters.is_some() && parameter.value().shape().len() == 1;
+        if is_vector || adapters.any(|adapter| is(&adapter.lora_b)) { Role::LoraB } else { Role::Weight }
     }
 
     fn device(&self) -> &Device {

@@ -41,6 +41,7 @@ macro_rules! cases {
 cases!(
     patterns "shapes/llama", modules "shapes/qwen3", embedding "shapes/qwen3", head "shapes/llama",
     bias_all "shapes/llama", bias_lora_only "shapes/llama", pissa "shapes/llama", dora "shapes/llama", dora_tied "shapes/qwen3",
+    loraplus "shapes/llama",
 );
 
 #[derive(Clone, Copy)]
@@ -141,7 +142,8 @@ fn trained(case: Case, device: &Device) -> Trainer<Decoder> {
     let expected = &case.numbers("train_losses")[""];
     let (kind, total_steps) = (ScheduleKind::Constant, expected.len());
     let schedule = Schedule { kind, learning_rate: 1e-2, total_steps, ..Schedule::default() };
-    let config = TrainerConfig { schedule, ..TrainerConfig::default() };
+    let loraplus_lr_ratio = (case.name == "loraplus").then_some(8.0);
+    let config = TrainerConfig { schedule, loraplus_lr_ratio, ..TrainerConfig::default() };
     let mut trainer = Trainer::new(case.load(device), config).unwrap();
     let mut metrics: Vec<StepMetrics> = Vec::new();
     for _ in expected {

@@ -37,6 +37,8 @@ pub enum Role {
     Weight,
     /// The embedding table and the head.
     Embedding,
+    /// `B` of an adapter, and the vectors that are trained with adapters, as PEFT groups them for LoRA+.
+    LoraB,
 }
 
 /// Learning rates of a step, by [`Role`].
@@ -46,18 +48,21 @@ pub struct Rates {
     pub weight: f32,
     /// Of [`Role::Embedding`].
     pub embedding: f32,
+    /// Of [`Role::LoraB`].
+    pub lora_b: f32,
 }
 
 impl Rates {
     /// One rate for everything.
     pub const fn same(rate: f32) -> Self {
-        Self { weight: rate, embedding: rate }
+        Self { weight: rate, embedding: rate, lora_b: rate }
     }
 
     fn of(self, role: Role) -> f32 {
         match role {
             Role::Weight => self.weight,
             Role::Embedding => self.embedding,
+            Role::LoraB => self.lora_b,
         }
     }
 }

@@ -27,6 +27,9 @@ pub struct TrainerConfig {
     pub schedule: Schedule,
     /// The full rate of embeddings, table and head, where they have their own; 0 or more.
     pub embedding_learning_rate: Option<f64>,
+    /// Full rate of `B` of adapters, and of the vectors trained with them, over that of `A`, positive; `None`: they have one.
+    ///                                                                    Hayou, Ghosh & Yu 2024, arXiv:2402.12354
+    pub loraplus_lr_ratio: Option<f64>,
     /// Gradients with a larger norm are scaled down to it; positive.
     pub max_grad_norm: Option<f32>,
     /// How the loss is scaled, which gradients in f16 need; `None`: not at all.
@@ -42,6 +45,7 @@ impl Default for TrainerConfig {
             optimizer: OptimizerConfig::default(),
             schedule: Schedule::default(),
             embedding_learning_rate: None,
+            loraplus_lr_ratio: None,
             max_grad_norm: Some(1.0),
             loss_scale: None,
             seed: 0,
@@ -58,6 +62,12 @@ impl TrainerConfig {
         match self.embedding_learning_rate {
             Some(rate) if !(rate >= 0.0 && (rate as f32).is_finite()) => {
                 return invalid("embedding_learning_rate", rate, "0 or more and finite");
+            }
+            _ => {}
+        }
+        match self.loraplus_lr_ratio {
+            Some(ratio) if !(ratio > 0.0 && (ratio * self.schedule.learning_rate).is_finite()) => {
+                return invalid("loraplus_lr_ratio", ratio, "above 0 and finite");
             }
             _ => {}
         }
@@ -258,9 +268,10 @@ impl<M: Model> Trainer<M> {
         // The loss may be infinite where gradients are cut off. Where one of them is not finite, their norm is not either.
         let checked = [&loss, &norm];
         let index = metrics.step - 1;
-        let embedding = config.embedding_learning_rate.map(|full| config.schedule.rate_of(full, index));
         let weight = metrics.learning_rate;
-        let rates = Rates { weight, embedding: embedding.unwrap_or(weight) };
+        let of = |full: Option<f64>| full.map_or(weight, |full| config.schedule.rate_of(full, index));
+        let lora_b = config.loraplus_lr_ratio.map(|ratio| ratio * config.schedule.learning_rate);
+        let rates = Rates { weight, embedding: of(config.embedding_learning_rate), lora_b: of(lora_b) };
         scaler.step(OPTIMIZER, &checked, |unscaled| {
             optimizer.control(unscaled, (&norm, &checked), config.max_grad_norm)?;
             optimizer.step(gradients, rates)

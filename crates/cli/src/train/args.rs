@@ -119,6 +119,9 @@ struct OptimizerArgs {
     /// Learning rate of the embedding table and the head, where they are trained [default: --learning-rate]
     #[arg(long, value_name = "F")]
     embedding_learning_rate: Option<f64>,
+    /// LoRA+: learning rate of B of adapters, and of biases and lengths trained with them, over that of A [default: 1]
+    #[arg(long, value_name = "F")]
+    loraplus_lr_ratio: Option<f64>,
     /// How parameters change: adamw, adamw8bit (moments in 8 bits), sgd (with momentum), lion, adafactor or muon
     /// (momentum of matrices made orthogonal; AdamW for everything else) [default: adamw]
     #[arg(long, value_name = "NAME")]
@@ -217,6 +220,7 @@ impl Args {
             power: optimizer.power,
             decay_steps: optimizer.decay_steps,
             embedding_learning_rate: optimizer.embedding_learning_rate,
+            loraplus_lr_ratio: optimizer.loraplus_lr_ratio,
             optimizer: optimizer.optimizer,
             momentum: optimizer.momentum,
             nesterov: optimizer.nesterov.then_some(true),

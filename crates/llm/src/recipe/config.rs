@@ -110,6 +110,8 @@ pub struct TrainConfig {
     pub decay_steps: Option<usize>,
     /// The full rate of embedding table and head where they are trained. `None`: that of everything else.
     pub embedding_learning_rate: Option<f64>,
+    /// The rate of `B` of adapters, and of biases and lengths trained with them, over that of `A`. `None`: 1.
+    pub loraplus_lr_ratio: Option<f64>,
     /// The optimiser.
     pub optimizer: OptimizerConfig,
     /// Gradients with a larger norm are scaled down to it; positive. `None`: never.
@@ -158,6 +160,7 @@ impl TrainConfig {
             power: Schedule::default().power,
             decay_steps: None,
             embedding_learning_rate: None,
+            loraplus_lr_ratio: None,
             optimizer: OptimizerConfig::default(),
             max_grad_norm: Some(1.0),
             checkpointing: Checkpointing::None.into(),
@@ -186,7 +189,8 @@ impl TrainConfig {
 
     /// Checks what does not concern the data.
     pub(super) fn validate_training(&self) -> Result<()> {
-        self.method.check_adapter_settings(&[("adapter", self.adapter.is_some())])?;
+        let own = [("adapter", self.adapter.is_some()), ("loraplus_lr_ratio", self.loraplus_lr_ratio.is_some())];
+        self.method.check_adapter_settings(&own)?;
         self.method.check_adapter_settings(&self.adapters.given())?;
         self.adapters.new_adapter().validate()?;
         at_least("max_seq_len", self.max_seq_len.unwrap_or(1), 1)?;
@@ -249,6 +253,7 @@ impl TrainConfig {
             optimizer,
             schedule,
             embedding_learning_rate: self.embedding_learning_rate,
+            loraplus_lr_ratio: self.loraplus_lr_ratio,
             max_grad_norm,
             loss_scale: Precision::with_activations(self.dtype).and_then(Precision::loss_scale),
             seed,
@@ -278,7 +283,7 @@ mod tests {
     #[test]
     fn every_field_is_checked() {
         type Spoil = fn(&mut TrainConfig);
-        let cases: [(&str, Spoil); 26] = [
+        let cases: [(&str, Spoil); 27] = [
             ("data", |c| c.data.clear()),
             ("rank", |c| c.adapters.rank = Some(0)),
             ("alpha", |c| c.adapters.alpha = Some(f32::NAN)),
@@ -295,6 +300,7 @@ mod tests {
             ("eps", |c| c.optimizer = AdamWConfig { eps: 0.0, ..AdamWConfig::default() }.into()),
             ("momentum", |c| c.optimizer = OptimizerConfig::Sgd(SgdConfig { momentum: 1.0, ..SgdConfig::default() })),
             ("embedding_learning_rate", |c| c.embedding_learning_rate = Some(f64::NAN)),
+            ("loraplus_lr_ratio", |c| c.loraplus_lr_ratio = Some(0.0)),
             ("end_learning_rate", |c| (c.schedule, c.end_learning_rate) = (ScheduleKind::Polynomial, 1.0)),
             ("power", |c| (c.schedule, c.power) = (ScheduleKind::Polynomial, 0.0)),
             ("max_grad_norm", |c| c.max_grad_norm = Some(0.0)),

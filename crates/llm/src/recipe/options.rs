@@ -63,6 +63,7 @@ pub struct TrainOptions {
     pub power: Option<f64>,
     pub decay_steps: Option<usize>,
     pub embedding_learning_rate: Option<f64>,
+    pub loraplus_lr_ratio: Option<f64>,
     pub optimizer: Option<OptimizerKind>,
     pub weight_decay: Option<f64>,
     pub beta1: Option<f64>,
@@ -206,6 +207,7 @@ impl TrainOptions {
             power: self.power.unwrap_or(defaults.power),
             decay_steps: self.decay_steps,
             embedding_learning_rate: self.embedding_learning_rate,
+            loraplus_lr_ratio: self.loraplus_lr_ratio,
             optimizer,
             max_grad_norm: match self.max_grad_norm {
                 None => defaults.max_grad_norm,
@@ -312,6 +314,7 @@ impl TrainOptions {
             power: polynomial(config.power),
             decay_steps: config.decay_steps,
             embedding_learning_rate: config.embedding_learning_rate,
+            loraplus_lr_ratio: config.loraplus_lr_ratio,
             max_grad_norm: Some(config.max_grad_norm.map_or(f64::INFINITY, decimal)),
             checkpointing: Some(config.checkpointing.to_string()),
             offload: Some(config.offload),

@@ -35,6 +35,7 @@ fn every_option() -> TrainConfig {
         schedule: ScheduleKind::Linear,
         warmup: Warmup::Steps(4),
         embedding_learning_rate: Some(0.1),
+        loraplus_lr_ratio: Some(16.0),
         optimizer: AdamWConfig { beta1: 0.1, beta2: 0.2, eps: 1e-30, weight_decay: 0.7 }.into(),
         max_grad_norm: None,
         checkpointing: "every:3".parse().unwrap(),
