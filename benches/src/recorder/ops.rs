@@ -6,7 +6,7 @@ use unsloth_rs::{
         KvView, Lengths, Sequences, Weight,
         ops::{
             Cost, adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
-            linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd,
+            linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd, stochastic_rounding,
         },
     },
 };
@@ -391,6 +391,13 @@ impl muon::Muon for Recorder {
     fn muon_apply(&self, spec: &muon::Spec, param: &mut Tensor, direction: &Tensor, state: &Tensor) -> Result<()> {
         let about = update("muon apply", direction, muon::apply_cost(param, direction));
         self.call(|| about, |backend| backend.muon_apply(spec, param, direction, state))
+    }
+}
+
+impl stochastic_rounding::StochasticRounding for Recorder {
+    fn round_stochastically(&self, spec: &stochastic_rounding::Spec, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        let about = update("stochastic_rounding", x, stochastic_rounding::cost(x, out));
+        self.call(|| about, |backend| backend.round_stochastically(spec, x, out))
     }
 }
 

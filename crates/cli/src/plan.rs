@@ -33,6 +33,9 @@ pub(crate) struct Args {
     /// Type of activations
     #[arg(long, value_enum, value_name = "TYPE", default_value = "f32")]
     dtype: FloatType,
+    /// Trained matrices in bf16 alone, with --dtype bf16 and --method full or scratch
+    #[arg(long)]
+    stochastic_rounding: bool,
     /// Tokens of a sequence
     #[arg(long, value_name = "N")]
     seq: usize,
@@ -71,6 +74,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let planner = planner(&args)?;
     let config = TrainConfig {
         dtype: args.dtype.into(),
+        stochastic_rounding: args.stochastic_rounding,
         max_seq_len: Some(args.seq),
         batch_size: args.batch,
         method: args.method,

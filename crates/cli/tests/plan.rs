@@ -114,6 +114,7 @@ fn options_as_measured() {
         "--checkpointing layers:1,2 --offload host",
         "--checkpointing selective --dtype f16",
         "--method full --dtype bf16",
+        "--method full --dtype bf16 --stochastic-rounding",
         "--method scratch",
         "--method full --optimizer adamw8bit",
         "--optimizer sgd",
@@ -210,6 +211,7 @@ fn bad_input() {
     plan("--seq 8 --batch 0").failed_with(&["batch_size = 0, must be at least 1"]);
     plan("--seq 70000 --batch 70000").failed_with(&["4900000000, must be below 2^31"]);
     plan("--seq 8 --method full --rank 8").failed_with(&["method = full, must be lora where rank is given"]);
+    plan("--seq 8 --stochastic-rounding").failed_with(&["dtype = f32, must be bf16 with stochastic_rounding"]);
     plan("--seq 8 --rank 0").failed_with(&["rank = 0"]);
     plan("--seq 8 --rank 300").failed_with(&["k_proj: rank = 300, must be 1 to 256"]);
     plan("--seq 8 --threads 0").failed_with(&["num_threads = 0, must be at least 1"]);
@@ -230,6 +232,9 @@ fn bad_input() {
 fn an_optimiser_without_a_kernel_is_refused() {
     let plan = |device| format!("plan --model {{}} --seq 8 --optimizer adafactor --device {device}");
     unsloth(line(&plan("cpu"), &[&tiny()])).succeeded();
+    let rounding = plan("cuda:0").replace("--optimizer adafactor", "--method full --dtype bf16 --stochastic-rounding");
+    let refused = "stochastic_rounding: the operator is not supported on devices of CubeCL";
+    unsloth(line(&rounding, &[&tiny()])).failed_with(&[refused]);
     unsloth(line(&plan("cuda:0"), &[&tiny()]))
         .failed_with(&["adafactor: the operator is not supported on devices of CubeCL"]);
 }

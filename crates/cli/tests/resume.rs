@@ -266,6 +266,12 @@ fn an_interrupted_run_in_f16_goes_on_with_its_loss_scale() {
     stopped_run_goes_on("--method full --dtype f16", "INT");
 }
 
+/// What is drawn depends on the step, not on when the run began.
+#[test]
+fn an_interrupted_run_without_masters_goes_on_with_the_same_bits() {
+    stopped_run_goes_on("--method full --dtype bf16 --stochastic-rounding --optimizer muon", "INT");
+}
+
 /// Codes of 8 bits are saved as they are.
 #[test]
 fn an_interrupted_run_with_8_bit_moments_goes_on_with_the_same_bits() {

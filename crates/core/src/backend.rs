@@ -126,6 +126,7 @@ pub trait Backend:
     + ops::lion::Lion
     + ops::muon::Muon
     + ops::sgd::Sgd
+    + ops::stochastic_rounding::StochasticRounding
     + Send
     + Sync
     + 'static
@@ -152,6 +153,7 @@ impl<T> Backend for T where
         + ops::lion::Lion
         + ops::muon::Muon
         + ops::sgd::Sgd
+        + ops::stochastic_rounding::StochasticRounding
         + Send
         + Sync
         + 'static

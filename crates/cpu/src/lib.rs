@@ -39,6 +39,7 @@ mod rms_norm;
 mod rope;
 mod sgd;
 mod simd;
+mod stochastic_rounding;
 
 pub use backend::{CpuBackend, CpuOptions};
 pub use info::info;

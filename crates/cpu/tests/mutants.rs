@@ -67,6 +67,7 @@ caught! {
     sgd
     adafactor
     muon
+    stochastic_rounding
 }
 
 /// The wrapper without a fault passes, so that what fails above is the fault.

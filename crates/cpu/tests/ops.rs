@@ -40,6 +40,7 @@ suites! {
     sgd
     adafactor
     muon
+    stochastic_rounding
     cross_entropy
     dora
     elementwise

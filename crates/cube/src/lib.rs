@@ -29,6 +29,7 @@ mod reduce;
 mod rms_norm;
 mod rope;
 mod sgd;
+mod stochastic_rounding;
 #[cfg(feature = "wgpu")]
 mod vulkan;
 

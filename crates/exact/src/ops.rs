@@ -7,7 +7,7 @@ use unsloth_core::{
         adafactor, adamw, adamw8bit, attention,
         cross_entropy::{self, IGNORE_INDEX},
         dora, elementwise, embedding, glu, linear, linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm,
-        rope, sgd,
+        rope, sgd, stochastic_rounding,
     },
 };
 use unsloth_oracle::{self as oracle, arith::Exact, linear::Dims};
@@ -498,5 +498,11 @@ impl muon::Muon for ExactBackend {
 impl sgd::Sgd for ExactBackend {
     fn sgd(&self, _spec: &sgd::Spec, _buffers: sgd::Buffers<'_>, _state: &Tensor) -> Result<()> {
         unsupported("sgd", "optimisers")
+    }
+}
+
+impl stochastic_rounding::StochasticRounding for ExactBackend {
+    fn round_stochastically(&self, _spec: &stochastic_rounding::Spec, _x: &Tensor, _out: &mut Tensor) -> Result<()> {
+        unsupported("stochastic_rounding", "optimisers")
     }
 }

@@ -36,21 +36,21 @@ use crate::{
 pub struct LoadOptions {
     /// Storage type of activations, and of frozen weights where it is not f32; under f32 they stay as stored.
     pub dtype: DType,
-    /// Whether every weight is a parameter to train: an f32 copy of its own, which a matrix is read from in the type of the
-    /// activations. Otherwise all are frozen, and mapped where they
-    /// can be.
+    /// Whether every weight is a parameter to train, with a copy of its own. Otherwise all are frozen, and mapped where they can be.
     pub trainable: bool,
+    /// Type of that copy of a matrix, which is read in the type of the activations; vectors, which are few, have f32.
+    pub master: DType,
 }
 
 impl LoadOptions {
     /// Frozen weights, to be used as they are or to be adapted.
     pub const fn frozen(dtype: DType) -> Self {
-        Self { dtype, trainable: false }
+        Self { dtype, trainable: false, master: DType::F32 }
     }
 
-    /// Weights to train.
+    /// Weights to train, in f32.
     pub const fn trainable(dtype: DType) -> Self {
-        Self { dtype, trainable: true }
+        Self { dtype, trainable: true, master: DType::F32 }
     }
 }
 
@@ -136,15 +136,15 @@ impl Decoder {
         Ok(Self { folder: Some(folder.to_owned()), unused_tensors, ..decoder })
     }
 
-    /// A model of the `config.json` of a folder with random weights, all trainable, as [`RandomWeights`] makes them. Weights
+    /// A model of the `config.json` of a folder with random weights, all trainable if `options` say so, as [`RandomWeights`] makes them. Weights
     /// that the folder may have are not looked at.
     ///
     /// # Errors
     /// As [`DecoderConfig::load`], [`RandomWeights::load`] and [`Decoder::new`].
-    pub fn random(folder: &Path, device: &Device, dtype: DType, seed: u64) -> Result<Self> {
+    pub fn random(folder: &Path, device: &Device, options: LoadOptions, seed: u64) -> Result<Self> {
         let config = DecoderConfig::load(folder)?;
         let weights = RandomWeights::load(folder, &config, seed)?;
-        let decoder = Self::new(config, &weights, device, LoadOptions::trainable(dtype))?;
+        let decoder = Self::new(config, &weights, device, options)?;
         Ok(Self { folder: Some(folder.to_owned()), ..decoder })
     }
 

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use unsloth_autograd::{Matrix, Parameter, Vector};
 use unsloth_core::{Category, DType, Device, Shape, Tensor, ops::elementwise};
-use unsloth_train::{Linear, Precision};
+use unsloth_train::Linear;
 
 use crate::{
     Result,
@@ -12,12 +12,9 @@ use crate::{
     weights::{Wanted, WeightSource},
 };
 
-/// Type of trained weights in every [`Precision`]: vectors, which are few, are read in it too.
-const MASTER: DType = Precision::F32.master;
-
 /// A weight that is a parameter.
 pub(crate) struct TrainedWeight {
-    /// Named as in the checkpoint; f32.
+    /// Named as in the checkpoint.
     pub(crate) parameter: Parameter,
     /// Type that its source has it in.
     pub(crate) stored: DType,
@@ -43,7 +40,11 @@ impl<'a> Loader<'a> {
 
     pub(crate) fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
         if self.options.trainable {
-            return Ok(Matrix::Trainable(self.parameter(name, shape.into(), self.options.dtype)?));
+            return Ok(Matrix::Trainable(self.parameter(
+                name,
+                shape.into(),
+                (self.options.master, self.options.dtype),
+            )?));
         }
         let wanted = Wanted { name, shape: shape.into(), dtype: self.frozen_dtype(name)?, category: Category::Weights };
         let tensor = self.source.tensor(self.device, &wanted)?;
@@ -52,7 +53,7 @@ impl<'a> Loader<'a> {
 
     pub(crate) fn vector(&self, name: &str, length: usize) -> Result<Vector> {
         if self.options.trainable {
-            return Ok(Vector::Trainable(self.parameter(name, [length].into(), MASTER)?));
+            return Ok(Vector::Trainable(self.parameter(name, [length].into(), (DType::F32, DType::F32))?));
         }
         let wanted =
             Wanted { name, shape: [length].into(), dtype: self.frozen_dtype(name)?, category: Category::Weights };
@@ -65,10 +66,10 @@ impl<'a> Loader<'a> {
         Ok(Linear::new(path, weight, bias))
     }
 
-    /// A master copy that operators read in the type `storage`.
-    fn parameter(&self, name: &str, shape: Shape, storage: DType) -> Result<Parameter> {
+    /// A copy in the type `master` that operators read in the type `storage`.
+    fn parameter(&self, name: &str, shape: Shape, (master, storage): (DType, DType)) -> Result<Parameter> {
         let stored = self.source.stored_dtype(name)?;
-        let wanted = Wanted { name, shape, dtype: MASTER, category: Category::Weights };
+        let wanted = Wanted { name, shape, dtype: master, category: Category::Weights };
         let parameter = Parameter::stored_as(name, self.source.tensor_copy(self.device, &wanted)?, storage);
         self.trained.borrow_mut().push(TrainedWeight { parameter: parameter.clone(), stored });
         Ok(parameter)

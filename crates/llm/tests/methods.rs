@@ -216,12 +216,13 @@ fn random_weights_as_transformers_makes_them(model: &str) {
     let folder = Folder::copy(model, "model");
     std::fs::remove_file(folder.file("model.safetensors")).unwrap();
     folder.set("config.json", "initializer_range", 0.05.into());
-    let random = |seed: u64| values(&Decoder::random(folder.path(), &device, DType::F32, seed).unwrap());
+    let random =
+        |seed: u64| values(&Decoder::random(folder.path(), &device, LoadOptions::trainable(DType::F32), seed).unwrap());
     let made = random(3);
     let shapes = |decoder: &Decoder| -> Vec<(String, Vec<usize>)> {
         decoder.parameters().iter().map(|p| (p.name().to_owned(), p.value().shape().to_vec())).collect()
     };
-    let decoder = Decoder::random(folder.path(), &device, DType::BF16, 3).unwrap();
+    let decoder = Decoder::random(folder.path(), &device, LoadOptions::trainable(DType::BF16), 3).unwrap();
     assert_eq!(shapes(&decoder), shapes(&trainable(model, &device, DType::F32)));
     assert_eq!(values(&decoder), made, "the type of activations does not matter");
     for (name, values) in &made {
@@ -250,7 +251,8 @@ fn random_weights_as_transformers_makes_them(model: &str) {
 #[test]
 fn norms_of_gemma_start_at_zero() {
     let folder = fixture("shapes/gemma3").join("model");
-    let made = values(&Decoder::random(&folder, &unsloth_cpu::device(), DType::F32, 0).unwrap());
+    let made =
+        values(&Decoder::random(&folder, &unsloth_cpu::device(), LoadOptions::trainable(DType::F32), 0).unwrap());
     let norms: Vec<_> = made.iter().filter(|(name, _)| name.contains("norm")).collect();
     assert_eq!(norms.len(), 3 * 6 + 1);
     assert!(norms.iter().all(|(_, values)| values.iter().all(|&value| value == 0.0)));
@@ -261,7 +263,7 @@ fn norms_of_gemma_start_at_zero() {
 fn a_random_weight_depends_on_its_name_and_shape_alone() {
     let device = unsloth_cpu::device();
     let folder = Folder::copy("tiny-llama", "model");
-    let random = || values(&Decoder::random(folder.path(), &device, DType::F32, 0).unwrap());
+    let random = || values(&Decoder::random(folder.path(), &device, LoadOptions::trainable(DType::F32), 0).unwrap());
     let four = random();
     folder.set("config.json", "num_hidden_layers", 2.into());
     folder.set("config.json", "tie_word_embeddings", true.into());
@@ -284,7 +286,8 @@ fn a_model_from_random_weights_learns() {
         ..Schedule::default()
     };
     let config = TrainerConfig { schedule, ..TrainerConfig::default() };
-    let decoder = Decoder::random(&fixture("tiny-qwen2").join("model"), &device, DType::F32, 1).unwrap();
+    let decoder =
+        Decoder::random(&fixture("tiny-qwen2").join("model"), &device, LoadOptions::trainable(DType::F32), 1).unwrap();
     let mut trainer = Trainer::new(decoder, config).unwrap();
     let batch = batch(&device, &golden.rows());
     let loss =
@@ -346,7 +349,7 @@ fn a_random_model_is_saved_as_f32() {
             map.remove(other);
             map.insert(field.to_owned(), "bfloat16".into());
         });
-        let decoder = Decoder::random(folder.path(), &device, DType::F32, 0).unwrap();
+        let decoder = Decoder::random(folder.path(), &device, LoadOptions::trainable(DType::F32), 0).unwrap();
         let output = tempfile::tempdir().unwrap();
         export::save(output.path(), &decoder).unwrap();
         let text = std::fs::read(output.path().join("config.json")).unwrap();
@@ -376,13 +379,14 @@ fn refusals() {
     ] {
         let before = std::fs::read(folder.file("config.json")).unwrap();
         folder.set("config.json", field, value.clone());
-        let error = Decoder::random(folder.path(), &device, DType::F32, 0).err().unwrap().to_string();
+        let error =
+            Decoder::random(folder.path(), &device, LoadOptions::trainable(DType::F32), 0).err().unwrap().to_string();
         std::fs::write(folder.file("config.json"), before).unwrap();
         assert!(error.contains(&format!("`{field}` = {value}, must be {rule}")), "{error}");
     }
     for absent in [serde_json::Value::Null, (-1).into()] {
         folder.set("config.json", "pad_token_id", absent);
-        let decoder = Decoder::random(folder.path(), &device, DType::F32, 0).unwrap();
+        let decoder = Decoder::random(folder.path(), &device, LoadOptions::trainable(DType::F32), 0).unwrap();
         assert!(values(&decoder)["model.embed_tokens.weight"][0] != 0.0);
     }
 }

@@ -25,3 +25,4 @@ pub mod reduce;
 pub mod rms_norm;
 pub mod rope;
 pub mod sgd;
+pub mod stochastic_rounding;

@@ -4,7 +4,7 @@ use unsloth_core::{
     DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
     ops::{
         adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
-        linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd,
+        linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd, stochastic_rounding,
     },
 };
 
@@ -365,5 +365,11 @@ impl muon::Muon for PlanBackend {
     }
     fn muon_apply(&self, _spec: &muon::Spec, _param: &mut Tensor, _direction: &Tensor, _state: &Tensor) -> Result<()> {
         Ok(())
+    }
+}
+
+impl stochastic_rounding::StochasticRounding for PlanBackend {
+    fn round_stochastically(&self, _spec: &stochastic_rounding::Spec, _x: &Tensor, _out: &mut Tensor) -> Result<()> {
+        self.require_cpu("stochastic_rounding")
     }
 }

@@ -6,7 +6,7 @@ use unsloth_core::{
     Category, DType, Device, KvView, Lengths, Result, Sequences, Shape, Tensor, Usage, Weight,
     ops::{
         adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
-        linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd,
+        linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd, stochastic_rounding,
     },
     rng::Philox,
 };
@@ -346,6 +346,14 @@ fn orthogonal_momentum() {
             muon::step(&spec, muon::Buffers { param: &mut param, grad: &grad, buf: &mut buf }, &state)
         });
     }
+}
+
+#[test]
+fn rounding_takes_nothing() {
+    same("stochastic_rounding", |device| {
+        let spec = stochastic_rounding::Spec { stream: Philox::new(0, 0), step: 0, tensor: 0 };
+        stochastic_rounding::round(&spec, &zeros(device, [1000], DType::F32)?, &mut zeros(device, [1000], DType::BF16)?)
+    });
 }
 
 #[test]

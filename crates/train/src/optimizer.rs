@@ -8,6 +8,7 @@ mod adamw;
 mod config;
 mod lion;
 mod muon;
+mod rounding;
 mod sgd;
 
 use unsloth_autograd::{GradStore, Parameter};
@@ -120,6 +121,8 @@ pub struct Optimizer {
     /// In the order of `ParameterId`.
     slots: Vec<Slot>,
     state: StepState,
+    /// Of the run, where parameters in bf16 are rounded at random.
+    rounding: Option<u64>,
 }
 
 impl Optimizer {
@@ -145,7 +148,17 @@ impl Optimizer {
         };
         let slots = parameters.into_iter().map(slot).collect::<Result<Vec<_>>>()?;
         drop(rule);
-        Ok(Self { config, slots, state: StepState::new(device, 0)? })
+        Ok(Self { config, slots, state: StepState::new(device, 0)?, rounding: None })
+    }
+
+    /// From now on parameters in bf16 are changed in f32 and rounded up or down at random, by this seed; to nearest, without.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] on a device that cannot; [`Error::OutOfMemory`].
+    pub fn round_stochastically(&mut self, seed: u64) -> unsloth_core::Result<()> {
+        rounding::check_device(self.state.tensor().device())?;
+        self.rounding = Some(seed);
+        Ok(())
     }
 
     /// The parameters, in the order of their ids.
@@ -218,15 +231,17 @@ impl Optimizer {
         control(&ControlSpec { max_grad_norm, loss_scale, sticky }, norm, &finite, &mut self.state)
     }
 
-    /// Changes every parameter by its gradient as [`Optimizer::control`] decided, or none if the step is skipped.
+    /// Changes every parameter by its gradient as [`Optimizer::control`] decided, or none if the step is skipped. `index` is the number of
+    /// the step, from 0, which what is rounded at random depends on.
     ///
     /// # Errors
     /// A learning rate out of its range; a parameter without a gradient buffer; [`Error::Shared`] if someone
     /// holds on to a parameter's value.
-    pub fn step(&mut self, gradients: &GradStore, rates: Rates) -> unsloth_core::Result<()> {
-        let Self { config, slots, state } = self;
+    pub fn step(&mut self, gradients: &GradStore, rates: Rates, index: u32) -> unsloth_core::Result<()> {
+        let Self { config, slots, state, rounding } = self;
+        let rule = config.rule();
         let mut changes = Vec::with_capacity(slots.len());
-        for slot in slots {
+        for (tensor, slot) in slots.iter_mut().enumerate() {
             let Some(grad) = gradients.get(&slot.parameter) else {
                 return Err(Error::InvalidSpec {
                     op: "optimizer",
@@ -236,9 +251,13 @@ impl Optimizer {
                 });
             };
             let rate = rates.of(slot.role);
-            changes.push(Change { slot, grad, rate });
+            let change = Change { slot, grad, rate };
+            match rounding.filter(|_| change.slot.parameter.value().dtype() == DType::BF16) {
+                Some(seed) => rounding::step(&*rule, change, state, &rounding::spec(seed, index, tensor))?,
+                None => changes.push(change),
+            }
         }
-        config.rule().step_all(changes, state)
+        rule.step_all(changes, state)
     }
 }
 

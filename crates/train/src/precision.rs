@@ -12,7 +12,7 @@ pub struct Precision {
     pub storage: DType,
     /// Of activations and their gradients.
     pub compute: DType,
-    /// Of trained parameters as the optimiser changes them: small steps would be lost in the rounding of 16 bits. Where it is not
+    /// Of trained parameters as the optimiser changes them: small steps would be lost in the rounding of 16 bits to nearest. Where it is not
     /// `storage`, trained matrices have a copy in that type.
     pub master: DType,
 }
@@ -22,6 +22,9 @@ impl Precision {
     pub const F32: Self = Self { storage: DType::F32, compute: DType::F32, master: DType::F32 };
     /// Weights and activations in bf16.
     pub const BF16: Self = Self { storage: DType::BF16, compute: DType::BF16, master: DType::F32 };
+    /// Weights and activations in bf16, and no copy of what is trained in a longer type: behind a step it is rounded up or down at random,
+    /// so that small steps are not lost ([`unsloth_core::ops::stochastic_rounding`]).         Gupta et al. 2015, arXiv:1502.02551
+    pub const PURE_BF16: Self = Self { storage: DType::BF16, compute: DType::BF16, master: DType::BF16 };
     /// Weights and activations in f16, whose gradients need a loss scale.
     pub const F16: Self = Self { storage: DType::F16, compute: DType::F16, master: DType::F32 };
 
@@ -33,6 +36,11 @@ impl Precision {
             DType::F16 => Some(Self::F16),
             _ => None,
         }
+    }
+
+    /// Whether trained matrices are rounded at random behind a step.
+    pub fn rounds_stochastically(self) -> bool {
+        self.master == DType::BF16
     }
 
     /// How the loss is scaled: in f16 gradients of activations would vanish without.

@@ -34,6 +34,8 @@ pub struct TrainerConfig {
     pub max_grad_norm: Option<f32>,
     /// How the loss is scaled, which gradients in f16 need; `None`: not at all.
     pub loss_scale: Option<LossScaleConfig>,
+    /// Whether parameters in bf16 are rounded up or down at random behind a step, instead of to nearest.
+    pub stochastic_rounding: bool,
     /// Of what is drawn at random in a step, such as dropout.
     pub seed: u64,
 }
@@ -48,6 +50,7 @@ impl Default for TrainerConfig {
             loraplus_lr_ratio: None,
             max_grad_norm: Some(1.0),
             loss_scale: None,
+            stochastic_rounding: false,
             seed: 0,
         }
     }
@@ -149,7 +152,10 @@ impl<M: Model> Trainer<M> {
             (parameter, role)
         };
         let parameters: Vec<_> = model.parameters().into_iter().map(with_role).collect();
-        let optimizer = Optimizer::new(model.device(), &parameters, config.optimizer)?;
+        let mut optimizer = Optimizer::new(model.device(), &parameters, config.optimizer)?;
+        if config.stochastic_rounding {
+            optimizer.round_stochastically(config.seed)?;
+        }
         let parameters: Vec<_> = optimizer.parameters().cloned().collect();
         if parameters.is_empty() {
             return invalid("parameters", 0, "at least one parameter to train");
@@ -274,7 +280,7 @@ impl<M: Model> Trainer<M> {
         let rates = Rates { weight, embedding: of(config.embedding_learning_rate), lora_b: of(lora_b) };
         scaler.step(OPTIMIZER, &checked, |unscaled| {
             optimizer.control(unscaled, (&norm, &checked), config.max_grad_norm)?;
-            optimizer.step(gradients, rates)
+            optimizer.step(gradients, rates, index as u32)
         })?;
         Ok(Pending { metrics, loss, state: elementwise::copy(self.optimizer.state().tensor())? })
     }

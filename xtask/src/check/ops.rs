@@ -13,7 +13,7 @@ const NOT_OPS: [&str; 4] = ["mod", "check", "cost", "rope_table"];
 const COUNTERPARTS: [&str; 4] =
     ["crates/cpu/src/{}", "crates/autograd/src/ops/{}", "crates/oracle/src/{}", "crates/testkit/src/suite/{}"];
 /// Operators that nothing is differentiated through.
-const NOT_DIFFERENTIABLE: [&str; 6] = ["adafactor", "adamw", "adamw8bit", "lion", "muon", "sgd"];
+const NOT_DIFFERENTIABLE: [&str; 7] = ["adafactor", "adamw", "adamw8bit", "lion", "muon", "sgd", "stochastic_rounding"];
 
 pub(super) fn check(root: &Path) -> Result<Vec<String>> {
     let document = root.join("docs/ops.md");

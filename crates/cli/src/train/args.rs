@@ -44,7 +44,12 @@ pub(crate) struct Args {
     /// Type of activations [default: f32]
     #[arg(long, value_enum, value_name = "TYPE")]
     dtype: Option<FloatType>,
-    /// Seed of the order of the data, of new adapters, of random weights, of dropout and of what is held out [default: 0]
+    /// Keep trained matrices in bf16 alone, without an f32 master copy, rounding up or down at random behind a step; with --dtype bf16
+    /// and --method full or scratch, on the CPU
+    #[arg(long)]
+    stochastic_rounding: bool,
+    /// Seed of the order of the data, of new adapters, of random weights, of dropout, of rounding and of what is held out
+    /// [default: 0]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     #[command(flatten)]
@@ -203,6 +208,7 @@ impl Args {
             device: self.device.device,
             threads: self.device.threads,
             dtype: self.dtype.map(|dtype| DType::from(dtype).to_string()),
+            stochastic_rounding: self.stochastic_rounding.then_some(true),
             seed: self.seed,
             train_on: self.train_on.map(|train_on| train_on.to_string()),
             max_seq_len: self.max_seq_len,

@@ -25,5 +25,6 @@ pub mod rms_norm;
 pub mod rope;
 pub mod rope_table;
 pub mod sgd;
+pub mod stochastic_rounding;
 
 pub use cost::Cost;

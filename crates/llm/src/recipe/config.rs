@@ -78,6 +78,9 @@ pub struct TrainConfig {
     pub adapter: Option<PathBuf>,
     /// Type of activations, and of matrices as they are read; see [`Precision`].
     pub dtype: DType,
+    /// Whether trained matrices are bf16 without an f32 master copy, rounded up or down at random behind a step: with bf16 activations, and
+    /// for every weight. See [`Precision::PURE_BF16`].
+    pub stochastic_rounding: bool,
     /// Of the order of the data, of new adapters, of random weights and of dropout.
     pub seed: u64,
     /// The adapters, and what is trained beside them.
@@ -144,6 +147,7 @@ impl TrainConfig {
             method: Method::Lora,
             adapter: None,
             dtype: DType::F32,
+            stochastic_rounding: false,
             seed: 0,
             adapters: AdapterSettings::default(),
             train_on: None,
@@ -187,11 +191,36 @@ impl TrainConfig {
         self.validate_evaluation()
     }
 
+    /// The types of the run; `None` for activations of a type that has none.
+    fn precision(&self) -> Option<Precision> {
+        match self.stochastic_rounding {
+            true => Some(Precision::PURE_BF16),
+            false => Precision::with_activations(self.dtype),
+        }
+    }
+
+    /// Type of trained matrices as the optimiser changes them.
+    pub(super) fn master(&self) -> DType {
+        self.precision().unwrap_or(Precision::F32).master
+    }
+
+    fn validate_rounding(&self) -> Result<()> {
+        const FIELD: &str = "stochastic_rounding";
+        match self.stochastic_rounding {
+            true if self.dtype != DType::BF16 => invalid("dtype", self.dtype, &format!("bf16 with {FIELD}")),
+            true if self.method == Method::Lora => {
+                invalid("method", self.method, &format!("full or scratch with {FIELD}: adapters are f32"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Checks what does not concern the data.
     pub(super) fn validate_training(&self) -> Result<()> {
         let own = [("adapter", self.adapter.is_some()), ("loraplus_lr_ratio", self.loraplus_lr_ratio.is_some())];
         self.method.check_adapter_settings(&own)?;
         self.method.check_adapter_settings(&self.adapters.given())?;
+        self.validate_rounding()?;
         self.adapters.new_adapter().validate()?;
         at_least("max_seq_len", self.max_seq_len.unwrap_or(1), 1)?;
         match self.length {
@@ -255,7 +284,8 @@ impl TrainConfig {
             embedding_learning_rate: self.embedding_learning_rate,
             loraplus_lr_ratio: self.loraplus_lr_ratio,
             max_grad_norm,
-            loss_scale: Precision::with_activations(self.dtype).and_then(Precision::loss_scale),
+            loss_scale: self.precision().and_then(Precision::loss_scale),
+            stochastic_rounding: self.precision().is_some_and(Precision::rounds_stochastically),
             seed,
         }
     }
@@ -283,7 +313,7 @@ mod tests {
     #[test]
     fn every_field_is_checked() {
         type Spoil = fn(&mut TrainConfig);
-        let cases: [(&str, Spoil); 27] = [
+        let cases: [(&str, Spoil); 29] = [
             ("data", |c| c.data.clear()),
             ("rank", |c| c.adapters.rank = Some(0)),
             ("alpha", |c| c.adapters.alpha = Some(f32::NAN)),
@@ -301,6 +331,8 @@ mod tests {
             ("momentum", |c| c.optimizer = OptimizerConfig::Sgd(SgdConfig { momentum: 1.0, ..SgdConfig::default() })),
             ("embedding_learning_rate", |c| c.embedding_learning_rate = Some(f64::NAN)),
             ("loraplus_lr_ratio", |c| c.loraplus_lr_ratio = Some(0.0)),
+            ("dtype", |c| (c.stochastic_rounding, c.method) = (true, Method::Full)),
+            ("method", |c| (c.stochastic_rounding, c.dtype) = (true, DType::BF16)),
             ("end_learning_rate", |c| (c.schedule, c.end_learning_rate) = (ScheduleKind::Polynomial, 1.0)),
             ("power", |c| (c.schedule, c.power) = (ScheduleKind::Polynomial, 0.0)),
             ("max_grad_norm", |c| c.max_grad_norm = Some(0.0)),

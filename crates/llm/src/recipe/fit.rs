@@ -241,8 +241,19 @@ impl Planner {
                 TrainConfig { optimizer, ..config.clone() },
             ));
         }
+        let can_round = config.dtype == DType::BF16 && matches!(self.target, Target::Cpu { .. });
+        if can_round && config.method != Method::Lora && !config.stochastic_rounding {
+            let pure = TrainConfig { stochastic_rounding: true, ..config.clone() };
+            changes.push(("--stochastic-rounding".to_owned(), pure));
+        }
         if config.method == Method::Full {
-            changes.push(("--method lora".to_owned(), TrainConfig { method: Method::Lora, ..config.clone() }));
+            let options = if config.stochastic_rounding {
+                "--method lora without --stochastic-rounding"
+            } else {
+                "--method lora"
+            };
+            let lora = TrainConfig { method: Method::Lora, stochastic_rounding: false, ..config.clone() };
+            changes.push((options.to_owned(), lora));
         }
         Ok(changes)
     }

@@ -32,6 +32,7 @@ pub struct TrainOptions {
     /// Threads of the CPU, likewise.
     pub threads: Option<usize>,
     pub dtype: Option<String>,
+    pub stochastic_rounding: Option<bool>,
     pub seed: Option<u64>,
     pub rank: Option<usize>,
     pub alpha: Option<f64>,
@@ -191,6 +192,7 @@ impl TrainOptions {
             method: self.method.unwrap_or(defaults.method),
             adapter: self.adapter,
             dtype: self.dtype.map_or(Ok(defaults.dtype), |name| float_type(&name))?,
+            stochastic_rounding: self.stochastic_rounding.unwrap_or(defaults.stochastic_rounding),
             seed: self.seed.unwrap_or(defaults.seed),
             adapters,
             train_on: self.train_on.map(|text| text.parse()).transpose()?,
@@ -285,6 +287,7 @@ impl TrainOptions {
             adapter: config.adapter.as_ref().map(path),
             device: Some(device.to_owned()),
             dtype: Some(config.dtype.to_string()),
+            stochastic_rounding: config.stochastic_rounding.then_some(true),
             seed: Some(config.seed),
             rank: adapters.rank,
             alpha: adapters.alpha.map(decimal),

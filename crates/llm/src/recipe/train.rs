@@ -287,20 +287,21 @@ impl Loading {
         }
     }
 
-    fn random(self, device: &Device, config: &TrainConfig) -> Result<Decoder> {
+    fn random(self, device: &Device, config: &TrainConfig, options: LoadOptions) -> Result<Decoder> {
         match self {
-            Loading::Weights => Decoder::random(&config.model, device, config.dtype, config.seed),
-            Loading::Shapes => shapes_only(&config.model, device, LoadOptions::trainable(config.dtype)),
+            Loading::Weights => Decoder::random(&config.model, device, options, config.seed),
+            Loading::Shapes => shapes_only(&config.model, device, options),
         }
     }
 }
 
 /// The model with what is trained of it, as the run has it.
 pub(super) fn prepare_model(device: &Device, config: &TrainConfig, loading: Loading) -> Result<Decoder> {
+    let trained = LoadOptions { master: config.master(), ..LoadOptions::trainable(config.dtype) };
     let mut model = match config.method {
         Method::Lora => adapted_model(device, config, loading)?,
-        Method::Full => loading.load(device, config, LoadOptions::trainable(config.dtype))?,
-        Method::Scratch => loading.random(device, config)?,
+        Method::Full => loading.load(device, config, trained)?,
+        Method::Scratch => loading.random(device, config, trained)?,
     };
     model.set_checkpointing(config.checkpointing.given()?.clone())?;
     model.set_offload(config.offload.open(device, &config.output)?);

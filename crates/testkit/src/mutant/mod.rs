@@ -395,4 +395,11 @@ mutations! {
         MuonIgnoresGradientScale,
         /// A step to be skipped is made.
         MuonIgnoresSkip;
+    stochastic_rounding:
+        /// Every step draws the same bits.
+        RoundingIgnoresStep,
+        /// Every tensor draws the same bits.
+        RoundingIgnoresTensor,
+        /// To nearest.
+        RoundingIsNearest;
 }

@@ -1,14 +1,16 @@
-//! Faults of the optimisers besides AdamW.
+//! Faults of the optimisers besides AdamW, and of rounding at random.
 
 use unsloth_core::{
-    Backend, Result, Tensor,
+    Backend, DType, Result, Tensor,
     ops::{
         adafactor::{self, Adafactor},
         adamw::{self, StepState},
         adamw8bit::{self, AdamW8bit},
+        elementwise,
         lion::{self, Lion},
         muon::{self, Muon},
         sgd::{self, Sgd},
+        stochastic_rounding::{self, StochasticRounding},
     },
 };
 
@@ -148,5 +150,21 @@ impl<B: Backend> Muon for MutantBackend<B> {
             _ => {}
         }
         self.inner.muon_apply(&spec, param, direction, state)
+    }
+}
+
+impl<B: Backend> StochasticRounding for MutantBackend<B> {
+    fn round_stochastically(&self, spec: &stochastic_rounding::Spec, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        let mut spec = *spec;
+        match self.mutation {
+            Some(Mutation::RoundingIgnoresStep) => spec.step = 0,
+            Some(Mutation::RoundingIgnoresTensor) => spec.tensor = 0,
+            Some(Mutation::RoundingIsNearest) => {
+                *out = elementwise::cast(x, DType::BF16)?;
+                return Ok(());
+            }
+            _ => {}
+        }
+        self.inner.round_stochastically(&spec, x, out)
     }
 }

@@ -23,6 +23,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod rope_table;
 pub mod sgd;
+pub mod stochastic_rounding;
 mod update;
 
 use unsloth_core::{DType, Device};

@@ -10,7 +10,7 @@ use unsloth_core::{
     },
 };
 
-use super::{AdamWConfig, Form, Part, Role, Rule, Slot};
+use super::{AdamWConfig, Change, Form, Part, Role, Rule, Slot};
 use crate::{Error, Result, error::invalid};
 
 /// Least norm that a matrix is divided by, that of PyTorch.
@@ -115,6 +115,13 @@ impl Rule for MuonConfig {
         let adjustment = adjust_lr.factor([rows, columns]);
         let spec = Spec { learning_rate: rate, adjustment, momentum, nesterov, eps: EPS, weight_decay };
         slot.parameter.update(|param| step(&spec, Buffers { param, grad, buf }, state))
+    }
+
+    /// Together, what takes a step of AdamW.
+    fn step_all(&self, changes: Vec<Change<'_>>, state: &StepState) -> unsloth_core::Result<()> {
+        let (matrices, others): (Vec<_>, Vec<_>) = changes.into_iter().partition(|change| change.slot.parts.len() == 1);
+        self.adamw.step_all(others, state)?;
+        matrices.into_iter().try_for_each(|Change { slot, grad, rate }| self.step(slot, grad, (rate, state)))
     }
 
     fn check_device(&self, _device: &Device) -> unsloth_core::Result<()> {

@@ -222,7 +222,7 @@ fn optimisers_skip_on_their_own() {
         let (optimizer, store) = (&mut optimizers[index], &stores[index]);
         let step = |unscaled: Unscaled| {
             optimizer.control(unscaled, (&reduce::grad_norm(&store.tensors())?, &[]), None)?;
-            optimizer.step(store, Rates::same(0.25))
+            optimizer.step(store, Rates::same(0.25), 0)
         };
         scaler.step(index, &store.tensors(), step).unwrap();
     }

@@ -12,6 +12,7 @@ mod optimizer;
 mod optimizers;
 mod pytorch;
 mod resume;
+mod rounding;
 mod schedule;
 mod steady_state;
 mod stopping;

@@ -4,7 +4,10 @@ use unsloth_autograd::{
     Matrix, Parameter, Tape, Var, Vector,
     ops::{self, NormOptions},
 };
-use unsloth_core::{Category, DType, Device, Result, Tensor, ops::cross_entropy::LossSpec};
+use unsloth_core::{
+    Category, DType, Device, Result, Tensor,
+    ops::{cross_entropy::LossSpec, elementwise},
+};
 use unsloth_train::{
     AdamWConfig, Batch, Document, DrawRows, Linear, LoraConfig, Model, Schedule, ScheduleKind, TrainerConfig,
 };
@@ -69,6 +72,17 @@ impl TinyModel {
     /// The same model with activations of another type.
     pub(crate) fn with_activations(self, dtype: DType) -> Self {
         Self { activations: dtype, ..self }
+    }
+
+    /// The same model with activations, table and head in bf16.
+    pub(crate) fn in_bf16(self) -> Self {
+        let narrow = |matrix: &Matrix| {
+            let parameter = matrix.parameter().unwrap();
+            let value = elementwise::cast(&parameter.value(), DType::BF16).unwrap();
+            Matrix::Trainable(Parameter::new(parameter.name(), value))
+        };
+        let (table, head) = (narrow(&self.table), narrow(&self.head));
+        Self { table, head, ..self.with_activations(DType::BF16) }
     }
 
     pub(crate) fn parameter(&self, name: &str) -> Parameter {

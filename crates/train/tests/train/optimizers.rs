@@ -21,7 +21,7 @@ fn values(value: impl Fn(f64) -> f64) -> Vec<f32> {
 }
 
 /// Adds to the gradient of a matrix by a backward pass, as there is no other way into a store.
-fn add_gradient(store: &mut GradStore, parameter: &Parameter, gradient: &[f32]) {
+pub(crate) fn add_gradient(store: &mut GradStore, parameter: &Parameter, gradient: &[f32]) {
     let (device, shape) = (parameter.value().device().clone(), *parameter.value().shape());
     let ids: Vec<i32> = (0..shape[0] as i32).collect();
     let ids = device.from_slice(&ids, [shape[0]], Category::Activations).unwrap();
@@ -45,7 +45,7 @@ fn twenty_steps(device: &Device, shape: [usize; 2], config: OptimizerConfig) -> 
         let norm = reduce::grad_norm(&store.tensors()).unwrap();
         let take = |unscaled| {
             optimizer.control(unscaled, (&norm, &[&norm]), None)?;
-            optimizer.step(&store, Rates::same((0.05 * (1.0 - t / 40.0)) as f32))
+            optimizer.step(&store, Rates::same((0.05 * (1.0 - t / 40.0)) as f32), step as u32)
         };
         scaler.step(0, &[], take).unwrap();
         parameter.value().to_vec::<f32>().unwrap()
@@ -153,7 +153,7 @@ fn moments_in_8_bits_learn_the_same_in_a_quarter_of_the_memory() {
 #[test]
 fn all_optimisers_learn() {
     let device = unsloth_cpu::device();
-    let rates = HashMap::from([("sgd", 0.05), ("lion", 1e-3)]);
+    let rates = HashMap::from([("sgd", 0.05), ("lion", 1e-3), ("muon", 0.02)]);
     for kind in OptimizerKind::ALL {
         let rate = rates.get(&*kind.to_string()).copied().unwrap_or(3e-3);
         let config = TrainerConfig { optimizer: kind.with_defaults(), ..constant(rate) };

@@ -63,6 +63,7 @@ fn restore(trainer: &mut Trainer<TinyModel>, num_steps: usize, saved: &[Saved]) 
         assert_eq!(found.dtype, dtype, "{part}");
         Ok(match dtype {
             DType::I32 => device.from_slice(&elements::<i32>(&found.bytes), shape, Category::Workspace)?,
+            DType::BF16 => device.from_slice(&elements::<half::bf16>(&found.bytes), shape, Category::Workspace)?,
             _ => device.from_slice(&elements::<f32>(&found.bytes), shape, Category::Workspace)?,
         })
     });
@@ -76,20 +77,36 @@ fn a_restored_run_has_the_same_bits() {
     let plain = OptimizerConfig::Sgd(SgdConfig { momentum: 0.0, ..SgdConfig::default() });
     let defaults = OptimizerKind::ALL.map(OptimizerKind::with_defaults);
     for optimizer in defaults.into_iter().chain([nesterov, plain]) {
-        let mut whole = larger(&device, optimizer);
-        let expected = run(&mut whole, 0..12);
-        for interruption in [1, 5, 11] {
-            let mut first = larger(&device, optimizer);
-            let mut metrics = run(&mut first, 0..interruption);
-            let state = saved(&first);
-            drop(first);
-            let mut second = larger(&device, optimizer);
-            restore(&mut second, interruption, &state);
-            assert_eq!(second.num_steps(), interruption);
-            metrics.extend(run(&mut second, interruption..12));
-            assert_eq!(metrics, expected, "{optimizer:?} after {interruption} steps");
-            assert!(saved(&second) == saved(&whole), "{optimizer:?} after {interruption} steps");
-        }
+        goes_on(&format!("{optimizer:?}"), || larger(&device, optimizer));
+    }
+}
+
+/// What is rounded at random depends on the step, not on when the run began.
+#[test]
+fn a_restored_run_draws_the_same_numbers() {
+    let device = unsloth_cpu::device();
+    for optimizer in OptimizerKind::ALL.map(OptimizerKind::with_defaults) {
+        let config = TrainerConfig { optimizer, stochastic_rounding: true, ..config() };
+        let rounded = || Trainer::new(TinyModel::new(&device, LARGER).in_bf16(), config).unwrap();
+        goes_on(&format!("{optimizer:?} in bf16"), rounded);
+    }
+}
+
+/// Twelve steps of a trainer, in one run and in two.
+fn goes_on(what: &str, make: impl Fn() -> Trainer<TinyModel>) {
+    let mut whole = make();
+    let expected = run(&mut whole, 0..12);
+    for interruption in [1, 5, 11] {
+        let mut first = make();
+        let mut metrics = run(&mut first, 0..interruption);
+        let state = saved(&first);
+        drop(first);
+        let mut second = make();
+        restore(&mut second, interruption, &state);
+        assert_eq!(second.num_steps(), interruption);
+        metrics.extend(run(&mut second, interruption..12));
+        assert_eq!(metrics, expected, "{what} after {interruption} steps");
+        assert!(saved(&second) == saved(&whole), "{what} after {interruption} steps");
     }
 }
 

@@ -75,7 +75,9 @@ fn a_configuration_survives_the_file() {
     let adamw = AdamWConfig { beta1: 0.3, beta2: 0.4, eps: 0.5, weight_decay: 0.6 };
     let muon = MuonConfig { momentum: 0.7, nesterov: false, adjust_lr: AdjustLr::MatchRmsAdamw, adamw };
     let orthogonal = TrainConfig { optimizer: OptimizerConfig::Muon(muon), ..defaults.clone() };
-    for config in [every_option(), defaults, split, polynomial, wsd, small, factored, orthogonal] {
+    let (method, dtype, stochastic_rounding) = (Method::Full, DType::BF16, true);
+    let pure = TrainConfig { method, dtype, stochastic_rounding, ..defaults.clone() };
+    for config in [every_option(), defaults, split, polynomial, wsd, small, factored, orthogonal, pure] {
         std::fs::write(&path, TrainOptions::of(&config, "cpu").to_toml().unwrap()).unwrap();
         let read = TrainOptions::read(&path).unwrap();
         assert_eq!(read, TrainOptions::of(&config, "cpu"));
