@@ -100,7 +100,10 @@ impl Parameter {
         parameters: impl IntoIterator<Item = &'a Self>,
         f: impl FnOnce(Vec<&mut Tensor>) -> Result<R>,
     ) -> Result<R> {
-        let lock = |parameter: &'a Self| parameter.0.value.write().unwrap_or_else(PoisonError::into_inner);
+        let lock = |parameter: &'a Self| {
+            *parameter.0.copy.write().unwrap_or_else(PoisonError::into_inner) = None;
+            parameter.0.value.write().unwrap_or_else(PoisonError::into_inner)
+        };
         let mut values: Vec<_> = parameters.into_iter().map(lock).collect();
         f(values.iter_mut().map(|value| &mut **value).collect())
     }

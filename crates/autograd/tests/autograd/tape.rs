@@ -262,6 +262,9 @@ fn a_master_copy_is_read_in_its_storage_type() {
     assert_eq!(live(), 4 * 4096, "an update drops the copy");
     assert_eq!(read(), rounded(&halves));
     assert_eq!(parameter.value().to_vec::<f32>().unwrap(), halves, "the master is not rounded");
+    Parameter::update_all([&parameter], |mut all| all[0].write(&values)).unwrap();
+    assert_eq!(live(), 4 * 4096, "an update of several drops the copy");
+    assert_eq!(read(), rounded(&values));
     // Without another storage type there is no copy.
     let plain = Parameter::new("v", device.from_slice(&values, [64, 64], Category::Weights).unwrap());
     plain.stored().unwrap();
