@@ -1,4 +1,4 @@
-//! `cargo xtask bench` and `profile`: builds the program of that name in `benches` with what the device needs, and runs it.
+//! `cargo xtask bench` and `profile`: builds the program in `benches` with what the device needs, and runs that task of it.
 
 use std::path::Path;
 
@@ -16,21 +16,21 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
-    run_program(root, "bench", &arguments.arguments)
+    run_task(root, "bench", &arguments.arguments)
 }
 
 /// `cargo xtask profile`.
 pub(crate) fn profile(root: &Path, arguments: &Arguments) -> Result<()> {
-    run_program(root, "profile", &arguments.arguments)
+    run_task(root, "profile", &arguments.arguments)
 }
 
-/// Runs a program of `benches`, built for speed and with the feature of the device that its arguments name.
-fn run_program(root: &Path, name: &str, arguments: &[String]) -> Result<()> {
-    let mut command = vec!["run", "--release", "--package", "unsloth-benches", "--bin", name];
+/// Runs a task of `benches`, built for speed and with the feature of the device that its arguments name.
+fn run_task(root: &Path, name: &str, arguments: &[String]) -> Result<()> {
+    let mut command = vec!["run", "--release", "--package", "unsloth-benches", "--bin", "benches"];
     if let Some(feature) = device(arguments).and_then(feature) {
         command.extend(["--features", feature]);
     }
-    command.push("--");
+    command.extend(["--", name]);
     command.extend(arguments.iter().map(String::as_str));
     cargo::run(root, &command, &[])
 }

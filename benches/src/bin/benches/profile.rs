@@ -1,9 +1,9 @@
 //! `cargo xtask profile`: where the time and the memory of a training step go.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::Args;
 use unsloth_benches::{
     models::MODELS,
     profile::{self, Options},
@@ -18,9 +18,8 @@ use unsloth_rs::{
 
 /// Records every operator of LoRA steps on random tokens: time, share, rates against the measured limits and memory by operator
 /// and by kind of layer, as tables, a picture and a trace for Chrome's viewer.
-#[derive(Parser)]
-#[command(name = "cargo xtask profile", max_term_width = 100)]
-struct Arguments {
+#[derive(Args)]
+pub(crate) struct Arguments {
     /// Hugging Face folder [default: two layers of --shape with random weights].
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
@@ -56,8 +55,7 @@ struct Arguments {
     out: PathBuf,
 }
 
-fn main() -> Result<()> {
-    let arguments = Arguments::parse();
+pub(crate) fn run(arguments: Arguments) -> Result<ExitCode> {
     let Arguments { batch, seq, rank, checkpointing, steps, .. } = arguments;
     ensure!(batch > 0 && seq > 1 && steps > 0, "--batch and --steps must be at least 1 and --seq at least 2");
     let dtype = DType::FLOATS.into_iter().find(|dtype| dtype.name() == arguments.dtype);
@@ -78,5 +76,5 @@ fn main() -> Result<()> {
     for written in profile::write(&profile, &arguments.out)? {
         println!("written: {}", written.display());
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }

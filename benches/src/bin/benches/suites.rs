@@ -1,18 +1,17 @@
-//! Every operator's suite on one device, as a program of its own: for a machine without Rust.
+//! Every operator's suite on one device.
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::Args;
 use serde_json::json;
 use unsloth_benches::machine::{Machine, commit};
 use unsloth_rs::device;
 use unsloth_testkit::mutant::suites;
 
 /// Runs the suites that hold every backend to the f64 oracle, in all float types that the device has.
-#[derive(Parser)]
-#[command(max_term_width = 100)]
-struct Arguments {
+#[derive(Args)]
+pub(crate) struct Arguments {
     /// Device: cpu, cuda:N, vulkan:N or wgpu.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -24,7 +23,7 @@ struct Arguments {
     json: Option<PathBuf>,
 }
 
-fn run(arguments: &Arguments) -> Result<ExitCode> {
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let device = device(&arguments.device)?;
     let (mut results, mut failed) = (Vec::new(), 0);
     for (name, suite) in suites().into_iter().filter(|(name, _)| name.contains(&arguments.filter)) {
@@ -46,11 +45,4 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         std::fs::write(path, format!("{report:#}\n")).with_context(|| path.display().to_string())?;
     }
     Ok(if failed > 0 || results.is_empty() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
-}
-
-fn main() -> ExitCode {
-    run(&Arguments::parse()).unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
-        ExitCode::FAILURE
-    })
 }

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
-use clap::Parser;
+use clap::Args;
 use unsloth_benches::{
     compare::Comparison,
     report::{HEAD, Report},
@@ -13,9 +13,8 @@ use unsloth_rs::DType;
 
 /// Times operators and whole steps: each result is checked against the f64 oracle, then timed in turn with its peers, and held
 /// against what the machine was measured to do at most.
-#[derive(Parser)]
-#[command(name = "cargo xtask bench", max_term_width = 100)]
-struct Arguments {
+#[derive(Args)]
+pub(crate) struct Arguments {
     /// The smallest model in under three minutes on two cores; says what it leaves out.
     #[arg(long)]
     quick: bool,
@@ -64,7 +63,7 @@ fn compare(files: &[PathBuf], threshold: f64) -> Result<ExitCode> {
 }
 
 fn bench(arguments: Arguments) -> Result<ExitCode> {
-    let command = std::iter::once("cargo xtask bench".to_owned()).chain(std::env::args().skip(1));
+    let command = std::iter::once("cargo xtask".to_owned()).chain(std::env::args().skip(1));
     let options = Options {
         device: arguments.device,
         dtypes: arguments.dtypes,
@@ -90,14 +89,9 @@ fn bench(arguments: Arguments) -> Result<ExitCode> {
     Ok(if outcome.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let done = match &arguments.compare {
+pub(crate) fn run(arguments: Arguments) -> Result<ExitCode> {
+    match &arguments.compare {
         Some(files) => compare(files, arguments.threshold),
         None => bench(arguments),
-    };
-    done.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
-        ExitCode::FAILURE
-    })
+    }
 }
