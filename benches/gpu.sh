@@ -4,6 +4,8 @@
 #   bash benches/gpu.sh build [DIR]          here: builds the program into DIR (target/gpu), to be copied to the other machine as a whole
 #   bash DIR/gpu.sh run [RESULTS [STEP..]]   there: runs the steps (suites, bench, profile: all) and leaves what they find in RESULTS (./results)
 #
+# PROFILE=dev builds in a fraction of the time and for checks of everything but speed.
+#
 # The program is for x86-64 Linux with the C library that `build` names, or a later one. There it needs NVIDIA's driver, NVRTC and
 # CUDA's headers (CUDA_PATH), and for comparisons a python3 with PyTorch (PYTHON=..), transformers and peft; DEVICE=cuda:1 is another
 # card. Exit status: 1 if something that ran has failed, 3 if there is no device to run on, and then RESULTS is not written.
@@ -11,10 +13,11 @@ set -u
 
 DEVICE=${DEVICE:-cuda:0}
 PYTHON=${PYTHON:-python3}
+PROFILE=${PROFILE:-release}
 STEPS="suites bench profile"
 
 usage() {
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
     exit 2
 }
 
@@ -22,12 +25,12 @@ build() {
     local root out target
     root=$(cd "$(dirname "$0")/.." && pwd) || exit 1
     out=${1:-$root/target/gpu}
-    target=${CARGO_TARGET_DIR:-$root/target}
+    target=${CARGO_TARGET_DIR:-$root/target}/${PROFILE/#dev/debug}
     cd "$root" || exit 1
     UNSLOTH_COMMIT=$(git rev-parse HEAD 2> /dev/null || echo unknown) \
-        cargo build --release --package unsloth-benches --features cuda --bin benches || exit 1
+        cargo build --profile "$PROFILE" --package unsloth-benches --features cuda --bin benches || exit 1
     mkdir -p "$out" || exit 1
-    cp "$target/release/benches" benches/gpu.sh benches/peers/torch_peer.py "$out/" || exit 1
+    cp "$target/benches" benches/gpu.sh benches/peers/torch_peer.py "$out/" || exit 1
     # Names of functions are a third of it.
     strip "$out/benches" || echo "strip: not found, the program is larger than it need be"
     echo "program: $out ($(du -sh "$out" | cut -f 1))"

@@ -10,14 +10,17 @@ use std::{
 };
 
 use cubecl::{device::Device as _, prelude::*, server::Handle, stream_id::StreamId};
-use unsloth_common::LaunchError;
+use unsloth_common::{Choices, LaunchError, Target};
 use unsloth_core::{
     AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, PoolUsage, Result, TensorStore,
     Usage,
 };
 use unsloth_memory::{Charge, Ledger};
 
-use crate::poison::{self, Panicked};
+use crate::{
+    choices::Choosing,
+    poison::{self, Panicked},
+};
 
 /// From this size on a buffer is filled by a kernel rather than by a copy from the host.
 const FILL_BYTES: usize = 64 * 1024;
@@ -29,6 +32,8 @@ pub struct CubeOptions {
     pub budget_bytes: Option<u64>,
     /// Fills buffers of arbitrary contents with NaN, so that a test sees an element that no kernel wrote.
     pub fill_arbitrary_with_nan: bool,
+    /// Which kernel is taken where several make the same product.
+    pub choosing: Choosing,
 }
 
 /// A device that runs CubeCL kernels.
@@ -48,6 +53,7 @@ pub struct CubeBackend<R: Runtime> {
     fill_arbitrary_with_nan: bool,
     /// See [`CubeBackend::table`].
     pub(crate) moment_maps: OnceLock<CubeBuffer>,
+    choices: Option<Box<dyn Choices>>,
 }
 
 impl<R: Runtime> CubeBackend<R> {
@@ -76,6 +82,7 @@ impl<R: Runtime> CubeBackend<R> {
             num_reads: AtomicU64::new(0),
             fill_arbitrary_with_nan: options.fill_arbitrary_with_nan,
             moment_maps: OnceLock::new(),
+            choices: options.choosing.open(),
         };
         backend.check("open device")?;
         Ok(backend)
@@ -116,6 +123,11 @@ impl<R: Runtime> CubeBackend<R> {
         self.check(op)?;
         self.launched.lock().unwrap_or_else(PoisonError::into_inner).clear();
         Ok(())
+    }
+
+    /// For kernels that there is a choice of: the client that [`CubeBackend::launch`] gives, and what decides.
+    pub(crate) fn target<'a>(&'a self, client: &'a ComputeClient<R>) -> Target<'a, R> {
+        Target { client, choices: self.choices.as_deref() }
     }
 
     /// For what is asked of a device; what is launched goes through [`CubeBackend::launch`].

@@ -24,7 +24,11 @@ pub fn cuda(index: usize, options: CubeOptions) -> Result<Device> {
     if index >= count() {
         return Err(missing("an NVIDIA device of this machine: `unsloth devices` lists them"));
     }
-    Ok(Device::new(open(index, options)?))
+    let choosing = match described(index) {
+        Some(Described { model, driver, .. }) => options.choosing.on_card(&model, &driver),
+        None => options.choosing,
+    };
+    Ok(Device::new(open(index, CubeOptions { choosing, ..options })?))
 }
 
 fn open(index: usize, options: CubeOptions) -> Result<CubeBackend<CudaRuntime>> {

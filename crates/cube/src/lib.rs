@@ -10,6 +10,7 @@ mod adamw;
 mod adamw8bit;
 mod attention;
 mod backend;
+mod choices;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -34,9 +35,12 @@ mod stochastic_rounding;
 mod vulkan;
 
 pub use backend::{CubeBackend, CubeOptions};
+pub use choices::{Card, Choosing};
 #[cfg(feature = "cuda")]
 pub use cuda::cuda;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub use info::devices;
+/// The names of all kernels for products, as [`Choosing`] knows them.
+pub use unsloth_linear::strategies as product_kernels;
 #[cfg(feature = "wgpu")]
 pub use vulkan::{Adapter, adapters, vulkan, wgpu};

@@ -26,7 +26,7 @@ impl<R: Runtime> Linear for CubeBackend<R> {
         let args = kernels::Forward { x: handle(x), weight: handle(&weight), bias: bias.map(handle), y: to_y };
         self.launch("linear_forward", |client| {
             dispatch_float!(spec.dtype, X => dispatch_float!(spec.weight_dtype, W => dispatch_float!(bias_dtype, B =>
-                kernels::forward::<R, X, W, B>(client, shape(spec), args))))
+                kernels::forward::<R, X, W, B>(self.target(client), shape(spec), args))))
         })?;
         Ok(y)
     }
@@ -38,7 +38,7 @@ impl<R: Runtime> Linear for CubeBackend<R> {
         let args = kernels::InputGradient { dy: handle(dy), weight: handle(&weight), dx: to_dx };
         self.launch("linear_input_gradient", |client| {
             dispatch_float!(spec.dtype, X => dispatch_float!(spec.weight_dtype, W =>
-                kernels::input_gradient::<R, X, W>(client, shape(spec), args)))
+                kernels::input_gradient::<R, X, W>(self.target(client), shape(spec), args)))
         })?;
         Ok(dx)
     }
@@ -48,7 +48,7 @@ impl<R: Runtime> Linear for CubeBackend<R> {
         let args = kernels::WeightGradient { dy: handle(dy), x: handle(x), dweight };
         self.launch(
             "linear_weight_gradient",
-            |client| dispatch_float!(spec.dtype, X => kernels::weight_gradient::<R, X>(client, shape(spec), args)),
+            |client| dispatch_float!(spec.dtype, X => kernels::weight_gradient::<R, X>(self.target(client), shape(spec), args)),
         )
     }
 
@@ -57,7 +57,7 @@ impl<R: Runtime> Linear for CubeBackend<R> {
         let args = kernels::BiasGradient { dy: handle(dy), dbias };
         self.launch(
             "linear_bias_gradient",
-            |client| dispatch_float!(spec.dtype, X => kernels::bias_gradient::<R, X>(client, shape(spec), args)),
+            |client| dispatch_float!(spec.dtype, X => kernels::bias_gradient::<R, X>(self.target(client), shape(spec), args)),
         )
     }
 }

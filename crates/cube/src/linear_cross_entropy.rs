@@ -45,7 +45,7 @@ impl<R: Runtime> LinearCrossEntropy for CubeBackend<R> {
         };
         self.launch(OP, |client| {
             dispatch_float!(spec.dtype, X => dispatch_float!(spec.weight_dtype, W =>
-                kernels::forward::<R, X, W>(client, shape, args)))
+                kernels::forward::<R, X, W>(self.target(client), shape, args)))
         })?;
         Ok(Forward { loss, dx })
     }

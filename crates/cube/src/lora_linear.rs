@@ -40,7 +40,7 @@ impl<R: Runtime> CubeBackend<R> {
         let args = kernels::RankGradient { dy: handle(dy), lora_b: handle(lora_b), dh: to_dh };
         self.launch(BACKWARD, |client| {
             dispatch_float!(spec.base.dtype, X => dispatch_float!(spec.adapter_dtype, L =>
-                kernels::rank_gradient::<R, X, L>(client, shape(spec), args)))
+                kernels::rank_gradient::<R, X, L>(self.target(client), shape(spec), args)))
         })?;
         Ok(dh)
     }
@@ -61,7 +61,7 @@ impl<R: Runtime> CubeBackend<R> {
         self.launch(BACKWARD, |client| {
             dispatch_float!(spec.base.dtype, X => dispatch_float!(spec.base.weight_dtype, W =>
                 dispatch_float!(spec.adapter_dtype, L =>
-                    kernels::input_gradient::<R, X, W, L>(client, shape(spec), args))))
+                    kernels::input_gradient::<R, X, W, L>(self.target(client), shape(spec), args))))
         })?;
         Ok(dx)
     }
@@ -95,7 +95,7 @@ impl<R: Runtime> LoraLinear for CubeBackend<R> {
         self.launch(OP, |client| {
             dispatch_float!(spec.base.dtype, X => dispatch_float!(spec.base.weight_dtype, W =>
                 dispatch_float!(bias_dtype, B => dispatch_float!(spec.adapter_dtype, L =>
-                    kernels::forward::<R, X, W, B, L>(client, shape(spec), args)))))
+                    kernels::forward::<R, X, W, B, L>(self.target(client), shape(spec), args)))))
         })?;
         Ok(Forward { y, h })
     }
@@ -113,7 +113,7 @@ impl<R: Runtime> LoraLinear for CubeBackend<R> {
             let args = kernels::GradientOfB { dy: handle(dy), h: handle(h), dlora_b };
             self.launch(
                 BACKWARD,
-                |client| dispatch_float!(dtype, X => kernels::gradient_of_b::<R, X>(client, shape(spec), args)),
+                |client| dispatch_float!(dtype, X => kernels::gradient_of_b::<R, X>(self.target(client), shape(spec), args)),
             )?;
         }
         if gradients.dlora_a.is_none() && !needs_dx {
@@ -128,7 +128,7 @@ impl<R: Runtime> LoraLinear for CubeBackend<R> {
                 kernels::GradientOfA { dh: handle(&dh), x: handle(x), dropout, dlora_a, workspace: handle(&workspace) };
             self.launch(
                 BACKWARD,
-                |client| dispatch_float!(dtype, X => kernels::gradient_of_a::<R, X>(client, shape(spec), args)),
+                |client| dispatch_float!(dtype, X => kernels::gradient_of_a::<R, X>(self.target(client), shape(spec), args)),
             )?;
         }
         if !needs_dx {

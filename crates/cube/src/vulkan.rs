@@ -88,7 +88,13 @@ pub fn vulkan(index: usize, options: CubeOptions) -> Result<Device> {
         };
         return Err(Error::InvalidSpec { op: "device", field: "name", value: name.to_string(), rule });
     };
+    let options = if adapter.is_cpu { options } else { on_card(options, (&adapter.name, &adapter.driver)) };
     Ok(Device::new(open(&adapter.device, name, options)?))
+}
+
+fn on_card(options: CubeOptions, (model, driver): (&str, &str)) -> CubeOptions {
+    let choosing = options.choosing.on_card(model, driver);
+    CubeOptions { choosing, ..options }
 }
 
 /// The device that wgpu prefers on this system: through Metal on a Mac, through Vulkan on Linux.
@@ -96,13 +102,22 @@ pub fn vulkan(index: usize, options: CubeOptions) -> Result<Device> {
 /// # Errors
 /// [`Error::InvalidSpec`] if there is none; [`Error::Launch`] if it cannot be opened.
 pub fn wgpu(options: CubeOptions) -> Result<Device> {
-    if enumerate(AutoGraphicsApi::backend()).is_empty() {
+    let adapters = enumerate(AutoGraphicsApi::backend());
+    if adapters.is_empty() {
         let (value, rule) = (
             "wgpu".to_owned(),
             "asked for where there is a graphics driver (Debian and Ubuntu: apt-get install mesa-vulkan-drivers)",
         );
         return Err(Error::InvalidSpec { op: "device", field: "name", value, rule });
     }
+    // Which one of several it is, wgpu does not say.
+    let options = match adapters.as_slice() {
+        [only] if only.get_info().device_type != wgpu::DeviceType::Cpu => {
+            let info = only.get_info();
+            on_card(options, (&info.name, &driver(&info)))
+        }
+        _ => options,
+    };
     Ok(Device::new(open(&WgpuDevice::DefaultDevice, DeviceName::Wgpu, options)?))
 }
 

@@ -23,7 +23,7 @@ type Client = ComputeClient<WgpuRuntime>;
 fn device(budget_bytes: Option<u64>) -> Device {
     let adapter = &adapters()[0];
     println!("running on {} ({})", adapter.name, adapter.driver);
-    vulkan(0, CubeOptions { budget_bytes, fill_arbitrary_with_nan: true }).unwrap()
+    vulkan(0, CubeOptions { budget_bytes, fill_arbitrary_with_nan: true, ..Default::default() }).unwrap()
 }
 
 fn backend() -> CubeBackend<WgpuRuntime> {

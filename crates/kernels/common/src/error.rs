@@ -50,4 +50,12 @@ pub enum LaunchError {
         /// Rule that the value breaks.
         rule: &'static str,
     },
+    /// Before this launch another one has failed, which a wait for the device brought to light.
+    #[error("{kernel}: what was launched before has failed: {message}")]
+    Earlier {
+        /// Kernel that was not launched.
+        kernel: &'static str,
+        /// What the device reports.
+        message: String,
+    },
 }

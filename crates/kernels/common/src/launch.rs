@@ -1,12 +1,12 @@
 //! Checks and geometry of one launch.
 
-use cubecl::{prelude::*, server::Handle};
+use cubecl::{ir::StorageType, prelude::*, server::Handle};
 
-use crate::LaunchError;
+use crate::{Choices, LaunchError, Target};
 
 /// One launch of one kernel on one device: refuses what the device would fail at in silence.
 pub struct Launch<'a, R: Runtime> {
-    client: &'a ComputeClient<R>,
+    target: Target<'a, R>,
     kernel: &'static str,
 }
 
@@ -24,12 +24,22 @@ pub struct RowGrid {
 impl<'a, R: Runtime> Launch<'a, R> {
     /// Checks for a launch of `kernel`, named in every error.
     pub fn new(client: &'a ComputeClient<R>, kernel: &'static str) -> Self {
-        Self { client, kernel }
+        Self::on(client.into(), kernel)
+    }
+
+    /// The same, of kernels among which there may be a choice.
+    pub fn on(target: Target<'a, R>, kernel: &'static str) -> Self {
+        Self { target, kernel }
     }
 
     /// The client to launch on.
     pub fn client(&self) -> &'a ComputeClient<R> {
-        self.client
+        self.target.client
+    }
+
+    /// What decides between kernels for the same job; without it, they are chosen by rule.
+    pub fn choices(&self) -> Option<&'a dyn Choices> {
+        self.target.choices
     }
 
     /// The name given to [`Launch::new`].
@@ -45,10 +55,10 @@ impl<'a, R: Runtime> Launch<'a, R> {
     /// [`LaunchError::Unsupported`] unless the device stores and computes with `E`.
     pub fn element<E: CubePrimitive>(&self) -> Result<(), LaunchError> {
         let element = E::as_type_native_unchecked();
-        if self.client.properties().supports_type(element) {
+        if self.client().properties().supports_type(element) {
             return Ok(());
         }
-        let device = R::name(self.client).to_owned();
+        let device = R::name(self.client()).to_owned();
         Err(LaunchError::Unsupported { kernel: self.kernel, what: format!("element type {element}"), device })
     }
 
@@ -64,20 +74,34 @@ impl<'a, R: Runtime> Launch<'a, R> {
         len: usize,
         width: usize,
     ) -> Result<ArrayArg<R>, LaunchError> {
+        self.vectors_of(arg, handle, E::as_type_native_unchecked().storage_type(), (len, width))
+    }
+
+    /// The same, of an element type that is known at run time.
+    ///
+    /// # Errors
+    /// As [`Launch::vectors`].
+    pub fn vectors_of(
+        &self,
+        arg: &'static str,
+        handle: &Handle,
+        element: StorageType,
+        (len, width): (usize, usize),
+    ) -> Result<ArrayArg<R>, LaunchError> {
         let kernel = self.kernel;
         if width == 0 || !len.is_multiple_of(width) {
             let (value, rule) = (len as u64, "a multiple of the vector width");
             return Err(LaunchError::Invalid { kernel, field: arg, value, rule });
         }
-        let expected = (len as u64).saturating_mul(E::as_type_native_unchecked().size() as u64);
+        let expected = (len as u64).saturating_mul(element.size() as u64);
         let actual = handle.size_in_used();
         if actual < expected {
             return Err(LaunchError::Length { kernel, arg, expected, actual });
         }
         self.limit("elements of a buffer", len as u64, i32::MAX as u64)?;
-        self.limit("bytes of a buffer", expected, self.client.properties().memory.max_page_size)?;
+        self.limit("bytes of a buffer", expected, self.client().properties().memory.max_page_size)?;
         #[allow(unsafe_code, reason = "CubeCL takes the length of a raw buffer on trust")]
-        // SAFETY: the buffer holds at least `len` elements of `E`: compared just above.
+        // SAFETY: the buffer holds at least `len` elements of `element`: compared just above.
         Ok(unsafe { ArrayArg::from_raw_parts(handle.clone(), len / width) })
     }
 
@@ -97,7 +121,7 @@ impl<'a, R: Runtime> Launch<'a, R> {
     /// # Errors
     /// [`LaunchError::Limit`] if the cube has more units, or needs more shared memory, than the device offers.
     pub fn cube(&self, dim: CubeDim, shared_bytes: usize) -> Result<(), LaunchError> {
-        let hardware = &self.client.properties().hardware;
+        let hardware = &self.client().properties().hardware;
         self.limit("units per cube", u64::from(dim.num_elems()), u64::from(hardware.max_units_per_cube))?;
         self.limit("cube width", u64::from(dim.x), u64::from(hardware.max_cube_dim.0))?;
         self.limit("cube height", u64::from(dim.y), u64::from(hardware.max_cube_dim.1))?;
@@ -108,7 +132,7 @@ impl<'a, R: Runtime> Launch<'a, R> {
     /// # Errors
     /// [`LaunchError::Limit`] if a dimension of the grid exceeds the device's.
     pub fn cubes(&self, x: usize, y: usize, z: usize) -> Result<CubeCount, LaunchError> {
-        let most = self.client.properties().hardware.max_cube_count;
+        let most = self.client().properties().hardware.max_cube_count;
         self.limit("cubes in x", x as u64, u64::from(most.0))?;
         self.limit("cubes in y", y as u64, u64::from(most.1))?;
         self.limit("cubes in z", z as u64, u64::from(most.2))?;
@@ -118,7 +142,7 @@ impl<'a, R: Runtime> Launch<'a, R> {
     /// Units of a cube that shares `work` items: 16, 64 or 256, whichever first covers them, within the device's limit and not
     /// less than a plane. Always a power of two. Few sizes, because a kernel is compiled anew for each.
     pub fn units_for(&self, work: usize) -> usize {
-        let hardware = &self.client.properties().hardware;
+        let hardware = &self.client().properties().hardware;
         let most = (hardware.max_units_per_cube.min(hardware.max_cube_dim.0) as usize).min(256);
         let most = if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 };
         let least = (hardware.plane_size_min.max(1) as usize).next_power_of_two().min(most);
@@ -131,7 +155,7 @@ impl<'a, R: Runtime> Launch<'a, R> {
     /// that a software device compiles.)
     pub fn rows(&self, rows: usize, work: usize) -> RowGrid {
         let units = self.units_for(work);
-        let most = self.client.properties().hardware.max_cube_count.0 as usize;
+        let most = self.client().properties().hardware.max_cube_count.0 as usize;
         let lines = rows.div_ceil(most).max(1);
         let count = CubeCount::Static(rows.div_ceil(lines).max(1) as u32, lines as u32, 1);
         RowGrid { count, dim: CubeDim::new_1d(units as u32), units }
@@ -140,14 +164,14 @@ impl<'a, R: Runtime> Launch<'a, R> {
     /// Units that each take items `unit`, `unit + total`, ...: enough cubes to fill any device.
     pub fn flat(&self, items: usize) -> RowGrid {
         let units = self.units_for(items);
-        let most = self.client.properties().hardware.max_cube_count.0 as usize;
+        let most = self.client().properties().hardware.max_cube_count.0 as usize;
         let count = CubeCount::Static(items.div_ceil(units).clamp(1, most.min(32 * 1024)) as u32, 1, 1);
         RowGrid { count, dim: CubeDim::new_1d(units as u32), units }
     }
 
     /// The widest vector of `E` that divides `len`, at most what one load of the device carries.
     pub fn vector_width<E: CubePrimitive>(&self, len: usize) -> usize {
-        let hardware = &self.client.properties().hardware;
+        let hardware = &self.client().properties().hardware;
         let bits = E::as_type_native_unchecked().size_bits().max(1);
         let widest = (hardware.load_width as usize / bits).min(hardware.max_vector_size).min(8);
         [8, 4, 2].into_iter().find(|&width| width <= widest && len.is_multiple_of(width)).unwrap_or(1)

@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod choices;
 mod columns;
 mod error;
 mod launch;
@@ -8,6 +9,7 @@ pub mod mma;
 mod reduce;
 mod rng;
 
+pub use choices::{Choices, Target};
 pub use columns::{ColumnGrid, column_parts, fold_columns};
 /// The CubeCL whose types this crate takes and gives.
 pub use cubecl;

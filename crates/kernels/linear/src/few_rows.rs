@@ -21,15 +21,15 @@ struct Units {
 }
 
 /// Arguments of a product of few rows.
-pub(crate) struct Operands<R: Runtime> {
+pub(crate) struct Operands {
     /// `[rows, depth]`; without it, all ones.
-    pub(crate) a: Option<Matrix<R>>,
+    pub(crate) a: Option<Matrix>,
     /// `[depth, cols]`, or transposed.
-    pub(crate) b: Matrix<R>,
+    pub(crate) b: Matrix,
     /// `[cols]`, added to every row.
-    pub(crate) bias: Option<Matrix<R>>,
+    pub(crate) bias: Option<Matrix>,
     /// `[rows, cols]`, written.
-    pub(crate) out: Matrix<R>,
+    pub(crate) out: Matrix,
     /// Factor of the sums.
     pub(crate) scale: f32,
 }
@@ -42,10 +42,10 @@ pub(crate) fn few_rows<R: Runtime>(
     launch: &Launch<'_, R>,
     size: Size,
     form: Form,
-    args: Operands<R>,
+    args: Operands,
 ) -> Result<(), LaunchError> {
     let Size { rows, cols, depth } = size;
-    let element = |matrix: &Option<Matrix<R>>| matrix.as_ref().map_or(args.out.element, |matrix| matrix.element);
+    let element = |matrix: &Option<Matrix>| matrix.as_ref().map_or(args.out.element, |matrix| matrix.element);
     let elements = [element(&args.a), args.b.element, element(&args.bias), args.out.element];
     let all = launch.units_for(UNITS);
     let (long, short) = (LONG_SIDE.min(all), (all / LONG_SIDE).max(1));
@@ -57,10 +57,10 @@ pub(crate) fn few_rows<R: Runtime>(
         launch.client(),
         launch.cubes(cols.div_ceil(units.columns), rows, 1)?,
         dim,
-        args.a.map(|a| a.array).into(),
-        args.b.array,
-        args.bias.map(|bias| bias.array).into(),
-        args.out.array,
+        args.a.map(|a| a.array(launch, 1)).transpose()?.into(),
+        args.b.array(launch, 1)?,
+        args.bias.map(|bias| bias.array(launch, 1)).transpose()?.into(),
+        args.out.array(launch, 1)?,
         cols as u32,
         depth as u32,
         args.scale,

@@ -4,7 +4,7 @@
 //! numerics.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, Target};
 
 use crate::{
     few_rows::{Operands, few_rows},
@@ -39,12 +39,12 @@ pub struct Forward<'a> {
 ///
 /// # Errors
 /// [`LaunchError`] for an element type that the device lacks, a buffer that is too small, or a limit exceeded.
-pub fn forward<R: Runtime, X: Float, W: Float, B: Float>(
-    client: &ComputeClient<R>,
+pub fn forward<'t, R: Runtime, X: Float, W: Float, B: Float>(
+    target: impl Into<Target<'t, R>>,
     shape: Shape,
     args: Forward<'_>,
 ) -> Result<(), LaunchError> {
-    let launch = Launch::new(client, "linear_forward");
+    let launch = Launch::on(target.into(), "linear_forward");
     let Shape { rows, in_features, out_features } = shape;
     let matrices = Args {
         a: Matrix::new::<X>(&launch, "x", args.x, rows * in_features)?,
@@ -72,12 +72,12 @@ pub struct InputGradient<'a> {
 ///
 /// # Errors
 /// As [`forward`].
-pub fn input_gradient<R: Runtime, X: Float, W: Float>(
-    client: &ComputeClient<R>,
+pub fn input_gradient<'t, R: Runtime, X: Float, W: Float>(
+    target: impl Into<Target<'t, R>>,
     shape: Shape,
     args: InputGradient<'_>,
 ) -> Result<(), LaunchError> {
-    let launch = Launch::new(client, "linear_input_gradient");
+    let launch = Launch::on(target.into(), "linear_input_gradient");
     let Shape { rows, in_features, out_features } = shape;
     let matrices = Args {
         a: Matrix::new::<X>(&launch, "dy", args.dy, rows * out_features)?,
@@ -105,12 +105,12 @@ pub struct WeightGradient<'a> {
 ///
 /// # Errors
 /// As [`forward`].
-pub fn weight_gradient<R: Runtime, X: Float>(
-    client: &ComputeClient<R>,
+pub fn weight_gradient<'t, R: Runtime, X: Float>(
+    target: impl Into<Target<'t, R>>,
     shape: Shape,
     args: WeightGradient<'_>,
 ) -> Result<(), LaunchError> {
-    let launch = Launch::new(client, "linear_weight_gradient");
+    let launch = Launch::on(target.into(), "linear_weight_gradient");
     let Shape { rows, in_features, out_features } = shape;
     let matrices = Args {
         a: Matrix::new::<X>(&launch, "dy", args.dy, rows * out_features)?,
@@ -136,12 +136,12 @@ pub struct BiasGradient<'a> {
 ///
 /// # Errors
 /// As [`forward`].
-pub fn bias_gradient<R: Runtime, X: Float>(
-    client: &ComputeClient<R>,
+pub fn bias_gradient<'t, R: Runtime, X: Float>(
+    target: impl Into<Target<'t, R>>,
     shape: Shape,
     args: BiasGradient<'_>,
 ) -> Result<(), LaunchError> {
-    let launch = Launch::new(client, "linear_bias_gradient");
+    let launch = Launch::on(target.into(), "linear_bias_gradient");
     let Shape { rows, out_features, .. } = shape;
     if out_features == 0 {
         return Ok(());

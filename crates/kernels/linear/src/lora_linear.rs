@@ -4,13 +4,14 @@
 //! - with dropout, `drop(x)` takes the place of `x` in `h` and in `dA`, and `drop(dh A)` that of `dh A` in `dx`
 //!
 //! Work: the products of [`crate::product`], smallest first; `W + scale * B A` is never formed. `h` and `dh` are f32, so that nothing is
-//! rounded between two products. `y` and `dx` start as the update, to which the base layer is added: in place in f32, else in a
-//! workspace of some rows at a time, which is then rounded, once. What dropout leaves of `x` passes through the same workspace.
+//! rounded between two products. `y` and `dx` start as the base layer, to which the update is added (the other way round where dropout
+//! is to leave of the update what it does): in place in f32, else in a workspace of some rows at a time, which is then rounded, once.
+//! What dropout leaves of `x` passes through the same workspace.
 
 use std::ops::Range;
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, Target};
 
 use crate::{
     dropout::{self, RowDropout},
@@ -64,7 +65,7 @@ fn rows_of<R: Runtime, E: Float>(
     (arg, handle): (&'static str, &Handle),
     rows: &Range<usize>,
     columns: usize,
-) -> Result<Matrix<R>, LaunchError> {
+) -> Result<Matrix, LaunchError> {
     Matrix::new::<E>(launch, arg, &from_row::<E>(handle, rows.start, columns), rows.len() * columns)
 }
 
@@ -80,7 +81,7 @@ fn update_input<R: Runtime, X: Float>(
     (x, columns): (&Handle, usize),
     rows: &Range<usize>,
     (dropout, workspace): (Option<RowDropout<'_>>, &Handle),
-) -> Result<(Matrix<R>, f32), LaunchError> {
+) -> Result<(Matrix, f32), LaunchError> {
     let Some(dropout) = dropout else {
         return Ok((rows_of::<R, X>(launch, ("x", x), rows, columns)?, 1.0));
     };
@@ -114,12 +115,12 @@ pub struct Forward<'a> {
 ///
 /// # Errors
 /// [`LaunchError`] for an element type that the device lacks, a buffer that is too small, or a limit exceeded.
-pub fn forward<R: Runtime, X: Float, W: Float, B: Float, L: Float>(
-    client: &ComputeClient<R>,
+pub fn forward<'t, R: Runtime, X: Float, W: Float, B: Float, L: Float>(
+    target: impl Into<Target<'t, R>>,
     shape: Shape,
     args: Forward<'_>,
 ) -> Result<(), LaunchError> {
-    let launch = Launch::new(client, "lora_linear_forward");
+    let launch = Launch::on(target.into(), "lora_linear_forward");
     let Shape { base: linear::Shape { in_features, out_features, .. }, rank, scale } = shape;
     let by_columns = Form { a_transposed: false, b_transposed: true, accumulate: false };
     for rows in shape.chunks(is_narrow::<X>() || args.dropout.is_some()) {
@@ -130,20 +131,21 @@ pub fn forward<R: Runtime, X: Float, W: Float, B: Float, L: Float>(
         let matrices = Args { a: input, b: lora_a, bias: None, out: h()?, scale: kept_scale };
         product(&launch, Size { rows: rows.len(), cols: rank, depth: in_features }, by_columns, matrices)?;
 
+        // The base layer first: no kernel but ours adds to what is there.
         let sums = Sums::<R, X>::new(&launch, ("y", args.base.y), (&rows, out_features), args.workspace);
-        let lora_b = Matrix::new::<L>(&launch, "lora_b", args.lora_b, out_features * rank)?;
-        let matrices = Args { a: h()?, b: lora_b, bias: None, out: sums.matrix()?, scale };
-        product(&launch, Size { rows: rows.len(), cols: out_features, depth: rank }, by_columns, matrices)?;
-        let bias = args.base.bias.map(|bias| Matrix::new::<B>(&launch, "bias", bias, out_features)).transpose()?;
         let matrices = Args {
             a: rows_of::<R, X>(&launch, ("x", args.base.x), &rows, in_features)?,
             b: Matrix::new::<W>(&launch, "weight", args.base.weight, out_features * in_features)?,
-            bias,
+            bias: None,
             out: sums.matrix()?,
             scale: 1.0,
         };
+        product(&launch, Size { rows: rows.len(), cols: out_features, depth: in_features }, by_columns, matrices)?;
+        let lora_b = Matrix::new::<L>(&launch, "lora_b", args.lora_b, out_features * rank)?;
+        let bias = args.base.bias.map(|bias| Matrix::new::<B>(&launch, "bias", bias, out_features)).transpose()?;
+        let matrices = Args { a: h()?, b: lora_b, bias, out: sums.matrix()?, scale };
         let onto = Form { accumulate: true, ..by_columns };
-        product(&launch, Size { rows: rows.len(), cols: out_features, depth: in_features }, onto, matrices)?;
+        product(&launch, Size { rows: rows.len(), cols: out_features, depth: rank }, onto, matrices)?;
         sums.finish()?;
     }
     Ok(())
@@ -164,12 +166,12 @@ pub struct RankGradient<'a> {
 ///
 /// # Errors
 /// As [`forward`].
-pub fn rank_gradient<R: Runtime, X: Float, L: Float>(
-    client: &ComputeClient<R>,
+pub fn rank_gradient<'t, R: Runtime, X: Float, L: Float>(
+    target: impl Into<Target<'t, R>>,
     shape: Shape,
     args: RankGradient<'_>,
 ) -> Result<(), LaunchError> {
-    let launch = Launch::new(client, "lora_linear_rank_gradient");
+    let launch = Launch::on(target.into(), "lora_linear_rank_gradient");
     let Shape { base: linear::Shape { rows, out_features, .. }, rank, scale } = shape;
     let matrices = Args {
         a: Matrix::new::<X>(&launch, "dy", args.dy, rows * out_features)?,
@@ -201,40 +203,52 @@ pub struct InputGradient<'a> {
 ///
 /// # Errors
 /// As [`forward`].
-pub fn input_gradient<R: Runtime, X: Float, W: Float, L: Float>(
-    client: &ComputeClient<R>,
+pub fn input_gradient<'t, R: Runtime, X: Float, W: Float, L: Float>(
+    target: impl Into<Target<'t, R>>,
     shape: Shape,
     args: InputGradient<'_>,
 ) -> Result<(), LaunchError> {
-    let launch = Launch::new(client, "lora_linear_input_gradient");
+    let launch = Launch::on(target.into(), "lora_linear_input_gradient");
     let Shape { base: linear::Shape { in_features, out_features, .. }, rank, .. } = shape;
     let by_rows = Form { a_transposed: false, b_transposed: false, accumulate: false };
+    let onto = Form { accumulate: true, ..by_rows };
     for rows in shape.chunks(is_narrow::<X>() || args.dropout.is_some()) {
         let sums = Sums::<R, X>::new(&launch, ("dx", args.base.dx), (&rows, in_features), args.workspace);
-        let matrices = Args {
-            a: rows_of::<R, f32>(&launch, ("dh", args.dh), &rows, rank)?,
-            b: Matrix::new::<L>(&launch, "lora_a", args.lora_a, rank * in_features)?,
-            bias: None,
-            out: sums.matrix()?,
-            scale: args.dropout.map_or(1.0, |rows| rows.dropout.kept_scale()),
+        let update = |form| {
+            let matrices = Args {
+                a: rows_of::<R, f32>(&launch, ("dh", args.dh), &rows, rank)?,
+                b: Matrix::new::<L>(&launch, "lora_a", args.lora_a, rank * in_features)?,
+                bias: None,
+                out: sums.matrix()?,
+                scale: args.dropout.map_or(1.0, |rows| rows.dropout.kept_scale()),
+            };
+            product(&launch, Size { rows: rows.len(), cols: in_features, depth: rank }, form, matrices)
         };
-        product(&launch, Size { rows: rows.len(), cols: in_features, depth: rank }, by_rows, matrices)?;
-        if let Some(dropout) = args.dropout {
-            // Before the base layer comes in, of which nothing is dropped.
-            dropout_of(dropout, &rows, |rows_dropout| {
-                let args = dropout::Args { x: None, out: sums.handle(), rows: rows_dropout };
-                dropout::zero::<R, f32>(client, (rows.len(), in_features), args)
-            })?;
+        let base = |form| {
+            let matrices = Args {
+                a: rows_of::<R, X>(&launch, ("dy", args.base.dy), &rows, out_features)?,
+                b: Matrix::new::<W>(&launch, "weight", args.base.weight, out_features * in_features)?,
+                bias: None,
+                out: sums.matrix()?,
+                scale: 1.0,
+            };
+            product(&launch, Size { rows: rows.len(), cols: in_features, depth: out_features }, form, matrices)
+        };
+        match args.dropout {
+            None => {
+                base(by_rows)?;
+                update(onto)?;
+            }
+            // Of the base layer nothing is dropped: it comes in afterwards.
+            Some(dropout) => {
+                update(by_rows)?;
+                dropout_of(dropout, &rows, |rows_dropout| {
+                    let args = dropout::Args { x: None, out: sums.handle(), rows: rows_dropout };
+                    dropout::zero::<R, f32>(launch.client(), (rows.len(), in_features), args)
+                })?;
+                base(onto)?;
+            }
         }
-        let matrices = Args {
-            a: rows_of::<R, X>(&launch, ("dy", args.base.dy), &rows, out_features)?,
-            b: Matrix::new::<W>(&launch, "weight", args.base.weight, out_features * in_features)?,
-            bias: None,
-            out: sums.matrix()?,
-            scale: 1.0,
-        };
-        let onto = Form { accumulate: true, ..by_rows };
-        product(&launch, Size { rows: rows.len(), cols: in_features, depth: out_features }, onto, matrices)?;
         sums.finish()?;
     }
     Ok(())
@@ -259,12 +273,12 @@ pub struct GradientOfA<'a> {
 ///
 /// # Errors
 /// As [`forward`].
-pub fn gradient_of_a<R: Runtime, X: Float>(
-    client: &ComputeClient<R>,
+pub fn gradient_of_a<'t, R: Runtime, X: Float>(
+    target: impl Into<Target<'t, R>>,
     shape: Shape,
     args: GradientOfA<'_>,
 ) -> Result<(), LaunchError> {
-    let launch = Launch::new(client, "lora_linear_gradient_of_a");
+    let launch = Launch::on(target.into(), "lora_linear_gradient_of_a");
     let Shape { base: linear::Shape { in_features, .. }, rank, .. } = shape;
     let form = Form { a_transposed: true, b_transposed: false, accumulate: true };
     for rows in shape.chunks(args.dropout.is_some()) {
@@ -297,12 +311,12 @@ pub struct GradientOfB<'a> {
 ///
 /// # Errors
 /// As [`forward`].
-pub fn gradient_of_b<R: Runtime, X: Float>(
-    client: &ComputeClient<R>,
+pub fn gradient_of_b<'t, R: Runtime, X: Float>(
+    target: impl Into<Target<'t, R>>,
     shape: Shape,
     args: GradientOfB<'_>,
 ) -> Result<(), LaunchError> {
-    let launch = Launch::new(client, "lora_linear_gradient_of_b");
+    let launch = Launch::on(target.into(), "lora_linear_gradient_of_b");
     let Shape { base: linear::Shape { rows, out_features, .. }, rank, scale } = shape;
     let matrices = Args {
         a: Matrix::new::<X>(&launch, "dy", args.dy, rows * out_features)?,

@@ -7,43 +7,45 @@
 //! Numerics: products and sums in f32 for every storage type, in an order that depends on the sizes alone; rounded once.
 
 use cubecl::{ir::StorageType, prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, mma};
+use unsloth_common::{Launch, LaunchError};
 
 use crate::{
     few_rows::{Operands, few_rows},
-    tensor,
+    strategy,
 };
 
 /// A matrix as an argument of [`product`]: a checked buffer and its element type.
-pub struct Matrix<R: Runtime> {
-    pub(crate) array: ArrayArg<R>,
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    pub(crate) handle: Handle,
     pub(crate) element: StorageType,
-    /// The same in chunks, if the device has tensor cores that take this type, as it is or in parts, and the buffer is chunks throughout.
-    pub(crate) chunks: Option<ArrayArg<R>>,
     pub(crate) arg: &'static str,
     pub(crate) len: usize,
 }
 
-impl<R: Runtime> Matrix<R> {
+impl Matrix {
     /// The first `len` elements of a buffer of `E`, called `arg` in messages.
     ///
     /// # Errors
     /// [`LaunchError`] if the device lacks `E`, or as [`Launch::array`].
     pub fn new<E: Float>(
-        launch: &Launch<'_, R>,
+        launch: &Launch<'_, impl Runtime>,
         arg: &'static str,
         handle: &Handle,
         len: usize,
     ) -> Result<Self, LaunchError> {
         launch.element::<E>()?;
-        let array = launch.array::<E>(arg, handle, len)?;
+        launch.array::<E>(arg, handle, len)?;
         let element = E::as_type_native_unchecked().storage_type();
-        let in_chunks = len.is_multiple_of(mma::CHUNK) && tensor::takes(launch.client(), element);
-        let chunks = in_chunks.then(|| launch.vectors::<E>(arg, handle, len, mma::CHUNK)).transpose()?;
-        Ok(Self { array, element, chunks, arg, len })
+        Ok(Self { handle: handle.clone(), element, arg, len })
     }
 
-    fn check(&self, launch: &Launch<'_, R>, expected: usize) -> Result<(), LaunchError> {
+    /// In vectors of `width`.
+    pub(crate) fn array<R: Runtime>(&self, launch: &Launch<'_, R>, width: usize) -> Result<ArrayArg<R>, LaunchError> {
+        launch.vectors_of(self.arg, &self.handle, self.element, (self.len, width))
+    }
+
+    fn check(&self, launch: &Launch<'_, impl Runtime>, expected: usize) -> Result<(), LaunchError> {
         if self.len == expected {
             return Ok(());
         }
@@ -76,17 +78,25 @@ pub struct Form {
 }
 
 /// Arguments of a product.
-pub struct Args<R: Runtime> {
+#[derive(Clone, Debug)]
+pub struct Args {
     /// `[rows, depth]`, or transposed.
-    pub a: Matrix<R>,
+    pub a: Matrix,
     /// `[depth, cols]`, or transposed.
-    pub b: Matrix<R>,
+    pub b: Matrix,
     /// `[cols]`, added to every row.
-    pub bias: Option<Matrix<R>>,
+    pub bias: Option<Matrix>,
     /// `[rows, cols]`, written.
-    pub out: Matrix<R>,
+    pub out: Matrix,
     /// Factor of the sums.
     pub scale: f32,
+}
+
+impl Args {
+    /// Element type of the bias, or one that stands in for it.
+    pub(crate) fn bias_element(&self) -> StorageType {
+        self.bias.as_ref().map_or(self.out.element, |bias| bias.element)
+    }
 }
 
 /// Elements in a vector of shared memory or registers.
@@ -95,7 +105,7 @@ type Lanes = Vector<f32, Const<LANES>>;
 
 /// How the work of a product is cut. Every size is a power of two and a multiple of four.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Tile {
+pub(crate) struct Tile {
     /// Rows of `out` that a cube makes.
     rows: usize,
     /// Columns of `out` that a cube makes.
@@ -109,18 +119,36 @@ struct Tile {
 }
 
 impl Tile {
-    /// The tile for a device: 64 by 64, less where its cubes or its shared memory are too small for that.
-    fn for_device<R: Runtime>(client: &ComputeClient<R>) -> Self {
+    const fn square(side: usize, unit_rows: usize) -> Self {
+        Self { rows: side, cols: side, depth: 16, unit_rows, unit_cols: 8 }
+    }
+
+    /// The largest has half as many loads for a product as the next one, and a quarter of the cubes.
+    pub(crate) const ALL: [Self; 5] =
+        [Self::square(128, 8), Self::square(64, 4), Self::square(32, 4), Self::square(16, 4), Self::square(8, 4)];
+
+    /// The rule's for a device: 64 by 64, less where its cubes or its shared memory are too small for that.
+    pub(crate) fn for_device(client: &ComputeClient<impl Runtime>) -> Self {
+        let [_, by_rule @ ..] = Self::ALL;
+        let [.., least] = by_rule;
+        by_rule.into_iter().find(|tile| tile.fits(client)).unwrap_or(least)
+    }
+
+    /// Tiles that may be faster than the rule's.
+    pub(crate) fn others(client: &ComputeClient<impl Runtime>) -> impl Iterator<Item = Self> {
+        let rule = Self::for_device(client);
+        let [largest, _, smaller, ..] = Self::ALL;
+        [largest, smaller].into_iter().filter(move |tile| *tile != rule && tile.fits(client))
+    }
+
+    /// As `tiled 64x64`.
+    pub(crate) fn name(&self) -> String {
+        format!("tiled {}x{}", self.rows, self.cols)
+    }
+
+    fn fits(&self, client: &ComputeClient<impl Runtime>) -> bool {
         let hardware = &client.properties().hardware;
-        let mut tile = Self { rows: 64, cols: 64, depth: 16, unit_rows: 4, unit_cols: 8 };
-        let too_large = |tile: &Self| {
-            tile.units() > hardware.max_units_per_cube as usize || tile.shared_bytes() > hardware.max_shared_memory_size
-        };
-        while tile.rows > tile.unit_cols && too_large(&tile) {
-            tile.rows /= 2;
-            tile.cols /= 2;
-        }
-        tile
+        self.units() <= hardware.max_units_per_cube as usize && self.shared_bytes() <= hardware.max_shared_memory_size
     }
 
     fn units(&self) -> usize {
@@ -152,7 +180,7 @@ const FEW_ROWS: usize = 4;
 /// # Errors
 /// [`LaunchError::Length`] for a matrix of another size than [`Args`] says; [`LaunchError::Limit`] if the product exceeds a
 /// limit of the device.
-pub fn product<R: Runtime>(launch: &Launch<'_, R>, size: Size, form: Form, args: Args<R>) -> Result<(), LaunchError> {
+pub fn product<R: Runtime>(launch: &Launch<'_, R>, size: Size, form: Form, args: Args) -> Result<(), LaunchError> {
     let Size { rows, cols, depth } = size;
     args.a.check(launch, rows * depth)?;
     args.b.check(launch, depth * cols)?;
@@ -165,31 +193,37 @@ pub fn product<R: Runtime>(launch: &Launch<'_, R>, size: Size, form: Form, args:
         let Args { a, b, bias, out, scale } = args;
         return few_rows(launch, size, form, Operands { a: Some(a), b, bias, out, scale });
     }
-    match tensor::Operands::new(size, form, args) {
-        Ok(operands) => tensor::product(launch, size, form, operands),
-        Err(args) => tiled(launch, size, form, *args),
-    }
+    strategy::launch(launch, &Job { size, form, args })
 }
 
-fn tiled<R: Runtime>(launch: &Launch<'_, R>, size: Size, form: Form, args: Args<R>) -> Result<(), LaunchError> {
-    let Size { rows, cols, depth } = size;
-    let bias_element = args.bias.as_ref().map_or(args.out.element, |bias| bias.element);
-    let elements = [args.a.element, args.b.element, bias_element, args.out.element];
-    let tile = Tile::for_device(launch.client());
+/// A product whose sizes are checked.
+pub(crate) struct Job {
+    pub(crate) size: Size,
+    pub(crate) form: Form,
+    pub(crate) args: Args,
+}
+
+/// Launches a product on the portable kernel, `scale` in place of the arguments'.
+///
+/// # Errors
+/// [`LaunchError::Limit`] if the product exceeds a limit of the device.
+pub(crate) fn tiled<R: Runtime>(launch: &Launch<'_, R>, job: &Job, tile: Tile, scale: f32) -> Result<(), LaunchError> {
+    let Job { size: Size { rows, cols, depth }, form, ref args } = *job;
+    let elements = [args.a.element, args.b.element, args.bias_element(), args.out.element];
     let dim = CubeDim::new_1d(tile.units() as u32);
     launch.cube(dim, tile.shared_bytes())?;
     tiled_kernel::launch(
         launch.client(),
         launch.cubes(cols.div_ceil(tile.cols), rows.div_ceil(tile.rows), 1)?,
         dim,
-        args.a.array,
-        args.b.array,
-        args.bias.map(|bias| bias.array).into(),
-        args.out.array,
+        args.a.array(launch, 1)?,
+        args.b.array(launch, 1)?,
+        args.bias.as_ref().map(|bias| bias.array(launch, 1)).transpose()?.into(),
+        args.out.array(launch, 1)?,
         rows as u32,
         cols as u32,
         depth as u32,
-        args.scale,
+        scale,
         tile,
         form,
         elements,

@@ -45,7 +45,7 @@ impl<'a, R: Runtime, X: Float> Sums<'a, R, X> {
     }
 
     /// The same, as the output of a product.
-    pub(crate) fn matrix(&self) -> Result<Matrix<R>, LaunchError> {
+    pub(crate) fn matrix(&self) -> Result<Matrix, LaunchError> {
         let arg = if is_narrow::<X>() { "workspace" } else { self.arg };
         Matrix::new::<f32>(self.launch, arg, self.handle(), self.len)
     }

@@ -16,11 +16,11 @@ use unsloth_common::{
     mma::{self, Chunk, Pair, Sums},
 };
 
-use crate::product::{Args, Form, Matrix, Size, store};
+use crate::product::{Form, Job, Size, store};
 
 /// How the work of a product is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Tile {
+pub(crate) struct Tile {
     /// Rows of `out` that a cube makes.
     rows: usize,
     /// Columns of `out` that a cube makes.
@@ -33,27 +33,40 @@ struct Tile {
     plane_cols: usize,
 }
 
-/// The larger tile uses each number that it loads more often, the smaller one leaves more cubes.
-const TILES: [Tile; 2] = [
-    Tile { rows: 128, cols: 128, depth: 32, plane_rows: 64, plane_cols: 32 },
-    Tile { rows: 64, cols: 64, depth: 32, plane_rows: 32, plane_cols: 32 },
-];
-
 /// Shared memory of a cube, at most: several cubes share a multiprocessor.
 const SHARED_BYTES: usize = 48 * 1024;
 
 impl Tile {
+    /// The larger tile uses each number that it loads more often, the smaller one leaves more cubes.
+    pub(crate) const ALL: [Self; 2] = [
+        Self { rows: 128, cols: 128, depth: 32, plane_rows: 64, plane_cols: 32 },
+        Self { rows: 64, cols: 64, depth: 32, plane_rows: 32, plane_cols: 32 },
+    ];
+
     /// The first tile whose cubes are enough for the device, else the last; of those that fit it.
-    fn for_device<R: Runtime>(client: &ComputeClient<R>, size: Size, form: Form, parts: Parts) -> Option<Self> {
-        let hardware = &client.properties().hardware;
-        let fits = |tile: &Self| {
-            tile.units() <= hardware.max_units_per_cube as usize
-                && tile.shared_bytes(form, parts) <= hardware.max_shared_memory_size.min(SHARED_BYTES)
-        };
-        let enough = hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+    pub(crate) fn for_device(client: &ComputeClient<impl Runtime>, job: &Job, operands: Operands) -> Self {
+        let size = job.size;
+        let enough = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
         let cubes = |tile: &Self| size.rows.div_ceil(tile.rows) * size.cols.div_ceil(tile.cols);
-        let fitting = || TILES.into_iter().filter(fits);
-        fitting().find(|tile| cubes(tile) >= enough).or_else(|| fitting().next_back())
+        let fitting = || Self::fitting(client, job, operands);
+        fitting().find(|tile| cubes(tile) >= enough).or_else(|| fitting().last()).unwrap_or(Self::ALL[1])
+    }
+
+    /// Tiles that the device has room for.
+    pub(crate) fn fitting(
+        client: &ComputeClient<impl Runtime>,
+        job: &Job,
+        operands: Operands,
+    ) -> impl Iterator<Item = Self> {
+        let hardware = &client.properties().hardware;
+        let most = (hardware.max_units_per_cube as usize, hardware.max_shared_memory_size.min(SHARED_BYTES));
+        let (form, parts) = (job.form, operands.parts);
+        Self::ALL.into_iter().filter(move |tile| tile.units() <= most.0 && tile.shared_bytes(form, parts) <= most.1)
+    }
+
+    /// As `tensor 128x128`.
+    pub(crate) fn name(&self) -> String {
+        format!("tensor {}x{}", self.rows, self.cols)
     }
 
     fn units(&self) -> usize {
@@ -116,44 +129,26 @@ impl Extent {
     }
 }
 
-/// Arguments of a product on tensor cores.
-pub(crate) struct Operands<R: Runtime> {
-    /// `[rows, depth]`, or transposed, in chunks.
-    pub(crate) a: ArrayArg<R>,
-    /// `[depth, cols]`, or transposed, in chunks.
-    pub(crate) b: ArrayArg<R>,
-    /// Types of both, and the one that is multiplied.
-    elements: [StorageType; 3],
+/// Operands that tensor cores take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operands {
+    /// The type that is multiplied.
+    element: StorageType,
     parts: Parts,
-    /// `[cols]`, added to every row.
-    pub(crate) bias: Option<Matrix<R>>,
-    /// `[rows, cols]`, written.
-    pub(crate) out: Matrix<R>,
-    /// Factor of the sums.
-    pub(crate) scale: f32,
 }
 
-impl<R: Runtime> Operands<R> {
-    /// The operands, where tensor cores can take them: both of one half-precision type, in lines of whole chunks. Else the arguments
-    /// as they were.
-    pub(crate) fn new(size: Size, form: Form, args: Args<R>) -> Result<Self, Box<Args<R>>> {
+impl Operands {
+    /// Those of a job, where tensor cores can take them: both of one half-precision type, or one of bf16 and one of f32, in lines of
+    /// whole chunks.
+    pub(crate) fn of(client: &ComputeClient<impl Runtime>, job: &Job) -> Option<Self> {
+        let Job { size, form, ref args } = *job;
         let a_line = if form.a_transposed { size.rows } else { size.depth };
         let b_line = if form.b_transposed { size.depth } else { size.cols };
         let in_chunks = a_line.is_multiple_of(mma::CHUNK) && b_line.is_multiple_of(mma::CHUNK);
-        let elements = [args.a.element, args.b.element];
-        let multiplied = multiplied(elements).filter(|_| in_chunks);
-        let Args { a, b, bias, out, scale } = args;
-        match (a.chunks, b.chunks, multiplied) {
-            (Some(a), Some(b), Some(element)) => {
-                let parts = |stored: StorageType| if stored == element { 1 } else { PARTS_OF_F32 };
-                let parts = Parts { a: parts(elements[0]), b: parts(elements[1]) };
-                Ok(Self { a, b, elements: [elements[0], elements[1], element], parts, bias, out, scale })
-            }
-            (a_chunks, b_chunks, _) => {
-                let (a, b) = (Matrix { chunks: a_chunks, ..a }, Matrix { chunks: b_chunks, ..b });
-                Err(Box::new(Args { a, b, bias, out, scale }))
-            }
-        }
+        let element = multiplied([args.a.element, args.b.element]).filter(|_| in_chunks)?;
+        let parts = |stored: StorageType| if stored == element { 1 } else { PARTS_OF_F32 };
+        let parts = Parts { a: parts(args.a.element), b: parts(args.b.element) };
+        mma::is_supported(client, element).then_some(Self { element, parts })
     }
 }
 
@@ -171,42 +166,33 @@ fn float(kind: FloatKind) -> StorageType {
     ElemType::Float(kind).into()
 }
 
-/// Whether the device's tensor cores may take a matrix of this type, as it is or in parts.
-pub(crate) fn takes<R: Runtime>(client: &ComputeClient<R>, element: StorageType) -> bool {
-    let multiplied = if element == float(FloatKind::F32) { float(FloatKind::BF16) } else { element };
-    mma::is_supported(client, multiplied)
-}
-
-/// Launches a product.
+/// Launches a product, `scale` in place of the arguments'.
 ///
 /// # Errors
 /// [`LaunchError::Limit`] if the grid exceeds the device's.
 pub(crate) fn product<R: Runtime>(
     launch: &Launch<'_, R>,
-    size: Size,
-    form: Form,
-    args: Operands<R>,
+    job: &Job,
+    (operands, tile): (Operands, Tile),
+    scale: f32,
 ) -> Result<(), LaunchError> {
-    let Size { rows, cols, depth } = size;
-    let parts = args.parts;
-    let tile = Tile::for_device(launch.client(), size, form, parts).unwrap_or(TILES[1]);
+    let Job { size: Size { rows, cols, depth }, form, ref args } = *job;
+    let Operands { element, parts } = operands;
     let dim = CubeDim::new_1d(tile.units() as u32);
     launch.cube(dim, tile.shared_bytes(form, parts))?;
-    let bias_element = args.bias.as_ref().map_or(args.out.element, |bias| bias.element);
-    let [a_element, b_element, multiplied] = args.elements;
-    let elements = [a_element, b_element, multiplied, bias_element, args.out.element];
+    let elements = [args.a.element, args.b.element, element, args.bias_element(), args.out.element];
     tensor_kernel::launch(
         launch.client(),
         launch.cubes(cols.div_ceil(tile.cols), rows.div_ceil(tile.rows), 1)?,
         dim,
-        args.a,
-        args.b,
-        args.bias.map(|bias| bias.array).into(),
-        args.out.array,
+        args.a.array(launch, mma::CHUNK)?,
+        args.b.array(launch, mma::CHUNK)?,
+        args.bias.as_ref().map(|bias| bias.array(launch, 1)).transpose()?.into(),
+        args.out.array(launch, 1)?,
         rows as u32,
         cols as u32,
         depth as u32,
-        args.scale,
+        scale,
         tile,
         form,
         parts,

@@ -8,7 +8,7 @@
 //! the targets. Chunks follow one another in order, so `dweight` has the same bits on every run.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, Target};
 use unsloth_linear::product::{self, Form, Matrix, Size, product};
 
 use crate::cross_entropy::{self, Loss};
@@ -66,18 +66,18 @@ pub struct Args<'a> {
 ///
 /// # Errors
 /// [`LaunchError`] for an element type that the device lacks, a buffer that is too small, or a limit exceeded.
-pub fn forward<R: Runtime, X: Float, W: Float>(
-    client: &ComputeClient<R>,
+pub fn forward<'t, R: Runtime, X: Float, W: Float>(
+    target: impl Into<Target<'t, R>>,
     shape: Shape,
     args: Args<'_>,
 ) -> Result<(), LaunchError> {
-    let launch = Launch::new(client, "linear_cross_entropy");
+    let launch = Launch::on(target.into(), "linear_cross_entropy");
     for first in (0..shape.tokens).step_by(shape.chunk_rows().max(1)) {
         let rows = shape.chunk_rows().min(shape.tokens - first);
         chunk::<R, X, W>(&launch, shape, first..first + rows, args)?;
     }
     let rows = cross_entropy::Shape { tokens: shape.tokens, vocab_size: shape.vocab_size, loss: shape.loss };
-    cross_entropy::mean(client, rows, cross_entropy::Mean { nll: args.nll, loss: args.loss })
+    cross_entropy::mean(launch.client(), rows, cross_entropy::Mean { nll: args.nll, loss: args.loss })
 }
 
 /// A buffer from its row `first` on.

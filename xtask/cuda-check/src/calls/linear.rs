@@ -1,6 +1,7 @@
 //! Linear layers: many rows, as in training, few, as in generation, and odd sizes.
 
 use unsloth_core::{DType, Result, ops::linear};
+use unsloth_cube::{Choosing, product_kernels};
 
 use super::{Caller, dtype_pairs};
 
@@ -32,4 +33,23 @@ pub(super) fn calls(caller: &mut Caller) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Products that are measured on a card, by each kernel that takes part: forward and backward, in whole and in odd sizes.
+pub(super) fn every_kernel(caller: &mut Caller) -> Result<()> {
+    for kernel in product_kernels() {
+        caller.choose(Choosing::Always(kernel.clone()))?;
+        for [rows, in_features, out_features] in [[512, 4096, 4096], [200, 896, 4864]] {
+            for dtype in DType::FLOATS {
+                let weight = caller.tensor(dtype, [out_features, in_features])?;
+                let weight = caller.device.prepare_weight(weight)?;
+                let x = caller.tensor(dtype, [rows, in_features])?;
+                let dy = caller.tensor(dtype, [rows, out_features])?;
+                let detail = |what: &str| format!("{kernel}, {what} {rows} x {in_features} -> {out_features} {dtype}");
+                caller.call(detail("forward"), || linear::forward(&x, &weight, None));
+                caller.call(detail("input gradient"), || linear::input_gradient(&dy, &weight));
+            }
+        }
+    }
+    caller.choose(Choosing::ByRule)
 }

@@ -8,7 +8,7 @@ use std::fmt::Display;
 use anyhow::{Context, Result};
 use cubecl::prelude::{ComputeClient, Runtime};
 use unsloth_core::{Category, DType, Device, Shape, Tensor};
-use unsloth_cube::{CubeBackend, CubeOptions};
+use unsloth_cube::{Choosing, CubeBackend, CubeOptions};
 
 use crate::{
     architecture::Architecture,
@@ -29,7 +29,7 @@ mod rope;
 type Calls = fn(&mut Caller) -> unsloth_core::Result<()>;
 
 /// Every operator.
-const OPERATORS: [(&str, Calls); 17] = [
+const OPERATORS: [(&str, Calls); 18] = [
     ("adamw", pointwise::adamw),
     ("adamw8bit", pointwise::adamw8bit),
     ("lion", pointwise::lion),
@@ -42,6 +42,7 @@ const OPERATORS: [(&str, Calls); 17] = [
     ("embedding", embedding::calls),
     ("glu", glu::calls),
     ("linear", linear::calls),
+    ("linear with every kernel", linear::every_kernel),
     ("linear_cross_entropy", loss::linear_cross_entropy),
     ("lora_linear", lora_linear::calls),
     ("reduce", pointwise::reduce),
@@ -66,12 +67,12 @@ pub(crate) struct Outcome {
 ///
 /// # Errors
 /// If the device or a tensor cannot be made.
-pub(crate) fn outcome(architecture: &Architecture, filter: &str) -> Result<Outcome> {
+pub(crate) fn outcome(architecture: &'static Architecture, filter: &str) -> Result<Outcome> {
     let offline = OfflineDevice { capability: architecture.capability as u16 };
-    let backend = CubeBackend::<OfflineCuda>::new(&offline, architecture.target, CubeOptions::default())?;
     let outcome = Outcome { launches: Vec::new(), refused: Vec::new() };
     let client = OfflineCuda::client(&offline);
-    let mut caller = Caller { device: Device::new(backend), client, operator: "", outcome };
+    let device = open(architecture, Choosing::ByRule)?;
+    let mut caller = Caller { architecture, device, client, operator: "", outcome };
     for (name, calls) in OPERATORS.into_iter().filter(|(name, _)| name.contains(filter)) {
         caller.operator = name;
         calls(&mut caller).with_context(|| format!("{name} on {}", architecture.target))?;
@@ -79,8 +80,19 @@ pub(crate) fn outcome(architecture: &Architecture, filter: &str) -> Result<Outco
     Ok(caller.outcome)
 }
 
+/// A device of `architecture`; all of them share a client.
+///
+/// # Errors
+/// If it does not open.
+fn open(architecture: &Architecture, choosing: Choosing) -> unsloth_core::Result<Device> {
+    let offline = OfflineDevice { capability: architecture.capability as u16 };
+    let options = CubeOptions { choosing, ..CubeOptions::default() };
+    Ok(Device::new(CubeBackend::<OfflineCuda>::new(&offline, architecture.target, options)?))
+}
+
 /// Calls operators on one device and keeps what they launch.
 struct Caller {
+    architecture: &'static Architecture,
     device: Device,
     client: ComputeClient<OfflineCuda>,
     operator: &'static str,
@@ -88,6 +100,12 @@ struct Caller {
 }
 
 impl Caller {
+    /// Goes on with a device that chooses in another way.
+    fn choose(&mut self, choosing: Choosing) -> unsloth_core::Result<()> {
+        self.device = open(self.architecture, choosing)?;
+        Ok(())
+    }
+
     fn tensor(&self, dtype: DType, shape: impl Into<Shape>) -> unsloth_core::Result<Tensor> {
         self.device.empty(shape, dtype, Category::Activations)
     }
