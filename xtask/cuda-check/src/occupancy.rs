@@ -30,7 +30,7 @@ pub(crate) static LISTED: [Listed; 10] = [
     Listed { kernel: "attention::tensor::forward::cached_kernel", least: 25.0, reason: TENSOR_FORWARD },
     Listed { kernel: "attention::tensor::backward::keys_kernel", least: 12.5, reason: TENSOR_KEYS },
     Listed { kernel: "attention::tensor::backward::queries_kernel", least: 12.5, reason: TENSOR_QUERIES },
-    Listed { kernel: "linear::product::tiled_kernel", least: 43.0, reason: PRODUCT },
+    Listed { kernel: "linear::product::tiled_kernel", least: 25.0, reason: PRODUCT },
     Listed { kernel: "linear::tensor::tensor_kernel", least: 12.5, reason: TENSOR_PRODUCT },
 ];
 
@@ -46,7 +46,8 @@ const TENSOR_KEYS: &str = "the gradients of 16 keys and 16 values in the registe
 const TENSOR_QUERIES: &str = "the gradient of 16 rows and two blocks of products in the registers of a plane, two tiles of queries and two of keys in \
     shared memory";
 const PRODUCT: &str = "32 sums of a unit in registers, each number that is loaded used for four or eight products; on sm_100a the assembler takes a \
-    few registers more than half of a multiprocessor's planes leave";
+    few registers more than half of a multiprocessor's planes leave. In the largest tile, which has to be the fastest as measured, 64 sums, and \
+    half as many loads";
 const TENSOR_PRODUCT: &str = "64 sums of a unit in registers: with a block of 64 by 32 per plane an operand that is loaded serves four or eight products, and \
     the next tile's numbers are on their way beside them";
 

@@ -1,7 +1,7 @@
 //! Suites of the operators that have kernels for tensor cores, on the emulated card.
 
 use unsloth_core::Device;
-use unsloth_cube::{Choosing, CubeBackend, CubeOptions};
+use unsloth_cube::{CubeBackend, CubeOptions};
 use unsloth_testkit::suite;
 
 use super::{
@@ -10,8 +10,8 @@ use super::{
 };
 
 /// Fresh buffers hold NaN, so that an element which no kernel wrote is seen.
-fn open(device: &EmulatedDevice, choosing: Choosing) -> Device {
-    let options = CubeOptions { fill_arbitrary_with_nan: true, choosing, ..Default::default() };
+fn open(device: &EmulatedDevice) -> Device {
+    let options = CubeOptions { fill_arbitrary_with_nan: true, ..Default::default() };
     let backend = CubeBackend::<EmulatedCuda>::new(device, format!("emulated:{}", device.number), options);
     Device::new(backend.unwrap_or_else(|error| panic!("{error}")))
 }
@@ -19,7 +19,7 @@ fn open(device: &EmulatedDevice, choosing: Choosing) -> Device {
 /// Runs a test on a card of its own, where there is a compiler to make one.
 fn on_card(number: u16, run: fn(&Device)) {
     if has_compiler() {
-        run(&open(&EmulatedDevice { number, mutation: None }, Choosing::ByRule));
+        run(&open(&EmulatedDevice { number, mutation: None }));
     }
 }
 
@@ -41,15 +41,6 @@ fn linear() {
     on_card(1, suite::linear::run_on_tensor_cores);
 }
 
-/// What the library launches as it does on a card, if a product is fastest so.
-#[test]
-fn linear_by_a_library() {
-    if has_compiler() {
-        let device = EmulatedDevice { number: 3, mutation: None };
-        suite::linear::run_on_tensor_cores(&open(&device, Choosing::Always("cubek simple mma".to_owned())));
-    }
-}
-
 /// A suite that passes on a wrong kernel proves nothing.
 #[test]
 fn wrong_kernels_are_caught() {
@@ -57,7 +48,7 @@ fn wrong_kernels_are_caught() {
         return;
     }
     for (mutation, (what, ..)) in (0..).zip(MUTATIONS) {
-        let device = open(&EmulatedDevice { number: 2, mutation: Some(mutation) }, Choosing::ByRule);
+        let device = open(&EmulatedDevice { number: 2, mutation: Some(mutation) });
         let failure = suite::attention::check_on_tensor_cores(&device).err();
         println!("{what}: {}", failure.unwrap_or_else(|| panic!("{what}: not caught")));
     }
