@@ -1,5 +1,6 @@
 //! Cross entropy over rows of logits, and the row arithmetic that linear cross entropy shares.
 
+use half::bf16;
 use rayon::prelude::*;
 use unsloth_core::{
     Category, DType, Error, FloatElement, Result, Tensor,
@@ -9,14 +10,8 @@ use unsloth_core::{
 use crate::{
     access::{dispatch_float, output, read, take_or_copy, write},
     backend::CpuBackend,
-    linear::blocks,
-    simd::{self, exp, tanh},
+    simd::{self, BLOCK, exp, tanh, vectorised},
 };
-
-/// Lanes that a row is reduced in: fixed, so the result does not depend on the instruction set's width.
-const LANES: usize = 16;
-/// f32 elements of logits that are widened at a time: 4 MiB.
-const CHUNK: usize = 1 << 20;
 
 /// Loss of one row.
 #[derive(Clone, Copy, Default)]
@@ -40,73 +35,146 @@ pub(crate) fn check_targets(op: &'static str, targets: &[i32], vocab_size: usize
     }
 }
 
-/// Folds a row in [`LANES`] independent lanes, then the lanes in order.
-#[inline(always)]
-fn fold(row: &[f32], start: f32, lane: impl Fn(f32, f32) -> f32, join: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut lanes = [start; LANES];
-    let chunks = row.chunks_exact(LANES);
-    let tail = chunks.remainder();
-    for chunk in chunks {
-        for (acc, &value) in lanes.iter_mut().zip(chunk) {
-            *acc = lane(*acc, value);
-        }
-    }
-    for (acc, &value) in lanes.iter_mut().zip(tail) {
-        *acc = lane(*acc, value);
-    }
-    lanes.into_iter().reduce(join).unwrap_or(start)
-}
-
 /// Turns logits into `z` in place.
-fn transform(row: &mut [f32], spec: &LossSpec) {
-    pulp::Arch::new().dispatch(|| {
-        if let Some(softcap) = spec.softcap {
-            let inner = spec.logit_scale / softcap;
-            row.iter_mut().for_each(|z| *z = softcap * tanh(*z * inner));
-        } else if spec.logit_scale != 1.0 {
-            row.iter_mut().for_each(|z| *z *= spec.logit_scale);
-        }
-    });
+#[inline(always)]
+fn transform(z: &mut [f32], spec: &LossSpec) {
+    if let Some(softcap) = spec.softcap {
+        let inner = spec.logit_scale / softcap;
+        z.iter_mut().for_each(|z| *z = softcap * tanh(*z * inner));
+    } else if spec.logit_scale != 1.0 {
+        simd::scale(z, spec.logit_scale);
+    }
 }
 
-/// Turns logits into `z` in place; gives the loss of the row.
-pub(crate) fn row_loss(row: &mut [f32], target: usize, spec: &LossSpec) -> RowLoss {
-    transform(row, spec);
-    pulp::Arch::new().dispatch(|| {
-        // `a > b ? a : b` drops a NaN on one side; the sum below keeps it.
-        let max = fold(row, f32::NEG_INFINITY, |a, z| if z > a { z } else { a }, f32::max);
-        // All logits -inf, or NaN: subtracting the maximum would hide that.
-        let max = if max.is_finite() { max } else { 0.0 };
-        let sum = fold(row, 0.0, |a, z| a + exp(z - max), |a, b| a + b);
-        let lse = max + sum.ln();
-        let mut nll = lse - (1.0 - spec.label_smoothing) * row[target] + spec.z_loss * lse * lse;
-        if spec.label_smoothing > 0.0 {
-            nll -= spec.label_smoothing * fold(row, 0.0, |a, z| a + z, |a, b| a + b) / row.len() as f32;
-        }
-        RowLoss { nll, lse }
-    })
+/// What a row's loss is made of, over the blocks seen so far.
+struct Statistics {
+    max: f32,
+    /// Subtracted before the exponential: the maximum where that is a number.
+    shift: f32,
+    /// Of `exp(z - shift)`.
+    sum: f32,
+    /// Of `z`, where labels are smoothed.
+    total: f32,
 }
 
-/// Turns `z`, as [`row_loss`] left it, into the gradient of the logits in place.
-pub(crate) fn row_gradient(row: &mut [f32], target: usize, lse: f32, spec: &LossSpec) {
-    let factor = spec.loss_scale / spec.num_targets as f32;
-    let probability = factor * (1.0 + 2.0 * spec.z_loss * lse);
-    let smoothed = factor * spec.label_smoothing / row.len() as f32;
-    let hit = factor * (1.0 - spec.label_smoothing);
-    let at_target = row[target];
-    pulp::Arch::new().dispatch(|| match spec.softcap {
-        None => {
-            let scale = spec.logit_scale;
-            row.iter_mut().for_each(|z| *z = (exp(*z - lse) * probability - smoothed) * scale);
+impl Statistics {
+    #[inline(always)]
+    fn absorb(&mut self, z: &[f32], smoothed: bool) {
+        let max = simd::max(z);
+        if max > self.max {
+            // All logits -inf, or NaN: subtracting the maximum would hide that.
+            let shift = if max.is_finite() { max } else { 0.0 };
+            self.sum *= exp(self.shift - shift);
+            (self.max, self.shift) = (max, shift);
         }
-        Some(softcap) => row.iter_mut().for_each(|z| {
-            let capped = *z / softcap;
-            let slope = spec.logit_scale * (1.0 - capped * capped);
-            *z = (exp(*z - lse) * probability - smoothed) * slope;
-        }),
-    });
-    let capped = spec.softcap.map_or(0.0, |softcap| at_target / softcap);
-    row[target] -= hit * spec.logit_scale * (1.0 - capped * capped);
+        self.sum += simd::sum_of_exp(z, self.shift);
+        if smoothed {
+            self.total += simd::sum(z);
+        }
+    }
+}
+
+/// Loss of a row of logits, which is read once.
+pub(crate) fn row_loss<T: FloatElement>(row: &[T], target: usize, spec: &LossSpec) -> RowLoss {
+    let mut statistics = Statistics { max: f32::NEG_INFINITY, shift: 0.0, sum: 0.0, total: 0.0 };
+    let (mut buffer, mut transformed) = ([0.0; BLOCK], [0.0; BLOCK]);
+    let changes = spec.softcap.is_some() || spec.logit_scale != 1.0;
+    for block in row.chunks(BLOCK) {
+        let logits = simd::widened(block, &mut buffer);
+        vectorised(
+            #[inline(always)]
+            || {
+                let z: &[f32] = if changes {
+                    let z = &mut transformed[..logits.len()];
+                    z.copy_from_slice(logits);
+                    transform(z, spec);
+                    z
+                } else {
+                    logits
+                };
+                statistics.absorb(z, spec.label_smoothing > 0.0);
+            },
+        );
+    }
+    let mut at_target = [row[target].to_f32()];
+    transform(&mut at_target, spec);
+    let lse = statistics.shift + statistics.sum.ln();
+    let mut nll = lse - (1.0 - spec.label_smoothing) * at_target[0] + spec.z_loss * lse * lse;
+    if spec.label_smoothing > 0.0 {
+        nll -= spec.label_smoothing * statistics.total / row.len() as f32;
+    }
+    RowLoss { nll, lse }
+}
+
+/// The gradient of a row of logits.
+struct RowGradient<'a> {
+    spec: &'a LossSpec,
+    target: usize,
+    lse: f32,
+    /// Factor of a probability.
+    probability: f32,
+    /// Share of each label where labels are smoothed.
+    smoothed: f32,
+    /// What is left for the target.
+    hit: f32,
+}
+
+impl<'a> RowGradient<'a> {
+    fn new(spec: &'a LossSpec, vocab_size: usize, target: usize, lse: f32) -> Self {
+        let factor = spec.loss_scale / spec.num_targets as f32;
+        let probability = factor * (1.0 + 2.0 * spec.z_loss * lse);
+        let smoothed = factor * spec.label_smoothing / vocab_size as f32;
+        let hit = factor * (1.0 - spec.label_smoothing);
+        Self { spec, target, lse, probability, smoothed, hit }
+    }
+
+    /// Turns logits `start ..` into their gradient in place.
+    fn block(&self, start: usize, logits: &mut [f32]) {
+        let Self { spec, target, lse, probability, smoothed, hit } = *self;
+        let target = target.checked_sub(start).filter(|target| *target < logits.len());
+        vectorised(
+            #[inline(always)]
+            || {
+                transform(logits, spec);
+                let at_target = target.map(|target| logits[target]);
+                let scale = spec.logit_scale;
+                match spec.softcap {
+                    None => {
+                        logits.iter_mut().for_each(|z| *z = (exp(*z - lse) * probability - smoothed) * scale);
+                    }
+                    Some(softcap) => logits.iter_mut().for_each(|z| {
+                        let capped = *z / softcap;
+                        *z = (exp(*z - lse) * probability - smoothed) * (scale * (1.0 - capped * capped));
+                    }),
+                }
+                if let Some((target, z)) = target.zip(at_target) {
+                    let capped = spec.softcap.map_or(0.0, |softcap| z / softcap);
+                    logits[target] -= hit * scale * (1.0 - capped * capped);
+                }
+            },
+        );
+    }
+}
+
+/// Turns a row of logits into its gradient in place.
+pub(crate) fn row_gradient<T: FloatElement>(row: &mut [T], target: usize, lse: f32, spec: &LossSpec) {
+    let gradient = RowGradient::new(spec, row.len(), target, lse);
+    for (i, block) in row.chunks_mut(BLOCK).enumerate() {
+        simd::update(block, |logits| gradient.block(i * BLOCK, logits));
+    }
+}
+
+/// [`row_gradient`], rounded to bf16; it takes the first half of the row.
+pub(crate) fn row_gradient_in_bf16(row: &mut [f32], target: usize, lse: f32, spec: &LossSpec) {
+    let gradient = RowGradient::new(spec, row.len(), target, lse);
+    let mut buffer = [0.0; BLOCK];
+    for start in (0..row.len()).step_by(BLOCK) {
+        let block = &mut buffer[..BLOCK.min(row.len() - start)];
+        block.copy_from_slice(&row[start..start + block.len()]);
+        gradient.block(start, block);
+        // Half as wide, so only logits that have been read are overwritten.
+        simd::narrow(block, &mut bytemuck::cast_slice_mut::<f32, bf16>(row)[start..start + block.len()]);
+    }
 }
 
 /// Sum in a fixed tree over blocks: the rounding error grows with the logarithm of the length.
@@ -131,29 +199,17 @@ impl CrossEntropy for CpuBackend {
         check_targets("cross_entropy", targets, spec.vocab_size)?;
         let mut lse = output(logits, DType::F32, [spec.tokens], Category::Activations)?;
         let mut nll = self.workspace(spec.tokens)?;
-        self.run(|| -> Result<()> {
-            let lse = write::<f32>("cross_entropy", "lse", &mut lse)?;
-            for chunk in blocks(spec.tokens, (CHUNK / spec.vocab_size).max(1)) {
-                let elements = chunk.start * spec.vocab_size..chunk.end * spec.vocab_size;
-                let mut scratch = self.workspace(elements.len())?;
-                dispatch_float!(spec.dtype, T => {
-                    let logits = read::<T>(logits)[elements].par_chunks(spec.vocab_size);
-                    let rows = scratch.par_chunks_mut(spec.vocab_size).zip(logits).zip(&targets[chunk.clone()]);
-                    let outputs = nll[chunk.clone()].par_iter_mut().zip(&mut lse[chunk]);
-                    rows.zip(outputs).for_each(|(((row, logits), &target), (nll, lse))| {
-                        let loss = match usize::try_from(target) {
-                            Ok(target) => {
-                                simd::widen(logits, row);
-                                row_loss(row, target, &spec.loss)
-                            }
-                            Err(_) => RowLoss::default(),
-                        };
-                        (*nll, *lse) = (loss.nll, loss.lse);
-                    });
-                });
-            }
-            Ok(())
-        })?;
+        let outputs = nll[..spec.tokens].par_iter_mut().zip(write::<f32>("cross_entropy", "lse", &mut lse)?);
+        dispatch_float!(spec.dtype, T => {
+            let rows = read::<T>(logits).par_chunks(spec.vocab_size).zip(targets);
+            self.run(|| rows.zip(outputs).for_each(|((logits, &target), (nll, lse))| {
+                let loss = match usize::try_from(target) {
+                    Ok(target) => row_loss(logits, target, &spec.loss),
+                    Err(_) => RowLoss::default(),
+                };
+                (*nll, *lse) = (loss.nll, loss.lse);
+            }));
+        });
         let loss = mean_loss(logits, &nll, spec.loss.num_targets)?;
         Ok(Forward { loss, lse })
     }
@@ -162,27 +218,13 @@ impl CrossEntropy for CpuBackend {
         let (targets, lse) = (read::<i32>(targets), read::<f32>(lse));
         check_targets("cross_entropy", targets, spec.vocab_size)?;
         let mut dlogits = take_or_copy(logits)?;
-        let vocab = spec.vocab_size;
-        self.run(|| -> Result<()> {
-            dispatch_float!(spec.dtype, T => {
-                let dlogits = write::<T>("cross_entropy", "dlogits", &mut dlogits)?;
-                for chunk in blocks(spec.tokens, (CHUNK / vocab).max(1)) {
-                    let part = &mut dlogits[chunk.start * vocab..chunk.end * vocab];
-                    let mut scratch = self.workspace(part.len())?;
-                    let rows = part.par_chunks_mut(vocab).zip(scratch.par_chunks_mut(vocab)).zip(&targets[chunk.clone()]);
-                    rows.zip(&lse[chunk]).for_each(|(((dlogits, row), &target), &lse)| match usize::try_from(target) {
-                        Ok(target) => {
-                            simd::widen(dlogits, row);
-                            transform(row, &spec.loss);
-                            row_gradient(row, target, lse, &spec.loss);
-                            simd::narrow(row, dlogits);
-                        }
-                        Err(_) => dlogits.fill(T::from_f32(0.0)),
-                    });
-                }
-            });
-            Ok(())
-        })?;
+        dispatch_float!(spec.dtype, T => {
+            let rows = write::<T>("cross_entropy", "dlogits", &mut dlogits)?.par_chunks_mut(spec.vocab_size);
+            self.run(|| rows.zip(targets).zip(lse).for_each(|((row, &target), &lse)| match usize::try_from(target) {
+                Ok(target) => row_gradient(row, target, lse, &spec.loss),
+                Err(_) => row.fill(T::from_f32(0.0)),
+            }));
+        });
         Ok(dlogits)
     }
 }

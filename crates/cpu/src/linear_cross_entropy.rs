@@ -1,8 +1,9 @@
 //! Linear cross entropy by chunks of rows that have a target: logits, loss and gradients of a chunk, then the next.
 
+use half::bf16;
 use rayon::prelude::*;
 use unsloth_core::{
-    Category, FloatElement, Result, Tensor, Weight,
+    Category, DType, FloatElement, Result, Tensor, Weight,
     ops::{
         cross_entropy::LossSpec,
         linear_cross_entropy::{Forward, LinearCrossEntropy, Spec},
@@ -12,9 +13,9 @@ use unsloth_core::{
 use crate::{
     access::{dispatch_float, output, read, write},
     backend::{CpuBackend, Workspace},
-    cross_entropy::{check_targets, mean_loss, row_gradient, row_loss},
+    cross_entropy::{check_targets, mean_loss, row_gradient, row_gradient_in_bf16, row_loss},
     linear::{blocks, dense},
-    matmul::{Elements, Into, Mat, MatMut, Sum, Term},
+    matmul::{Elements, Into, Isa, Mat, MatMut, Sum, Term},
     simd,
 };
 
@@ -42,8 +43,21 @@ impl CpuBackend {
         let target = MatMut::new(&mut logits, rows.len(), vocab, vocab);
         self.product(Sum::new(&[Term::new(narrow_x, weight)], Into::Overwrite), target)?;
         let wants_gradient = call.spec.needs_dx || dweight.is_some();
-        self.run(|| losses(&mut logits, rows, nll, &call.spec.loss, wants_gradient));
-        let dlogits = Mat::f32(&logits, rows.len(), vocab);
+        // Rounded as its oracle's naive form does, where that makes both factors what the processor multiplies in pairs.
+        let narrow = T::DTYPE == DType::BF16 && call.weight.dtype() == DType::BF16 && self.isa() == Isa::Avx512Bf16;
+        let gradient = match narrow {
+            _ if !wants_gradient => Gradient::None,
+            true => Gradient::InBf16,
+            false => Gradient::InF32,
+        };
+        self.run(|| losses(&mut logits, rows, nll, &call.spec.loss, gradient));
+        let dlogits = match gradient {
+            Gradient::InBf16 => {
+                let halves = Elements::from_slice(bytemuck::cast_slice::<f32, bf16>(&logits));
+                Mat::new(halves, rows.len(), vocab, 2 * vocab)
+            }
+            _ => Mat::f32(&logits, rows.len(), vocab),
+        };
         if let Some(dweight) = dweight {
             let target = MatMut::new(dweight, vocab, hidden, hidden);
             self.product(Sum::new(&[Term::new(dlogits.t(), narrow_x.t())], Into::Add), target)?;
@@ -88,14 +102,27 @@ fn scatter<T: FloatElement>(from: &[f32], rows: &[Row], dx: &mut [T]) {
     }
 }
 
-/// Losses of rows of logits; the logits become their gradient where it is wanted.
-fn losses(logits: &mut [f32], rows: &[Row], nll: &mut [f32], spec: &LossSpec, wants_gradient: bool) {
+/// What becomes of logits.
+#[derive(Clone, Copy)]
+enum Gradient {
+    /// They stay.
+    None,
+    /// Their gradient takes their place.
+    InF32,
+    /// Their gradient takes the first half of each row.
+    InBf16,
+}
+
+/// Losses of rows of logits.
+fn losses(logits: &mut [f32], rows: &[Row], nll: &mut [f32], spec: &LossSpec, gradient: Gradient) {
     let vocab = logits.len() / rows.len();
     logits.par_chunks_mut(vocab).zip(rows).zip(nll).for_each(|((logits, row), nll)| {
         let loss = row_loss(logits, row.target, spec);
         *nll = loss.nll;
-        if wants_gradient {
-            row_gradient(logits, row.target, loss.lse, spec);
+        match gradient {
+            Gradient::None => (),
+            Gradient::InF32 => row_gradient(logits, row.target, loss.lse, spec),
+            Gradient::InBf16 => row_gradient_in_bf16(logits, row.target, loss.lse, spec),
         }
     });
 }

@@ -118,19 +118,19 @@ pub(crate) fn update_up_to<const N: usize, T: FloatElement>(values: &mut [T], wo
     narrow(buffer, values);
 }
 
-/// Folds [`LANES`] interleaved partial results and combines them pairwise. `neutral` must not change a partial result. A `step`
-/// that ignores an argument costs nothing for it. There is no array of arguments: what maps over one is not inlined, and then
+/// Folds [`LANES`] interleaved partial results and combines them pairwise. A `step` with `padding` must not change a partial
+/// result. One that ignores an argument costs nothing for it. There is no array of arguments: what maps over one is not inlined, and then
 /// nothing here is vectorised.
 #[inline(always)]
 fn fold(
     (a, b, c): (&[f32], &[f32], &[f32]),
-    neutral: f32,
+    (start, padding): (f32, f32),
     step: impl Fn(f32, f32, f32, f32) -> f32,
     combine_two: impl Fn(f32, f32) -> f32,
 ) -> f32 {
     let ((a, a_tail), (b, b_tail), (c, c_tail)) =
         (a.as_chunks::<LANES>(), b.as_chunks::<LANES>(), c.as_chunks::<LANES>());
-    let mut partial = [neutral; LANES];
+    let mut partial = [start; LANES];
     for ((a, b), c) in a.iter().zip(b).zip(c) {
         for lane in 0..LANES {
             partial[lane] = step(partial[lane], a[lane], b[lane], c[lane]);
@@ -138,7 +138,7 @@ fn fold(
     }
     // The tail is padded rather than indexed, so that the partial results stay in registers.
     if !a_tail.is_empty() {
-        let mut tails = [[neutral; LANES]; 3];
+        let mut tails = [[padding; LANES]; 3];
         tails[0][..a_tail.len()].copy_from_slice(a_tail);
         tails[1][..b_tail.len()].copy_from_slice(b_tail);
         tails[2][..c_tail.len()].copy_from_slice(c_tail);
@@ -165,19 +165,19 @@ fn combine(mut partial: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 
 /// Sum in a fixed order.
 #[inline(always)]
 pub(crate) fn sum(x: &[f32]) -> f32 {
-    fold((x, x, x), 0.0, |sum, x, _, _| sum + x, |a, b| a + b)
+    fold((x, x, x), (0.0, 0.0), |sum, x, _, _| sum + x, |a, b| a + b)
 }
 
 /// `sum(x^2)` in a fixed order.
 #[inline(always)]
 pub(crate) fn sum_of_squares(x: &[f32]) -> f32 {
-    fold((x, x, x), 0.0, |sum, x, _, _| sum + x * x, |a, b| a + b)
+    fold((x, x, x), (0.0, 0.0), |sum, x, _, _| sum + x * x, |a, b| a + b)
 }
 
 /// `sum(a * b)` in a fixed order.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    fold((a, b, b), 0.0, |sum, a, b, _| sum + a * b, |a, b| a + b)
+    fold((a, b, b), (0.0, 0.0), |sum, a, b, _| sum + a * b, |a, b| a + b)
 }
 
 /// [`dot`] with the second factor widened on the way: the same bits.
@@ -199,14 +199,14 @@ pub(crate) fn dot_bf16(a: &[f32], b: &[half::bf16]) -> f32 {
 /// `sum(a * b * c)` in a fixed order.
 #[inline(always)]
 pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
-    fold((a, b, c), 0.0, |sum, a, b, c| sum + a * b * c, |a, b| a + b)
+    fold((a, b, c), (0.0, 0.0), |sum, a, b, c| sum + a * b * c, |a, b| a + b)
 }
 
 /// Largest value; -inf for an empty slice. A NaN is passed over.
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
-    fold((x, x, x), f32::NEG_INFINITY, |max, x, _, _| larger(max, x), larger)
+    fold((x, x, x), (f32::NEG_INFINITY, f32::NEG_INFINITY), |max, x, _, _| larger(max, x), larger)
 }
 
 /// Replaces each `x` by `exp(x - shift)` and gives the sum of the results.
@@ -216,6 +216,12 @@ pub(crate) fn exp_and_sum(x: &mut [f32], shift: f32) -> f32 {
         *x = exp(*x - shift);
     }
     sum(x)
+}
+
+/// Sum of `exp(x - shift)` in a fixed order, for a finite `shift`.
+#[inline(always)]
+pub(crate) fn sum_of_exp(x: &[f32], shift: f32) -> f32 {
+    fold((x, x, x), (0.0, f32::NEG_INFINITY), |sum, x, _, _| sum + exp(x - shift), |a, b| a + b)
 }
 
 /// `to += factor * x`.

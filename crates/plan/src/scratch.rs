@@ -13,8 +13,6 @@ const MAX_ROW_QUERIES: usize = 4;
 const LOGITS: usize = 8 << 20;
 /// Fewest rows of such a chunk.
 const MIN_ROWS: usize = 128;
-/// Elements of a widened chunk of given logits.
-const GIVEN_LOGITS: usize = 1 << 20;
 /// Rows and columns of a task of a product, at most; rows of its left factor, and elements of the dimension summed over, that
 /// are packed at a time.
 const PRODUCT: Product = Product { rows: 504, cols: 480, strip: 96, depth: 256 };
@@ -150,11 +148,6 @@ pub(crate) fn rms_norm_backward(spec: &ops::rms_norm::Spec, with_dweight: bool) 
     let (max_parts, min_rows) = NORM_PARTS;
     let num_parts = spec.rows.div_ceil(spec.rows.div_ceil(max_parts).max(min_rows));
     [spec.hidden_size, if with_dweight { num_parts * spec.hidden_size } else { 0 }]
-}
-
-/// A widened chunk of given logits.
-pub(crate) fn cross_entropy_chunk(spec: &ops::cross_entropy::Spec) -> usize {
-    spec.tokens.min((GIVEN_LOGITS / spec.vocab_size).max(1)) * spec.vocab_size
 }
 
 /// Rows that are computed: only those with a target. Which they are is not known here; there are no more of them than in the
