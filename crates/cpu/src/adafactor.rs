@@ -13,7 +13,7 @@ use unsloth_core::{
 use crate::{
     CpuBackend,
     access::{dispatch_float, read, write},
-    simd::{TASK, update_up_to, vectorised},
+    simd::{TASK, update, vectorised},
 };
 
 /// Parts of a matrix at most, each with sums of its own over its columns.
@@ -163,7 +163,7 @@ impl CpuBackend {
                 let mut buffer = [0.0; PIECE];
                 let u = &mut buffer[..piece.len()];
                 changes.write(grad, i * TASK + j * PIECE, u);
-                update_up_to::<PIECE, T>(piece, |param| {
+                update(piece, &mut [0.0; PIECE], |param| {
                     vectorised(
                         #[inline(always)]
                         || param.iter_mut().zip(&*u).for_each(|(param, u)| *param = *param * kept - size * u),

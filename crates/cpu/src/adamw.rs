@@ -61,7 +61,7 @@ impl CpuBackend {
             let blocks =
                 param.chunks_mut(BLOCK).zip(grad.chunks(BLOCK)).zip(m.chunks_mut(BLOCK)).zip(v.chunks_mut(BLOCK));
             for (((param, grad), m), v) in blocks {
-                update(param, |param| {
+                update(param, &mut [0.0; BLOCK], |param| {
                     vectorised(
                         #[inline(always)]
                         || factors.apply(param, grad, (m, v)),

@@ -14,7 +14,7 @@ use crate::{
     CpuBackend,
     access::{dispatch_float, read, write},
     adamw::Factors,
-    simd::{TASK, update_up_to, vectorised},
+    simd::{TASK, update, vectorised},
 };
 
 /// Packed codes of a block.
@@ -84,7 +84,7 @@ fn blocks<T: FloatElement>(
         let (m, v) = (&mut m_values[..grad.len()], &mut v_values[..grad.len()]);
         signed.decode(m_codes, *m_absmax, m);
         unsigned.decode(v_codes, *v_absmax, v);
-        update_up_to::<BLOCK_SIZE, T>(param, |param| {
+        update(param, &mut [0.0; BLOCK_SIZE], |param| {
             vectorised(
                 #[inline(always)]
                 || factors.apply(param, grad, (m, v)),

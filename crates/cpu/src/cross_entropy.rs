@@ -10,7 +10,7 @@ use unsloth_core::{
 use crate::{
     access::{dispatch_float, output, read, take_or_copy, write},
     backend::CpuBackend,
-    simd::{self, BLOCK, exp, tanh, vectorised},
+    simd::{self, BLOCK, Fused, exp, tanh, vectorised_fused},
 };
 
 /// Loss of one row.
@@ -37,10 +37,12 @@ pub(crate) fn check_targets(op: &'static str, targets: &[i32], vocab_size: usize
 
 /// Turns logits into `z` in place.
 #[inline(always)]
-fn transform(z: &mut [f32], spec: &LossSpec) {
+fn transform(m: Fused, z: &mut [f32], spec: &LossSpec) {
     if let Some(softcap) = spec.softcap {
         let inner = spec.logit_scale / softcap;
-        z.iter_mut().for_each(|z| *z = softcap * tanh(*z * inner));
+        for z in z {
+            *z = softcap * tanh(m, *z * inner);
+        }
     } else if spec.logit_scale != 1.0 {
         simd::scale(z, spec.logit_scale);
     }
@@ -59,15 +61,15 @@ struct Statistics {
 
 impl Statistics {
     #[inline(always)]
-    fn absorb(&mut self, z: &[f32], smoothed: bool) {
+    fn absorb(&mut self, m: Fused, z: &[f32], smoothed: bool) {
         let max = simd::max(z);
         if max > self.max {
             // All logits -inf, or NaN: subtracting the maximum would hide that.
             let shift = if max.is_finite() { max } else { 0.0 };
-            self.sum *= exp(self.shift - shift);
+            self.sum *= exp(m, self.shift - shift);
             (self.max, self.shift) = (max, shift);
         }
-        self.sum += simd::sum_of_exp(z, self.shift);
+        self.sum += simd::sum_of_exp(m, z, self.shift);
         if smoothed {
             self.total += simd::sum(z);
         }
@@ -81,23 +83,23 @@ pub(crate) fn row_loss<T: FloatElement>(row: &[T], target: usize, spec: &LossSpe
     let changes = spec.softcap.is_some() || spec.logit_scale != 1.0;
     for block in row.chunks(BLOCK) {
         let logits = simd::widened(block, &mut buffer);
-        vectorised(
+        vectorised_fused(
             #[inline(always)]
-            || {
+            |m| {
                 let z: &[f32] = if changes {
                     let z = &mut transformed[..logits.len()];
                     z.copy_from_slice(logits);
-                    transform(z, spec);
+                    transform(m, z, spec);
                     z
                 } else {
                     logits
                 };
-                statistics.absorb(z, spec.label_smoothing > 0.0);
+                statistics.absorb(m, z, spec.label_smoothing > 0.0);
             },
         );
     }
     let mut at_target = [row[target].to_f32()];
-    transform(&mut at_target, spec);
+    vectorised_fused(|m| transform(m, &mut at_target, spec));
     let lse = statistics.shift + statistics.sum.ln();
     let mut nll = lse - (1.0 - spec.label_smoothing) * at_target[0] + spec.z_loss * lse * lse;
     if spec.label_smoothing > 0.0 {
@@ -132,20 +134,24 @@ impl<'a> RowGradient<'a> {
     fn block(&self, start: usize, logits: &mut [f32]) {
         let Self { spec, target, lse, probability, smoothed, hit } = *self;
         let target = target.checked_sub(start).filter(|target| *target < logits.len());
-        vectorised(
+        vectorised_fused(
             #[inline(always)]
-            || {
-                transform(logits, spec);
+            |m| {
+                transform(m, logits, spec);
                 let at_target = target.map(|target| logits[target]);
                 let scale = spec.logit_scale;
                 match spec.softcap {
                     None => {
-                        logits.iter_mut().for_each(|z| *z = (exp(*z - lse) * probability - smoothed) * scale);
+                        for z in logits.iter_mut() {
+                            *z = (exp(m, *z - lse) * probability - smoothed) * scale;
+                        }
                     }
-                    Some(softcap) => logits.iter_mut().for_each(|z| {
-                        let capped = *z / softcap;
-                        *z = (exp(*z - lse) * probability - smoothed) * (scale * (1.0 - capped * capped));
-                    }),
+                    Some(softcap) => {
+                        for z in logits.iter_mut() {
+                            let capped = *z / softcap;
+                            *z = (exp(m, *z - lse) * probability - smoothed) * (scale * (1.0 - capped * capped));
+                        }
+                    }
                 }
                 if let Some((target, z)) = target.zip(at_target) {
                     let capped = spec.softcap.map_or(0.0, |softcap| z / softcap);
@@ -159,8 +165,9 @@ impl<'a> RowGradient<'a> {
 /// Turns a row of logits into its gradient in place.
 pub(crate) fn row_gradient<T: FloatElement>(row: &mut [T], target: usize, lse: f32, spec: &LossSpec) {
     let gradient = RowGradient::new(spec, row.len(), target, lse);
+    let mut buffer = [0.0; BLOCK];
     for (i, block) in row.chunks_mut(BLOCK).enumerate() {
-        simd::update(block, |logits| gradient.block(i * BLOCK, logits));
+        simd::update(block, &mut buffer, |logits| gradient.block(i * BLOCK, logits));
     }
 }
 

@@ -42,11 +42,17 @@ pub(crate) fn fetch<T: Element>(block: &mut [T], source: Option<&[T]>, start: us
 }
 
 impl CpuBackend {
-    /// Runs `work(start, block)` on blocks of at most [`BLOCK`] elements, in parallel when there are many.
-    pub(crate) fn for_each_block<T: Element>(&self, out: &mut [T], work: impl Fn(usize, &mut [T]) + Sync) {
+    /// Runs `work(start, block, buffers)` on blocks of at most [`BLOCK`] elements, in parallel when there are many. Buffers have
+    /// arbitrary contents.
+    pub(crate) fn for_each_block<T: Element, const BUFFERS: usize>(
+        &self,
+        out: &mut [T],
+        work: impl Fn(usize, &mut [T], &mut [[f32; BLOCK]; BUFFERS]) + Sync,
+    ) {
         let task = |start: usize, part: &mut [T]| {
+            let mut buffers = [[0.0; BLOCK]; BUFFERS];
             for (i, block) in part.chunks_mut(BLOCK).enumerate() {
-                work(start + i * BLOCK, block);
+                work(start + i * BLOCK, block, &mut buffers);
             }
         };
         if out.len() <= TASK {
@@ -61,11 +67,10 @@ impl CpuBackend {
         dispatch_float!(b.dtype(), T => {
             let b = read::<T>(b);
             let (out, source) = x.slices::<T>(op)?;
-            self.for_each_block(out, |start, block| {
+            self.for_each_block(out, |start, block, [first, second]| {
                 fetch(block, source, start);
-                let mut buffer = [0.0; BLOCK];
-                let b = widened(&b[start..start + block.len()], &mut buffer);
-                update(block, |x| vectorised(#[inline(always)] || x.iter_mut().zip(b).for_each(|(x, b)| *x = f(*x, *b))));
+                let b = widened(&b[start..start + block.len()], second);
+                update(block, first, |x| vectorised(#[inline(always)] || x.iter_mut().zip(b).for_each(|(x, b)| *x = f(*x, *b))));
             });
         });
         Ok(x.out)
@@ -74,20 +79,19 @@ impl CpuBackend {
     /// Copies any tensor of one element type.
     fn copy_elements<T: Element>(&self, x: &Tensor, out: &mut Tensor) -> Result<()> {
         let x = read::<T>(x);
-        self.for_each_block(write::<T>("copy", "out", out)?, |start, block| fetch(block, Some(x), start));
+        self.for_each_block(write::<T>("copy", "out", out)?, |start, block, []| fetch(block, Some(x), start));
         Ok(())
     }
 
     fn zero_elements<T: Element>(&self, x: &mut Tensor) -> Result<()> {
-        self.for_each_block(write::<T>("fill_zero", "x", x)?, |_, block| block.fill(T::zeroed()));
+        self.for_each_block(write::<T>("fill_zero", "x", x)?, |_, block, []| block.fill(T::zeroed()));
         Ok(())
     }
 
     fn cast_elements<From: FloatElement, To: FloatElement>(&self, x: &Tensor, out: &mut Tensor) -> Result<()> {
         let x = read::<From>(x);
-        self.for_each_block(write::<To>("cast", "out", out)?, |start, block| {
-            let mut buffer = [0.0; BLOCK];
-            simd::narrow(widened(&x[start..start + block.len()], &mut buffer), block);
+        self.for_each_block(write::<To>("cast", "out", out)?, |start, block, [buffer]| {
+            simd::narrow(widened(&x[start..start + block.len()], buffer), block);
         });
         Ok(())
     }
@@ -106,9 +110,9 @@ impl Elementwise for CpuBackend {
         let mut x = Reused::new(x)?;
         dispatch_float!(x.out.dtype(), T => {
             let (out, source) = x.slices::<T>("scale")?;
-            self.for_each_block(out, |start, block| {
+            self.for_each_block(out, |start, block, [buffer]| {
                 fetch(block, source, start);
-                update(block, |x| vectorised(#[inline(always)] || simd::scale(x, factor)));
+                update(block, buffer, |x| vectorised(#[inline(always)] || simd::scale(x, factor)));
             });
         });
         Ok(x.out)
@@ -121,9 +125,8 @@ impl Elementwise for CpuBackend {
     fn accumulate(&self, accumulator: &mut Tensor, x: &Tensor) -> Result<()> {
         dispatch_float!(x.dtype(), T => {
             let x = read::<T>(x);
-            self.for_each_block(write::<f32>("accumulate", "accumulator", accumulator)?, |start, block| {
-                let mut buffer = [0.0; BLOCK];
-                let x = widened(&x[start..start + block.len()], &mut buffer);
+            self.for_each_block(write::<f32>("accumulate", "accumulator", accumulator)?, |start, block, [buffer]| {
+                let x = widened(&x[start..start + block.len()], buffer);
                 vectorised(#[inline(always)] || block.iter_mut().zip(x).for_each(|(sum, x)| *sum += x));
             });
         });

@@ -32,10 +32,15 @@ fn check_ids(ids: &[i32], vocab_size: usize) -> Result<()> {
 
 /// `out` = the rows of `table`; `ids` are in range.
 fn gather<W: FloatElement, T: FloatElement>(spec: &Spec, table: &[W], ids: &[i32], out: &mut [T]) {
+    let mut buffer = [0.0; BLOCK];
     for (id, out) in ids.iter().zip(out.chunks_mut(spec.hidden_size)) {
         let row = &table[*id as usize * spec.hidden_size..][..spec.hidden_size];
         for (from, to) in row.chunks(BLOCK).zip(out.chunks_mut(BLOCK)) {
-            simd::narrow(widened(from, &mut [0.0; BLOCK]), to);
+            if W::DTYPE == T::DTYPE {
+                to.copy_from_slice(bytemuck::cast_slice(from));
+            } else {
+                simd::narrow(widened(from, &mut buffer), to);
+            }
         }
     }
 }
@@ -45,11 +50,11 @@ fn scatter<T: FloatElement>(first: usize, part: &mut [f32], tokens: &[(i32, u32)
     let end = first + part.len() / hidden_size;
     let from = tokens.partition_point(|&(id, _)| (id as usize) < first);
     let to = tokens.partition_point(|&(id, _)| (id as usize) < end);
+    let mut buffer = [0.0; BLOCK];
     for &(id, token) in &tokens[from..to] {
         let row = &mut part[(id as usize - first) * hidden_size..][..hidden_size];
         let dout = &dout[token as usize * hidden_size..][..hidden_size];
         for (sum, dout) in row.chunks_mut(BLOCK).zip(dout.chunks(BLOCK)) {
-            let mut buffer = [0.0; BLOCK];
             let dout = widened(dout, &mut buffer);
             vectorised(
                 #[inline(always)]

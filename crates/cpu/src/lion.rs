@@ -38,7 +38,7 @@ impl CpuBackend {
         let task = |param: &mut [T], grad: &[f32], m: &mut [f32]| {
             let blocks = param.chunks_mut(BLOCK).zip(grad.chunks(BLOCK)).zip(m.chunks_mut(BLOCK));
             for ((param, grad), m) in blocks {
-                update(param, |param| {
+                update(param, &mut [0.0; BLOCK], |param| {
                     vectorised(
                         #[inline(always)]
                         || apply(spec, gradient_scale, param, (grad, m)),

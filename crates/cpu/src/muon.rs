@@ -52,9 +52,9 @@ impl CpuBackend {
     }
 
     fn muon_elements<T: FloatElement>(&self, (kept, size): (f32, f32), param: &mut [T], direction: &[f32]) {
-        self.for_each_block(param, |start, param| {
+        self.for_each_block(param, |start, param, [buffer]| {
             let direction = &direction[start..start + param.len()];
-            update(param, |param| {
+            update(param, buffer, |param| {
                 vectorised(
                     #[inline(always)]
                     || param.iter_mut().zip(direction).for_each(|(param, u)| *param = *param * kept - size * u),
@@ -77,7 +77,7 @@ impl Muon for CpuBackend {
         let sums = self.momentum(spec, state[StepState::GRADIENT_SCALE], read::<f32>(grad), (buf, out));
         let norm = sums.into_iter().sum::<f64>().sqrt() as f32;
         let scale = 1.0 / norm.max(spec.eps);
-        self.for_each_block(out, |_, out| simd::scale(out, scale));
+        self.for_each_block(out, |_, out, []| simd::scale(out, scale));
         Ok(direction)
     }
 

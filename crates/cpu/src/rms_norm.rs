@@ -11,18 +11,13 @@ use crate::{
     CpuBackend,
     access::{dispatch_float, output, read, write},
     elementwise::{Reused, fetch},
-    simd::{self, BLOCK, TASK, produce, update, vectorised, widened},
+    simd::{self, TASK, buffer, produce, update, vectorised, widened},
 };
 
 /// Parts of the rows that the weight's gradient is summed in, at most.
 const PARTS: usize = 64;
 /// Rows of a part, at least: below it the sums over the parts would cost more than the rows.
 const PART_ROWS: usize = 8;
-
-/// Blocks of a row: offset and length.
-fn blocks(len: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    (0..len).step_by(BLOCK).map(move |start| start..len.min(start + BLOCK))
-}
 
 impl CpuBackend {
     /// `weight + weight_offset` in f32.
@@ -39,11 +34,10 @@ impl CpuBackend {
     fn add_residual<T: FloatElement>(&self, x: &mut Reused, residual: &Tensor) -> Result<()> {
         let residual = read::<T>(residual);
         let (sum, source) = x.slices::<T>("rms_norm")?;
-        self.for_each_block(sum, |start, block| {
+        self.for_each_block(sum, |start, block, [wide, wide_residual]| {
             fetch(block, source, start);
-            let mut buffer = [0.0; BLOCK];
-            let residual = widened(&residual[start..start + block.len()], &mut buffer);
-            update(block, |x| {
+            let residual = widened(&residual[start..start + block.len()], wide_residual);
+            update(block, wide, |x| {
                 vectorised(
                     #[inline(always)]
                     || x.iter_mut().zip(residual).for_each(|(x, r)| *x += r),
@@ -57,8 +51,10 @@ impl CpuBackend {
         let hidden_size = spec.hidden_size;
         let rows = (TASK / hidden_size).max(1);
         let task = |x: &[T], out: &mut [T], rstd: &mut [f32]| {
+            let [mut wide, mut wide_out] = [(); 2].map(|()| buffer::<T>(hidden_size));
             for ((x, out), rstd) in x.chunks(hidden_size).zip(out.chunks_mut(hidden_size)).zip(rstd) {
-                *rstd = normalise_row(x, weight, spec.eps, out);
+                let x = widened(x, &mut wide);
+                produce(out, &mut wide_out, |out| *rstd = normalise_row(x, weight, spec.eps, out));
             }
         };
         if spec.rows <= rows {
@@ -86,8 +82,9 @@ impl CpuBackend {
         sums.resize_with(num_parts, Default::default);
         let task = |part: usize, dx: &mut [T], sums: &mut [f32]| {
             sums.fill(0.0);
+            let mut buffers = [(); 3].map(|()| buffer::<T>(hidden_size));
             for (i, dx) in dx.chunks_mut(hidden_size).enumerate() {
-                backward_row(spec, &args, (part * rows + i, dx), sums);
+                backward_row(spec, &args, (part * rows + i, dx), sums, &mut buffers);
             }
         };
         let size = rows * hidden_size;
@@ -107,31 +104,17 @@ impl CpuBackend {
 }
 
 /// Gives rstd.
-fn normalise_row<T: FloatElement>(x: &[T], weight: &[f32], eps: f32, out: &mut [T]) -> f32 {
-    let mut sum = 0.0;
-    let mut buffer = [0.0; BLOCK];
-    for block in blocks(x.len()) {
-        let x = widened(&x[block], &mut buffer);
-        sum += vectorised(
-            #[inline(always)]
-            || simd::sum_of_squares(x),
-        );
-    }
-    let rstd = 1.0 / (sum / x.len() as f32 + eps).sqrt();
-    for block in blocks(x.len()) {
-        let (x, weight) = (widened(&x[block.clone()], &mut buffer), &weight[block.clone()]);
-        produce(&mut out[block], |out| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-                        *out = x * rstd * weight;
-                    }
-                },
-            );
-        });
-    }
-    rstd
+fn normalise_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> f32 {
+    vectorised(
+        #[inline(always)]
+        || {
+            let rstd = 1.0 / (simd::sum_of_squares(x) / x.len() as f32 + eps).sqrt();
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * rstd * weight;
+            }
+            rstd
+        },
+    )
 }
 
 /// What the backward pass reads; `weight` with its offset.
@@ -149,44 +132,31 @@ fn backward_row<T: FloatElement>(
     args: &Arguments<'_, T>,
     (row, dx): (usize, &mut [T]),
     dweight: &mut [f32],
+    [wide, wide_sum, wide_dsum]: &mut [Vec<f32>; 3],
 ) {
     let start = row * spec.hidden_size;
     fetch(dx, args.dout_source, start);
-    let (sum, rstd) = (&args.sum[start..][..dx.len()], args.rstd[row]);
-    let (mut wide_dout, mut wide_sum, mut wide_dsum) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
-    let mut projection = 0.0;
-    for block in blocks(dx.len()) {
-        let (dout, sum) = (widened(&dx[block.clone()], &mut wide_dout), widened(&sum[block.clone()], &mut wide_sum));
-        let weight = &args.weight[block];
-        projection += vectorised(
+    let (weight, rstd) = (args.weight, args.rstd[row]);
+    let sum = widened(&args.sum[start..][..dx.len()], wide_sum);
+    let dsum = args.dsum.map(|dsum| widened(&dsum[start..][..sum.len()], wide_dsum));
+    update(dx, wide, |dx| {
+        vectorised(
             #[inline(always)]
-            || simd::dot3(dout, weight, sum),
+            || {
+                // mean(g * xhat) * rstd, with xhat = sum * rstd
+                let shrink = simd::dot3(dx, weight, sum) * rstd * rstd / dx.len() as f32;
+                for ((dweight, dout), sum) in dweight.iter_mut().zip(&*dx).zip(sum) {
+                    *dweight += dout * (sum * rstd);
+                }
+                for ((dx, sum), weight) in dx.iter_mut().zip(sum).zip(weight) {
+                    *dx = rstd * (*dx * weight - sum * shrink);
+                }
+                if let Some(dsum) = dsum {
+                    dx.iter_mut().zip(dsum).for_each(|(dx, dsum)| *dx += dsum);
+                }
+            },
         );
-    }
-    // mean(g * xhat) * rstd, with xhat = sum * rstd
-    let shrink = projection * rstd * rstd / dx.len() as f32;
-    for block in blocks(dx.len()) {
-        let sum = widened(&sum[block.clone()], &mut wide_sum);
-        let dsum = args.dsum.map(|dsum| widened(&dsum[start..][block.clone()], &mut wide_dsum));
-        let weight = &args.weight[block.clone()];
-        let dweight = if dweight.is_empty() { &mut [][..] } else { &mut dweight[block.clone()] };
-        update(&mut dx[block], |dx| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    for ((dweight, dout), sum) in dweight.iter_mut().zip(&*dx).zip(sum) {
-                        *dweight += dout * (sum * rstd);
-                    }
-                    for ((dx, sum), weight) in dx.iter_mut().zip(sum).zip(weight) {
-                        *dx = rstd * (*dx * weight - sum * shrink);
-                    }
-                    if let Some(dsum) = dsum {
-                        dx.iter_mut().zip(dsum).for_each(|(dx, dsum)| *dx += dsum);
-                    }
-                },
-            );
-        });
-    }
+    });
 }
 
 impl RmsNorm for CpuBackend {
@@ -238,9 +208,9 @@ mod tests {
 
     use crate::simd::BLOCK;
 
-    /// A row longer than one block, and more rows than one part holds, against plain f64 loops.
+    /// A long row, and more rows than one part holds, against plain f64 loops.
     #[test]
-    fn rows_and_parts_of_several_blocks() {
+    fn long_rows_and_several_parts() {
         let device = crate::device();
         let (rows, hidden_size) = (67, 2 * BLOCK + 3);
         let values = |salt: usize, len: usize| -> Vec<f32> {

@@ -10,11 +10,8 @@ use crate::{
     CpuBackend,
     access::{dispatch_float, read},
     elementwise::{Reused, fetch},
-    simd::{TASK, update_up_to, vectorised},
+    simd::{BLOCK, TASK, buffer, update, vectorised},
 };
-
-/// Pairs that are rotated at a time: heads are rarely wider.
-const PAIRS: usize = 128;
 
 /// Tables and positions as slices.
 struct Table<'a> {
@@ -28,52 +25,39 @@ struct Table<'a> {
 }
 
 impl Table<'_> {
-    /// Rotates the heads of one token.
-    fn rotate<T: FloatElement>(&self, token: usize, heads: &mut [T]) {
+    /// Rotates heads of one token.
+    fn rotate(&self, token: usize, heads: &mut [f32]) {
         let pairs = self.head_dim / 2;
         let start = self.positions[token] as usize * pairs;
         let (cos, sin) = (&self.cos[start..start + pairs], &self.sin[start..start + pairs]);
-        for head in heads.chunks_mut(self.head_dim) {
-            for ((block, cos), sin) in (0..).step_by(PAIRS).zip(cos.chunks(PAIRS)).zip(sin.chunks(PAIRS)) {
-                match self.layout {
-                    Layout::Half => {
-                        let (a, b) = head.split_at_mut(pairs);
-                        let (a, b) = (&mut a[block..block + cos.len()], &mut b[block..block + cos.len()]);
-                        let rotate = |a: &mut [f32], b: &mut [f32]| rotate_halves(a, b, (cos, sin, self.sign));
-                        update_up_to::<PAIRS, T>(a, |a| update_up_to::<PAIRS, T>(b, |b| rotate(a, b)));
-                    }
-                    Layout::Interleaved => {
-                        let pairs = &mut head[2 * block..2 * (block + cos.len())];
-                        update_up_to::<{ 2 * PAIRS }, T>(pairs, |x| rotate_pairs(x, (cos, sin, self.sign)));
+        vectorised(
+            #[inline(always)]
+            || {
+                for head in heads.chunks_exact_mut(self.head_dim) {
+                    match self.layout {
+                        Layout::Half => rotate_halves(head.split_at_mut(pairs), (cos, sin, self.sign)),
+                        Layout::Interleaved => rotate_pairs(head, (cos, sin, self.sign)),
                     }
                 }
-            }
-        }
+            },
+        );
     }
 }
 
-fn rotate_halves(a: &mut [f32], b: &mut [f32], (cos, sin, sign): (&[f32], &[f32], f32)) {
-    vectorised(
-        #[inline(always)]
-        || {
-            for (((a, b), cos), sin) in a.iter_mut().zip(b.iter_mut()).zip(cos).zip(sin) {
-                let sin = sign * sin;
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-            }
-        },
-    );
+#[inline(always)]
+fn rotate_halves((a, b): (&mut [f32], &mut [f32]), (cos, sin, sign): (&[f32], &[f32], f32)) {
+    for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+        let sin = sign * sin;
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
 }
 
+#[inline(always)]
 fn rotate_pairs(x: &mut [f32], (cos, sin, sign): (&[f32], &[f32], f32)) {
-    vectorised(
-        #[inline(always)]
-        || {
-            for (([a, b], cos), sin) in x.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
-                let sin = sign * sin;
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-            }
-        },
-    );
+    for (([a, b], cos), sin) in x.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
+        let sin = sign * sin;
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
 }
 
 impl CpuBackend {
@@ -84,10 +68,15 @@ impl CpuBackend {
             return Ok(());
         }
         let tokens = (TASK / row).max(1);
+        // Whole heads.
+        let together = (BLOCK / table.head_dim).max(1) * table.head_dim;
         let task = |first: usize, part: &mut [T]| {
-            for (i, heads) in part.chunks_mut(row).enumerate() {
-                fetch(heads, source, (first + i) * row);
-                table.rotate(first + i, heads);
+            let mut wide = buffer::<T>(together);
+            for (i, row) in part.chunks_mut(row).enumerate() {
+                fetch(row, source, (first + i) * row.len());
+                for heads in row.chunks_mut(together) {
+                    update(heads, &mut wide, |heads| table.rotate(first + i, heads));
+                }
             }
         };
         if x.len() <= tokens * row {

@@ -39,7 +39,7 @@ impl CpuBackend {
         let grad = read::<f32>(buffers.grad);
         let buf = buffers.buf.map(|buf| write::<f32>("sgd", "buf", buf)).transpose()?;
         let block = |param: &mut [T], grad: &[f32], buf: Option<&mut [f32]>| {
-            update(param, |param| {
+            update(param, &mut [0.0; BLOCK], |param| {
                 vectorised(
                     #[inline(always)]
                     || apply(spec, gradient_scale, (param, grad), buf),
@@ -47,7 +47,7 @@ impl CpuBackend {
             });
         };
         let Some(buf) = buf else {
-            self.for_each_block(param, |start, param| {
+            self.for_each_block(param, |start, param, []| {
                 let len = param.len();
                 block(param, &grad[start..start + len], None);
             });

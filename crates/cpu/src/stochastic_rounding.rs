@@ -39,7 +39,7 @@ impl StochasticRounding for CpuBackend {
     fn round_stochastically(&self, spec: &Spec, x: &Tensor, out: &mut Tensor) -> Result<()> {
         let x = read::<f32>(x);
         let out = write::<bf16>("stochastic_rounding", "out", out)?;
-        self.for_each_block(out, |start, out| block(spec, start, &x[start..start + out.len()], out));
+        self.for_each_block(out, |start, out, []| block(spec, start, &x[start..start + out.len()], out));
         Ok(())
     }
 }

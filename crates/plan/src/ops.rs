@@ -135,12 +135,11 @@ impl attention::Attention for PlanBackend {
         spec: &attention::Spec,
         q: &Tensor,
         seq_q: &Sequences,
-        _kv: KvView<'_>,
+        kv: KvView<'_>,
     ) -> Result<Tensor> {
         let out = output(q, spec.dtype, *q.shape())?;
-        for part in 0..2 {
-            self.on_cpu(|threads| [scratch::attention_cached(spec, seq_q, threads)[part]])?;
-        }
+        self.on_cpu(|threads| [scratch::attention_cached(spec, seq_q, threads)])?;
+        self.on_cpu(|threads| scratch::attention_cached_rows(spec, (seq_q, kv.lens), threads))?;
         Ok(out)
     }
     fn kv_append(&self, _cache: &mut Tensor, _rows: &Tensor, _seqs: &Sequences, _start: &Lengths) -> Result<()> {

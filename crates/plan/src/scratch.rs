@@ -1,14 +1,16 @@
 //! Scratch that the CPU backend takes within one call: the lengths, in f32 elements, of the buffers that it holds at once.
 //! `tests/cpu.rs` holds every number here to what the backend enters in its ledger.
 
-use unsloth_core::{DType, Sequences, ops};
+use unsloth_core::{DType, Lengths, Sequences, ops};
 
 /// Queries of an attention tile.
 const Q_BLOCK: usize = 64;
 /// Keys of an attention tile.
 const K_BLOCK: usize = 120;
-/// Up to this many queries of a sequence, cached keys are visited row by row.
+/// Up to this many queries of a sequence, each visits cached keys for itself.
 const MAX_ROW_QUERIES: usize = 4;
+/// Keys that it visits in one task.
+const CACHED_KEYS: usize = 4 * K_BLOCK;
 /// Elements of a chunk of logits that are made by the operator itself.
 const LOGITS: usize = 8 << 20;
 /// Fewest rows of such a chunk.
@@ -39,11 +41,15 @@ fn lengths(seqs: &Sequences) -> impl Iterator<Item = usize> {
     seqs.offsets().windows(2).map(|pair| pair[1] - pair[0])
 }
 
+/// Tiles of a task of the forward pass.
+fn forward_slab(spec: &ops::attention::Spec) -> usize {
+    let (wide, width) = (stride(spec.head_dim), stride(Q_BLOCK));
+    (2 * Q_BLOCK + 2 * K_BLOCK) * wide + (spec.head_dim + K_BLOCK + K_BLOCK / 2) * width + 3 * Q_BLOCK
+}
+
 fn forward_tiles(spec: &ops::attention::Spec, lengths: impl Iterator<Item = usize>, num_threads: usize) -> usize {
     let blocks: usize = lengths.map(|seq_q| seq_q.div_ceil(Q_BLOCK)).sum();
-    let (wide, width) = (stride(spec.head_dim), stride(Q_BLOCK));
-    let slab = (2 * Q_BLOCK + 2 * K_BLOCK) * wide + (spec.head_dim + K_BLOCK + K_BLOCK / 2) * width + 3 * Q_BLOCK;
-    slabs(blocks * spec.num_heads, num_threads) * slab
+    slabs(blocks * spec.num_heads, num_threads) * forward_slab(spec)
 }
 
 pub(crate) fn attention_forward(spec: &ops::attention::Spec, seq_q: &Sequences, num_threads: usize) -> usize {
@@ -58,11 +64,21 @@ pub(crate) fn attention_backward(spec: &ops::attention::Spec, seq_k: &Sequences,
     slabs(seq_k.num_seqs() * spec.num_kv_heads, num_threads) * slab
 }
 
-/// Scratch of the sequences with many queries, then, after it is given back, of those with few.
-pub(crate) fn attention_cached(spec: &ops::attention::Spec, seq_q: &Sequences, num_threads: usize) -> [usize; 2] {
-    let tiles = forward_tiles(spec, lengths(seq_q).filter(|&seq_q| seq_q > MAX_ROW_QUERIES), num_threads);
-    let num_rows = lengths(seq_q).filter(|&seq_q| seq_q <= MAX_ROW_QUERIES).count();
-    [tiles, slabs(num_rows * spec.num_heads, num_threads) * (3 * spec.head_dim + K_BLOCK)]
+/// Scratch of the sequences with many queries.
+pub(crate) fn attention_cached(spec: &ops::attention::Spec, seq_q: &Sequences, num_threads: usize) -> usize {
+    forward_tiles(spec, lengths(seq_q).filter(|&seq_q| seq_q > MAX_ROW_QUERIES), num_threads)
+}
+
+/// Scratch of the sequences with few queries: what is known of each row after each part of the keys, and tiles.
+pub(crate) fn attention_cached_rows(
+    spec: &ops::attention::Spec,
+    (seq_q, seq_k): (&Sequences, &Lengths),
+    num_threads: usize,
+) -> [usize; 2] {
+    let few = lengths(seq_q).zip(seq_k.host()).filter(|&(seq_q, _)| seq_q <= MAX_ROW_QUERIES);
+    let parts: usize = few.map(|(seq_q, seq_k)| seq_q * seq_k.div_ceil(CACHED_KEYS).max(1)).sum();
+    let partials = parts * spec.num_heads * (spec.head_dim + 2);
+    [partials, slabs(parts * spec.num_kv_heads, num_threads) * forward_slab(spec)]
 }
 
 struct Product {

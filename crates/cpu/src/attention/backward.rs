@@ -17,7 +17,7 @@ use crate::{
     access::{read, write},
     matmul::Into,
     parallel::Disjoint,
-    simd::{self, vectorised},
+    simd::{self, vectorised, vectorised_fused},
 };
 
 struct Task {
@@ -210,13 +210,13 @@ fn block<T: FloatElement>(
 /// `p`: scores become probabilities; `ds`: gradients of the probabilities become those of the scores.
 fn score_gradients(tiles: (&mut [f32], &mut [f32]), statistics: (&[f32], &[f32]), softcap: Option<f32>) {
     // The cap is not looked at within the loop: there the compiler would compute both and choose.
-    vectorised(
+    vectorised_fused(
         #[inline(always)]
-        || match softcap {
-            None => for_each_score(tiles, statistics, |score, lse| (simd::exp(score - lse), 1.0)),
+        |m| match softcap {
+            None => for_each_score(tiles, statistics, |score, lse| (simd::exp(m, score - lse), 1.0)),
             Some(cap) => for_each_score(tiles, statistics, |score, lse| {
-                let t = simd::tanh(score / cap);
-                (simd::exp(cap * t - lse), 1.0 - t * t)
+                let t = simd::tanh(m, score / cap);
+                (simd::exp(m, cap * t - lse), 1.0 - t * t)
             }),
         },
     );

@@ -1,21 +1,47 @@
 //! Generation: few queries against many cached keys, which are read where they lie.
 
+use std::ops::Range;
+
 use unsloth_core::{Element, FloatElement, KvView, Lengths, Result, Sequences, Tensor, ops::attention::Spec};
 
-use super::{K_BLOCK, Sequence, Visible, forward, take, tile::Head};
+use super::{
+    K_BLOCK, Q_BLOCK, Sequence, Visible, forward,
+    tile::{Head, Path, stride},
+};
 use crate::{
     CpuBackend,
     access::{read, write},
     parallel::Disjoint,
-    simd::{self, vectorised},
+    simd::{self, vectorised_fused},
 };
 
-/// Up to this many queries of a sequence, scores are dot products by rows; tiles would be mostly empty.
+/// Up to this many queries of a sequence, each takes the query heads of a key head together; tiles of one head would be mostly
+/// empty.
 const MAX_ROW_QUERIES: usize = 4;
+/// Keys of a task. Where a sequence is cut depends on nothing else.
+const KEYS: usize = 4 * K_BLOCK;
+
+/// Query heads of one query that share a key head.
+struct Rows {
+    /// The query, counted over all sequences.
+    token: usize,
+    heads: Range<usize>,
+    /// Its tasks, in the order of their keys.
+    tasks: Range<usize>,
+}
 
 struct Task {
-    sequence: Sequence,
-    head: usize,
+    token: usize,
+    heads: Range<usize>,
+    /// Rows of the cache.
+    keys: Range<usize>,
+    /// Where its results are put.
+    start: usize,
+}
+
+/// f32 elements of what is known about a row after some keys: its output, largest score and sum.
+fn partial_len(d: usize) -> usize {
+    d + 2
 }
 
 pub(super) fn run<T: FloatElement>(
@@ -35,70 +61,110 @@ pub(super) fn run<T: FloatElement>(
     let (rows, tiles): (Vec<Sequence>, Vec<Sequence>) =
         sequences.partition(|sequence| sequence.visible.seq_q <= MAX_ROW_QUERIES);
     forward::run::<T>(backend, spec, (q, (kv.k, kv.v)), &tiles, (out, None))?;
-    let heads = |&sequence| (0..spec.num_heads).map(move |head| Task { sequence, head });
-    let tasks: Vec<Task> = rows.iter().flat_map(heads).collect();
-    let d = spec.head_dim;
-    let (q, k, v) = (read::<T>(q), read::<T>(kv.k), read::<T>(kv.v));
-    let out = Disjoint::new(write::<T>("attention", "out", out)?);
-    backend.for_each_task(&tasks, 3 * d + K_BLOCK, |&Task { sequence, head }, scratch| {
-        let kv_head = head / (spec.num_heads / spec.num_kv_heads);
-        let keys = |data| Head { data, num_heads: spec.num_kv_heads, head: kv_head, head_dim: d };
-        let q = Head { data: q, num_heads: spec.num_heads, head, head_dim: d };
-        for i in 0..sequence.visible.seq_q {
-            let row = row(spec, sequence, i, (q, keys(k), keys(v)), scratch);
-            let start = ((sequence.first_q + i) * spec.num_heads + head) * d;
-            #[allow(unsafe_code, reason = "tasks write interleaved rows of one tensor")]
-            // SAFETY: a row is written by the one task with its sequence and head.
-            let to = unsafe { out.piece(start..start + d) };
-            simd::narrow(row, to);
-        }
-    })
+    run_rows::<T>(backend, spec, (q, kv), &rows, out)
 }
 
-/// Output of query `i`: online softmax over blocks of keys.
-fn row<'a, T: FloatElement>(
+/// Sequences of few queries.
+fn run_rows<T: FloatElement>(
+    backend: &CpuBackend,
     spec: &Spec,
-    Sequence { first_q, first_k, visible }: Sequence,
-    i: usize,
-    (q_head, k_head, v_head): (Head<'_, T>, Head<'_, T>, Head<'_, T>),
-    mut scratch: &'a mut [f32],
-) -> &'a mut [f32] {
+    (q, kv): (&Tensor, KvView<'_>),
+    sequences: &[Sequence],
+    out: &mut Tensor,
+) -> Result<()> {
     let d = spec.head_dim;
-    let (q, wide, out) = (take(&mut scratch, d), take(&mut scratch, d), take(&mut scratch, d));
-    let scores = take(&mut scratch, K_BLOCK);
-    simd::widen(q_head.row(first_q + i), q);
-    out.fill(0.0);
-    let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
-    let keys = visible.keys(i);
-    vectorised(
-        #[inline(always)]
-        || {
-            for start in keys.clone().step_by(K_BLOCK) {
-                let scores = &mut scores[..K_BLOCK.min(keys.end - start)];
-                for (j, score) in scores.iter_mut().enumerate() {
-                    let key = simd::widened(k_head.row(first_k + start + j), wide);
-                    *score = spec.options.scale * simd::dot(q, key);
+    let (rows, tasks) = cut(spec, sequences);
+    let parts = |sequence: &Sequence| sequence.visible.seq_q * sequence.visible.seq_k.div_ceil(KEYS).max(1);
+    let parts: usize = sequences.iter().map(parts).sum();
+    let mut partials = backend.workspace(parts * spec.num_heads * partial_len(d))?;
+    let results = Disjoint::new(&mut partials);
+    let path = Path::new::<T>(backend.isa(), d);
+    let (q, k, v) = (read::<T>(q), read::<T>(kv.k), read::<T>(kv.v));
+    // One by what is cut, not by what is seen: a plan knows no masks.
+    let num_threads = if parts * spec.num_kv_heads < 2 { 1 } else { backend.num_threads() };
+    backend.for_each_task_on(num_threads, &tasks, forward::scratch_len(d), |task, scratch| {
+        let Task { token, heads, keys, start } = task;
+        let head = heads.start / (spec.num_heads / spec.num_kv_heads);
+        let key_rows = |data| Head { data, num_heads: spec.num_kv_heads, head, head_dim: d };
+        // Heads of one query lie as rows of one head do: one after another.
+        let q = Head { data: q, num_heads: 1, head: 0, head_dim: d };
+        let visible = Visible { seq_q: heads.len(), seq_k: keys.len(), causal: false, left: None };
+        let sequence = Sequence { first_q: token * spec.num_heads + heads.start, first_k: keys.start, visible };
+        let block = forward::block((spec, path), sequence, &(0..heads.len()), (q, key_rows(k), key_rows(v)), scratch);
+        #[allow(unsafe_code, reason = "tasks write pieces of one buffer")]
+        // SAFETY: `cut` gives each task a range of its own.
+        let to = unsafe { results.piece(*start..start + heads.len() * partial_len(d)) };
+        let found = block.out.chunks_exact(stride(d)).zip(&*block.max).zip(&*block.sum);
+        for (to, ((out, max), sum)) in to.chunks_exact_mut(partial_len(d)).zip(found) {
+            to[..d].copy_from_slice(&out[..d]);
+            (to[d], to[d + 1]) = (*max, *sum);
+        }
+    })?;
+    let out = write::<T>("attention", "out", out)?;
+    for Rows { token, heads, tasks: own } in rows {
+        let own = &tasks[own];
+        for (i, head) in heads.enumerate() {
+            let start = |task: &Task| task.start + i * partial_len(d);
+            merge(&mut partials, own.iter().map(start), d);
+            let to = &mut out[(token * spec.num_heads + head) * d..][..d];
+            simd::narrow(&partials[start(&own[0])..][..d], to);
+        }
+    }
+    Ok(())
+}
+
+/// All rows, and their tasks. A row that sees no keys has a task too, which finds that out.
+fn cut(spec: &Spec, sequences: &[Sequence]) -> (Vec<Rows>, Vec<Task>) {
+    let group = (spec.num_heads / spec.num_kv_heads.max(1)).max(1);
+    let (mut all, mut tasks, mut start) = (Vec::new(), Vec::<Task>::new(), 0);
+    for Sequence { first_q, first_k, visible } in sequences {
+        for (query, head) in (0..visible.seq_q).flat_map(|i| (0..spec.num_heads).step_by(group).map(move |h| (i, h))) {
+            let (token, seen) = (first_q + query, visible.keys(query));
+            for first in (head..head + group).step_by(Q_BLOCK) {
+                let (heads, first_task) = (first..(head + group).min(first + Q_BLOCK), tasks.len());
+                let mut task = |keys: Range<usize>| {
+                    let keys = first_k + keys.start..first_k + keys.end;
+                    tasks.push(Task { token, heads: heads.clone(), keys, start });
+                    start += heads.len() * partial_len(spec.head_dim);
+                };
+                if seen.is_empty() {
+                    task(0..0);
                 }
-                if let Some(cap) = spec.options.softcap {
-                    scores.iter_mut().for_each(|s| *s = cap * simd::tanh(*s / cap));
+                for part in (seen.start / KEYS..).map(|part| part * KEYS).take_while(|part| *part < seen.end) {
+                    task(seen.start.max(part)..seen.end.min(part + KEYS));
                 }
-                let new_max = simd::max(scores).max(max);
-                // All scores may be -inf so far; subtracting that would give NaN.
-                let shift = if new_max == f32::NEG_INFINITY { 0.0 } else { new_max };
-                let rescale = simd::exp(max - shift);
-                sum = sum * rescale + simd::exp_and_sum(scores, shift);
-                max = new_max;
-                simd::scale(out, rescale);
-                for (j, p) in scores.iter().enumerate() {
-                    simd::add_scaled(out, *p, simd::widened(v_head.row(first_k + start + j), wide));
-                }
+                all.push(Rows { token, heads, tasks: first_task..tasks.len() });
             }
-            if sum != 0.0 {
-                simd::scale(out, 1.0 / sum);
+        }
+    }
+    (all, tasks)
+}
+
+/// Puts what is known of one row after each of several ranges of keys together, at the first of `starts`.
+fn merge(partials: &mut [f32], starts: impl Iterator<Item = usize> + Clone, d: usize) {
+    let max = starts.clone().map(|start| partials[start + d]).fold(f32::NEG_INFINITY, f32::max);
+    // All scores may be -inf; subtracting that would give NaN.
+    let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    let weight = |partial: &[f32]| partial[d + 1] * vectorised_fused(|m| simd::exp(m, partial[d] - shift));
+    let total: f32 = starts.clone().map(|start| weight(&partials[start..])).sum();
+    // Nothing is seen: the output is 0 already. NaN stays NaN.
+    if total == 0.0 {
+        return;
+    }
+    let mut first = None;
+    for start in starts {
+        let share = weight(&partials[start..]) / total;
+        match first {
+            None => {
+                simd::scale(&mut partials[start..start + d], share);
+                first = Some(start);
             }
-        },
-    );
-    out
+            Some(first) => {
+                let (before, own) = partials.split_at_mut(start);
+                simd::add_scaled(&mut before[first..first + d], share, &own[..d]);
+            }
+        }
+    }
 }
 
 pub(super) fn append<T: Element>(cache: &mut Tensor, rows: &Tensor, seqs: &Sequences, start: &Lengths) -> Result<()> {

@@ -15,7 +15,7 @@ use crate::{
     access::{read, write},
     matmul::Into,
     parallel::Disjoint,
-    simd::{self, vectorised},
+    simd::{self, Fused, vectorised_fused},
 };
 
 struct Task {
@@ -26,19 +26,19 @@ struct Task {
 }
 
 /// Running softmax of a block of queries.
-struct Block<'a> {
-    /// Unnormalised output, a tile of `[queries, head_dim]`.
-    out: &'a mut [f32],
+pub(super) struct Block<'a> {
+    /// Output, not divided by the sums before all keys have been visited: a tile of `[queries, head_dim]`.
+    pub(super) out: &'a mut [f32],
     /// Largest score so far.
-    max: &'a mut [f32],
+    pub(super) max: &'a mut [f32],
     /// Sum of `exp(score - max)` so far.
-    sum: &'a mut [f32],
+    pub(super) sum: &'a mut [f32],
     /// What the last tile multiplied earlier sums by.
     rescale: &'a mut [f32],
 }
 
 /// Scratch of a task.
-fn scratch_len(d: usize) -> usize {
+pub(super) fn scratch_len(d: usize) -> usize {
     let (wide, width) = (stride(d), stride(Q_BLOCK));
     2 * Q_BLOCK * wide + d * width + 2 * K_BLOCK * wide + (K_BLOCK + K_BLOCK / 2) * width + 3 * Q_BLOCK
 }
@@ -91,7 +91,7 @@ pub(super) fn run<T: FloatElement>(
 }
 
 /// Output rows of a block of queries.
-fn block<'a, T: FloatElement>(
+pub(super) fn block<'a, T: FloatElement>(
     (spec, path): (&Spec, Path),
     Sequence { first_q, first_k, visible }: Sequence,
     queries: &Range<usize>,
@@ -143,17 +143,25 @@ impl Block<'_> {
         let (width, rows) = (stride(queries.len()), queries.len());
         let scores = &mut scores[..tile.len() * width];
         let wide = self.out.len() / rows;
-        vectorised(
+        vectorised_fused(
             #[inline(always)]
-            || {
+            |m| {
                 if let Some(cap) = softcap {
-                    scores.iter_mut().for_each(|s| *s = cap * simd::tanh(*s / cap));
+                    for s in scores.iter_mut() {
+                        *s = cap * simd::tanh(m, *s / cap);
+                    }
                 }
                 visible.mask(queries, tile, scores, f32::NEG_INFINITY);
                 // Several vectors at a time: one alone would wait for its own last maximum.
-                match padded(rows) {
-                    Q_BLOCK => self.absorb_lanes::<Q_BLOCK>(0, scores, width),
-                    lanes => (0..lanes).step_by(LANES).for_each(|from| self.absorb_lanes::<LANES>(from, scores, width)),
+                if padded(rows) == Q_BLOCK {
+                    self.absorb_lanes::<Q_BLOCK>(m, 0, scores, width);
+                } else {
+                    // Not `for_each`: what is not inlined is not compiled for these instructions.
+                    let mut from = 0;
+                    while from < rows {
+                        self.absorb_lanes::<LANES>(m, from, scores, width);
+                        from += LANES;
+                    }
                 }
                 for (out, rescale) in self.out.chunks_exact_mut(wide).zip(&*self.rescale) {
                     if *rescale != 1.0 {
@@ -166,7 +174,7 @@ impl Block<'_> {
 
     /// [`Self::absorb`] for `N` queries.
     #[inline(always)]
-    fn absorb_lanes<const N: usize>(&mut self, from: usize, scores: &mut [f32], width: usize) {
+    fn absorb_lanes<const N: usize>(&mut self, m: Fused, from: usize, scores: &mut [f32], width: usize) {
         let statistics = [&mut self.max, &mut self.sum, &mut self.rescale];
         let [Some(max), Some(total), Some(rescale)] = statistics.map(|all| all[from..].first_chunk_mut::<N>()) else {
             unreachable!("statistics are whole vectors");
@@ -182,13 +190,13 @@ impl Block<'_> {
         for lane in 0..N {
             // All scores may be -inf so far; subtracting that would give NaN.
             shift[lane] = if new_max[lane] == f32::NEG_INFINITY { 0.0 } else { new_max[lane] };
-            rescale[lane] = simd::exp(max[lane] - shift[lane]);
+            rescale[lane] = simd::exp(m, max[lane] - shift[lane]);
         }
         *max = new_max;
         for row in scores.chunks_exact_mut(width) {
             let Some(row) = row[from..].first_chunk_mut::<N>() else { unreachable!("rows are whole vectors") };
             for lane in 0..N {
-                row[lane] = simd::exp(row[lane] - shift[lane]);
+                row[lane] = simd::exp(m, row[lane] - shift[lane]);
                 sum[lane] += row[lane];
             }
         }

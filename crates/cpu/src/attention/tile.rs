@@ -146,13 +146,18 @@ impl<'a, T: FloatElement> Head<'a, T> {
         Left::new(&data[((first * self.num_heads + self.head) * d).min(data.len())..], self.num_heads * d)
     }
 
-    /// Rows `first ..` as the left factor of a product that sums over channels; f32 go through `tile`.
+    /// Rows `first ..` as the left factor of a product that sums over channels; what has to be widened goes through `tile`.
     pub(super) fn left<'b>(&self, path: Path, (first, rows): (usize, usize), tile: &'b mut [f32]) -> Left<'b>
     where
         'a: 'b,
     {
         if path.pairs {
             return self.pairs(first);
+        }
+        if T::DTYPE == DType::F32 {
+            let row = self.num_heads * self.head_dim;
+            let data = bytemuck::cast_slice::<T, u32>(self.data);
+            return Left::new(&data[(first * row + self.head * self.head_dim).min(data.len())..], row);
         }
         self.load(first, rows, tile);
         Left::new(bits(tile), stride(self.head_dim))
