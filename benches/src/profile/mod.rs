@@ -9,7 +9,7 @@ use serde::Serialize;
 use unsloth_rs::{
     Category, Device,
     autograd::Matrix,
-    core::{Usage, ops::Cost},
+    core::{BufferId, Usage, Weight, ops::Cost},
     llm::decoder::Decoder,
     train::Trainer,
 };
@@ -20,7 +20,7 @@ use crate::{
     limits::{self, Limits},
     machine::{self, Machine},
     models::ModelShape,
-    recorder::{Call, address, recorded, weight_address},
+    recorder::{Call, recorded},
     training::{self, Folder, random_batch},
 };
 
@@ -167,23 +167,23 @@ fn by_category(usage: &Usage) -> Vec<(String, u64)> {
 }
 
 /// Module paths by the storage of their adapter and of their matrix.
-fn modules(model: &Decoder) -> HashMap<usize, String> {
+fn modules(model: &Decoder) -> HashMap<BufferId, String> {
     let mut modules = HashMap::new();
     for linear in model.linears() {
         if let Some(adapter) = &linear.adapter {
-            modules.insert(address(&adapter.lora_a.value()), linear.name.clone());
+            modules.insert(adapter.lora_a.value().buffer_id(), linear.name.clone());
         }
         if let Matrix::Frozen(weight) = &linear.weight
-            && let Some(address) = weight_address(weight)
+            && let Weight::Dense(tensor) = weight
         {
-            modules.insert(address, linear.name.clone());
+            modules.insert(tensor.buffer_id(), linear.name.clone());
         }
     }
     modules
 }
 
 /// Projections by their name in Hugging Face's modules, other operators by what they are for.
-fn place(call: &Call, modules: &HashMap<usize, String>) -> Place {
+fn place(call: &Call, modules: &HashMap<BufferId, String>) -> Place {
     let module = call.subject.and_then(|subject| modules.get(&subject)).cloned();
     let projection = module.as_deref().and_then(|module| module.rsplit('.').next());
     let operator = call.name.split(' ').next().unwrap_or(call.name);

@@ -20,3 +20,13 @@ pub trait Buffer: Any + Send + Sync {
     /// For the owning backend to recover its own type.
     fn as_any_mut(&mut self) -> &mut dyn Any;
 }
+
+/// Which buffer a tensor has: tensors that share one are told from all others while it lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BufferId(usize);
+
+impl BufferId {
+    pub(crate) fn of(buffer: &dyn Buffer) -> Self {
+        Self(std::ptr::from_ref(buffer).cast::<()>().addr())
+    }
+}

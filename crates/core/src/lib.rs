@@ -12,6 +12,7 @@ mod device;
 mod device_name;
 mod dtype;
 mod error;
+pub mod observe;
 pub mod ops;
 pub mod rng;
 mod sequences;
@@ -21,7 +22,7 @@ mod tensor;
 mod weight;
 
 pub use backend::{AllocationCounts, Backend, Init, Memory, PoolUsage};
-pub use buffer::{Buffer, HostBytes};
+pub use buffer::{Buffer, BufferId, HostBytes};
 pub use byte_size::ByteSize;
 pub use category::{Category, Usage};
 pub use device::Device;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{Buffer, Category, DType, Device, Element, Error, FloatElement, Result, Shape};
+use crate::{Buffer, BufferId, Category, DType, Device, Element, Error, FloatElement, Result, Shape};
 
 /// A contiguous, row-major array on a [`Device`]. Cloning shares the buffer.
 ///
@@ -50,6 +50,11 @@ impl Tensor {
     /// The storage. For backends.
     pub fn buffer(&self) -> &dyn Buffer {
         &*self.buffer
+    }
+
+    /// Which storage it is.
+    pub fn buffer_id(&self) -> BufferId {
+        BufferId::of(&*self.buffer)
     }
 
     /// The storage for writing, if no other tensor shares it. For backends.

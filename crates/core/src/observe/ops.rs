@@ -1,30 +1,43 @@
 //! Every operator: what a call is, and the call itself handed on.
 
-use unsloth_rs::{
-    DType, Result, Tensor,
-    core::{
-        KvView, Lengths, Sequences, Weight,
-        ops::{
-            Cost, adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
-            linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd, stochastic_rounding,
-        },
+use super::{Call, Observed, results::Results};
+use crate::{
+    Backend, DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
+    ops::{
+        Cost, adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
+        linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd, stochastic_rounding,
     },
 };
 
-use super::{About, Recorder, address, weight_address};
-
 /// A call whose sizes are those of a tensor.
-fn like(name: &'static str, tensor: &Tensor, cost: Cost) -> About {
-    About { name, shape: tensor.shape().to_string(), subject: None, cost }
+fn like<'a>(name: &'static str, tensor: &Tensor, cost: Cost) -> Call<'a> {
+    Call { name, shape: tensor.shape().to_string(), weights: vec![], cost }
 }
 
 /// A product.
-fn product(name: &'static str, spec: &linear::Spec, subject: Option<usize>, cost: Cost) -> About {
+fn product<'a>(name: &'static str, spec: &linear::Spec, weights: Vec<&'a Tensor>, cost: Cost) -> Call<'a> {
     let linear::Spec { rows, in_features, out_features, .. } = spec;
-    About { name, shape: format!("{rows} x {in_features} -> {out_features}"), subject, cost }
+    Call { name, shape: format!("{rows} x {in_features} -> {out_features}"), weights, cost }
 }
 
-impl elementwise::Elementwise for Recorder {
+/// The tensor of a matrix, if it is one.
+fn dense(weight: &Weight) -> Option<&Tensor> {
+    match weight {
+        Weight::Dense(tensor) => Some(tensor),
+    }
+}
+
+/// A matrix and a bias.
+fn base<'a>(weight: &'a Weight, bias: Option<&'a Tensor>) -> Vec<&'a Tensor> {
+    dense(weight).into_iter().chain(bias).collect()
+}
+
+/// A layer with an adapter.
+fn adapted<'a>(adapter: &lora_linear::Adapter<'a>, weight: &'a Weight, bias: Option<&'a Tensor>) -> Vec<&'a Tensor> {
+    [adapter.lora_a, adapter.lora_b].into_iter().chain(base(weight, bias)).collect()
+}
+
+impl elementwise::Elementwise for Observed {
     fn add(&self, a: Tensor, b: &Tensor) -> Result<Tensor> {
         let cost = elementwise::binary_cost(&a);
         self.call(|| like("add", b, cost), |backend| backend.add(a, b))
@@ -35,39 +48,57 @@ impl elementwise::Elementwise for Recorder {
     }
     fn scale(&self, x: Tensor, factor: f32) -> Result<Tensor> {
         let (shape, cost) = (*x.shape(), elementwise::unary_cost(&x));
-        let about = || About { name: "scale", shape: shape.to_string(), subject: None, cost };
+        let about = || Call { name: "scale", shape: shape.to_string(), weights: vec![], cost };
         self.call(about, |backend| backend.scale(x, factor))
     }
     fn scale_by(&self, x: Tensor, scalar: &Tensor) -> Result<Tensor> {
         let (shape, cost) = (*x.shape(), elementwise::unary_cost(&x));
-        let about = || About { name: "scale_by", shape: shape.to_string(), subject: None, cost };
+        let about = || Call { name: "scale_by", shape: shape.to_string(), weights: vec![], cost };
         self.call(about, |backend| backend.scale_by(x, scalar))
     }
     fn accumulate(&self, accumulator: &mut Tensor, x: &Tensor) -> Result<()> {
         let cost = elementwise::accumulate_cost(accumulator, x);
-        self.call(|| like("accumulate", x, cost), |backend| backend.accumulate(accumulator, x))
+        let seen = self.begin(|| like("accumulate", x, cost))?;
+        self.backend().accumulate(accumulator, x)?;
+        self.end(seen, [&*accumulator])
     }
     fn cast(&self, x: &Tensor, dtype: DType) -> Result<Tensor> {
-        self.call(|| like("cast", x, elementwise::cast_cost(x, dtype)), |backend| backend.cast(x, dtype))
+        let about = || Call { weights: vec![x], ..like("cast", x, elementwise::cast_cost(x, dtype)) };
+        self.call(about, |backend| backend.cast(x, dtype))
     }
     fn copy(&self, x: &Tensor) -> Result<Tensor> {
         self.call(|| like("copy", x, elementwise::unary_cost(x)), |backend| backend.copy(x))
     }
     fn fill_zero(&self, x: &mut Tensor) -> Result<()> {
         let (shape, cost) = (*x.shape(), elementwise::fill_cost(x));
-        let about = || About { name: "fill_zero", shape: shape.to_string(), subject: None, cost };
-        self.call(about, |backend| backend.fill_zero(x))
+        let about = || Call { name: "fill_zero", shape: shape.to_string(), weights: vec![], cost };
+        let seen = self.begin(about)?;
+        self.backend().fill_zero(x)?;
+        self.end(seen, [&*x])
+    }
+}
+
+impl Observed {
+    /// A call of an optimiser.
+    fn update<'a>(
+        &'a self,
+        about: impl FnOnce() -> Call<'a>,
+        work: impl FnOnce(&dyn Backend) -> Result<()>,
+    ) -> Result<()> {
+        let seen = self.begin(about)?;
+        work(self.backend())?;
+        self.end(seen, [])
     }
 }
 
 /// A reduction of many tensors.
-fn list(name: &'static str, tensors: &[&Tensor]) -> About {
+fn list<'a>(name: &'static str, tensors: &[&Tensor]) -> Call<'a> {
     let elements: usize = tensors.iter().map(|tensor| tensor.num_elements()).sum();
     let shape = format!("{} tensors, {elements} elements", tensors.len());
-    About { name, shape, subject: None, cost: reduce::cost(tensors) }
+    Call { name, shape, weights: vec![], cost: reduce::cost(tensors) }
 }
 
-impl reduce::Reduce for Recorder {
+impl reduce::Reduce for Observed {
     fn sum(&self, x: &Tensor) -> Result<Tensor> {
         self.call(|| like("sum", x, reduce::cost(&[x])), |backend| backend.sum(x))
     }
@@ -79,12 +110,12 @@ impl reduce::Reduce for Recorder {
     }
 }
 
-impl embedding::Embedding for Recorder {
+impl embedding::Embedding for Observed {
     fn embedding_forward(&self, spec: &embedding::Spec, weight: &Weight, ids: &Tensor) -> Result<Tensor> {
-        let about = || About {
+        let about = || Call {
             name: "embedding forward",
             shape: format!("{} x {}", spec.tokens, spec.hidden_size),
-            subject: weight_address(weight),
+            weights: base(weight, None),
             cost: spec.forward_cost(),
         };
         self.call(about, |backend| backend.embedding_forward(spec, weight, ids))
@@ -96,12 +127,13 @@ impl embedding::Embedding for Recorder {
         dout: &Tensor,
         dweight: &mut Tensor,
     ) -> Result<()> {
-        let about = || like("embedding backward", dout, spec.backward_cost());
-        self.call(about, |backend| backend.embedding_backward(spec, ids, dout, dweight))
+        let seen = self.begin(|| like("embedding backward", dout, spec.backward_cost()))?;
+        self.backend().embedding_backward(spec, ids, dout, dweight)?;
+        self.end(seen, [&*dweight])
     }
 }
 
-impl rms_norm::RmsNorm for Recorder {
+impl rms_norm::RmsNorm for Observed {
     fn rms_norm_forward(
         &self,
         spec: &rms_norm::Spec,
@@ -109,10 +141,10 @@ impl rms_norm::RmsNorm for Recorder {
         residual: Option<&Tensor>,
         weight: &Tensor,
     ) -> Result<rms_norm::Forward> {
-        let about = || About {
+        let about = || Call {
             name: "rms_norm forward",
             shape: format!("{} x {}", spec.rows, spec.hidden_size),
-            subject: Some(address(weight)),
+            weights: vec![weight],
             cost: spec.forward_cost(residual.is_some()),
         };
         self.call(about, |backend| backend.rms_norm_forward(spec, x, residual, weight))
@@ -121,35 +153,34 @@ impl rms_norm::RmsNorm for Recorder {
         &self,
         spec: &rms_norm::Spec,
         inputs: rms_norm::Backward<'_>,
-        dweight: Option<&mut Tensor>,
+        mut dweight: Option<&mut Tensor>,
     ) -> Result<Tensor> {
-        let about = About {
-            name: "rms_norm backward",
-            shape: format!("{} x {}", spec.rows, spec.hidden_size),
-            subject: Some(address(inputs.weight)),
-            cost: spec.backward_cost(inputs.dsum.is_some(), dweight.is_some()),
-        };
-        self.call(|| about, |backend| backend.rms_norm_backward(spec, inputs, dweight))
+        let (weight, cost) = (inputs.weight, spec.backward_cost(inputs.dsum.is_some(), dweight.is_some()));
+        let shape = || format!("{} x {}", spec.rows, spec.hidden_size);
+        let seen = self.begin(|| Call { name: "rms_norm backward", shape: shape(), weights: vec![weight], cost })?;
+        let dx = self.backend().rms_norm_backward(spec, inputs, dweight.as_deref_mut())?;
+        self.end(seen, [&dx].into_iter().chain(dweight.as_deref()))?;
+        Ok(dx)
     }
 }
 
-impl rope::Rope for Recorder {
+impl rope::Rope for Observed {
     fn rope(&self, spec: &rope::Spec, q: Tensor, k: Tensor, angles: rope::Angles<'_>) -> Result<(Tensor, Tensor)> {
         let name = match spec.direction {
             rope::Direction::Forward => "rope forward",
             rope::Direction::Inverse => "rope backward",
         };
-        let about = || About {
+        let about = || Call {
             name,
             shape: format!("{} x ({} + {}) x {}", spec.tokens, spec.num_heads, spec.num_kv_heads, spec.head_dim),
-            subject: None,
+            weights: vec![],
             cost: spec.cost(),
         };
         self.call(about, |backend| backend.rope(spec, q, k, angles))
     }
 }
 
-impl glu::Glu for Recorder {
+impl glu::Glu for Observed {
     fn glu_forward(&self, spec: &glu::Spec, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         let about = || like("glu forward", gate, spec.forward_cost());
         self.call(about, |backend| backend.glu_forward(spec, gate, up))
@@ -165,12 +196,12 @@ fn heads(spec: &attention::Spec, tokens_q: usize, tokens_k: usize) -> String {
     format!("{tokens_q} x {num_heads} on {tokens_k} x {num_kv_heads}, {head_dim}")
 }
 
-impl attention::Attention for Recorder {
+impl attention::Attention for Observed {
     fn attention_forward(&self, spec: &attention::Spec, inputs: attention::Inputs<'_>) -> Result<attention::Forward> {
-        let about = || About {
+        let about = || Call {
             name: "attention forward",
             shape: heads(spec, inputs.seq_q.num_tokens(), inputs.seq_k.num_tokens()),
-            subject: None,
+            weights: vec![],
             cost: spec.forward_cost(inputs.seq_q.offsets(), inputs.seq_k.offsets()),
         };
         self.call(about, |backend| backend.attention_forward(spec, inputs))
@@ -181,10 +212,10 @@ impl attention::Attention for Recorder {
         inputs: attention::Inputs<'_>,
         backward: attention::Backward<'_>,
     ) -> Result<attention::Gradients> {
-        let about = || About {
+        let about = || Call {
             name: "attention backward",
             shape: heads(spec, inputs.seq_q.num_tokens(), inputs.seq_k.num_tokens()),
-            subject: None,
+            weights: vec![],
             cost: spec.backward_cost(inputs.seq_q.offsets(), inputs.seq_k.offsets()),
         };
         self.call(about, |backend| backend.attention_backward(spec, inputs, backward))
@@ -196,21 +227,23 @@ impl attention::Attention for Recorder {
         seq_q: &Sequences,
         kv: KvView<'_>,
     ) -> Result<Tensor> {
-        let about = || About {
+        let about = || Call {
             name: "attention cached",
             shape: heads(spec, seq_q.num_tokens(), kv.lens.host().iter().sum()),
-            subject: None,
+            weights: vec![],
             cost: spec.cached_cost(seq_q.offsets(), kv.lens.host()),
         };
         self.call(about, |backend| backend.attention_cached(spec, q, seq_q, kv))
     }
     fn kv_append(&self, cache: &mut Tensor, rows: &Tensor, seqs: &Sequences, start: &Lengths) -> Result<()> {
-        let about = || like("kv_append", rows, attention::kv_append_cost(rows));
-        self.call(about, |backend| backend.kv_append(cache, rows, seqs, start))
+        let seen = self.begin(|| like("kv_append", rows, attention::kv_append_cost(rows)))?;
+        self.backend().kv_append(cache, rows, seqs, start)?;
+        // Behind the rows that were written the cache holds anything.
+        self.end(seen, [])
     }
 }
 
-impl linear::Linear for Recorder {
+impl linear::Linear for Observed {
     fn linear_forward(
         &self,
         spec: &linear::Spec,
@@ -218,24 +251,26 @@ impl linear::Linear for Recorder {
         weight: &Weight,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let about = || product("linear forward", spec, weight_address(weight), spec.forward_cost());
+        let about = || product("linear forward", spec, base(weight, bias), spec.forward_cost());
         self.call(about, |backend| backend.linear_forward(spec, x, weight, bias))
     }
     fn linear_input_gradient(&self, spec: &linear::Spec, dy: &Tensor, weight: &Weight) -> Result<Tensor> {
-        let about = || product("linear input gradient", spec, weight_address(weight), spec.input_gradient_cost());
+        let about = || product("linear input gradient", spec, base(weight, None), spec.input_gradient_cost());
         self.call(about, |backend| backend.linear_input_gradient(spec, dy, weight))
     }
     fn linear_weight_gradient(&self, spec: &linear::Spec, dy: &Tensor, x: &Tensor, dweight: &mut Tensor) -> Result<()> {
-        let about = || product("linear weight gradient", spec, None, spec.weight_gradient_cost());
-        self.call(about, |backend| backend.linear_weight_gradient(spec, dy, x, dweight))
+        let seen = self.begin(|| product("linear weight gradient", spec, vec![], spec.weight_gradient_cost()))?;
+        self.backend().linear_weight_gradient(spec, dy, x, dweight)?;
+        self.end(seen, [&*dweight])
     }
     fn linear_bias_gradient(&self, spec: &linear::Spec, dy: &Tensor, dbias: &mut Tensor) -> Result<()> {
-        let about = || like("linear bias gradient", dy, spec.bias_gradient_cost());
-        self.call(about, |backend| backend.linear_bias_gradient(spec, dy, dbias))
+        let seen = self.begin(|| like("linear bias gradient", dy, spec.bias_gradient_cost()))?;
+        self.backend().linear_bias_gradient(spec, dy, dbias)?;
+        self.end(seen, [&*dbias])
     }
 }
 
-impl lora_linear::LoraLinear for Recorder {
+impl lora_linear::LoraLinear for Observed {
     fn lora_linear_forward(
         &self,
         spec: &lora_linear::Spec,
@@ -244,7 +279,8 @@ impl lora_linear::LoraLinear for Recorder {
         bias: Option<&Tensor>,
         adapter: lora_linear::Adapter<'_>,
     ) -> Result<lora_linear::Forward> {
-        let about = || product("lora_linear forward", &spec.base, Some(address(adapter.lora_a)), spec.forward_cost());
+        let weights = || adapted(&adapter, weight, bias);
+        let about = || product("lora_linear forward", &spec.base, weights(), spec.forward_cost());
         self.call(about, |backend| backend.lora_linear_forward(spec, x, weight, bias, adapter))
     }
     fn lora_linear_backward(
@@ -255,17 +291,24 @@ impl lora_linear::LoraLinear for Recorder {
     ) -> Result<Option<Tensor>> {
         let (needs_a, needs_b) = (gradients.dlora_a.is_some(), gradients.dlora_b.is_some());
         let cost = spec.backward_cost(inputs.needs_dx, needs_a, needs_b);
-        let about = || product("lora_linear backward", &spec.base, Some(address(inputs.adapter.lora_a)), cost);
-        self.call(about, |backend| backend.lora_linear_backward(spec, inputs, gradients))
+        let weights = || adapted(&inputs.adapter, inputs.weight, None);
+        let seen = self.begin(|| product("lora_linear backward", &spec.base, weights(), cost))?;
+        let lora_linear::ParameterGradients { mut dlora_a, mut dlora_b } = gradients;
+        let (dlora_a, dlora_b) = (&mut dlora_a, &mut dlora_b);
+        let gradients =
+            lora_linear::ParameterGradients { dlora_a: dlora_a.as_deref_mut(), dlora_b: dlora_b.as_deref_mut() };
+        let dx = self.backend().lora_linear_backward(spec, inputs, gradients)?;
+        self.end(seen, dx.iter().chain(dlora_b.as_deref()).chain(dlora_a.as_deref()))?;
+        Ok(dx)
     }
 }
 
-impl dora::Dora for Recorder {
+impl dora::Dora for Observed {
     fn dora_norms(&self, spec: &dora::NormSpec, weight: &Weight, lora_a: &Tensor, lora_b: &Tensor) -> Result<Tensor> {
-        let about = || About {
+        let about = || Call {
             name: "dora norms",
             shape: format!("{} x {}, rank {}", spec.out_features, spec.in_features, spec.rank),
-            subject: Some(address(lora_a)),
+            weights: [lora_a, lora_b].into_iter().chain(dense(weight)).collect(),
             cost: spec.cost(),
         };
         self.call(about, |backend| backend.dora_norms(spec, weight, lora_a, lora_b))
@@ -277,7 +320,8 @@ impl dora::Dora for Recorder {
         lengths: dora::Lengths<'_>,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let about = || like("dora forward", t, spec.forward_cost());
+        let weights = || [lengths.magnitude, lengths.norms].into_iter().chain(bias).collect();
+        let about = || Call { weights: weights(), ..like("dora forward", t, spec.forward_cost()) };
         self.call(about, |backend| backend.dora_forward(spec, t, lengths, bias))
     }
     fn dora_backward(
@@ -286,14 +330,17 @@ impl dora::Dora for Recorder {
         dy: Tensor,
         t: &Tensor,
         lengths: dora::Lengths<'_>,
-        dmagnitude: Option<&mut Tensor>,
+        mut dmagnitude: Option<&mut Tensor>,
     ) -> Result<Tensor> {
-        let about = || like("dora backward", t, spec.backward_cost());
-        self.call(about, |backend| backend.dora_backward(spec, dy, t, lengths, dmagnitude))
+        let weights = || vec![lengths.magnitude, lengths.norms];
+        let seen = self.begin(|| Call { weights: weights(), ..like("dora backward", t, spec.backward_cost()) })?;
+        let dt = self.backend().dora_backward(spec, dy, t, lengths, dmagnitude.as_deref_mut())?;
+        self.end(seen, [&dt].into_iter().chain(dmagnitude.as_deref()))?;
+        Ok(dt)
     }
 }
 
-impl cross_entropy::CrossEntropy for Recorder {
+impl cross_entropy::CrossEntropy for Observed {
     fn cross_entropy_forward(
         &self,
         spec: &cross_entropy::Spec,
@@ -310,36 +357,39 @@ impl cross_entropy::CrossEntropy for Recorder {
         targets: &Tensor,
         lse: &Tensor,
     ) -> Result<Tensor> {
-        let about = || About {
+        let about = || Call {
             name: "cross_entropy backward",
             shape: format!("{} x {}", spec.tokens, spec.vocab_size),
-            subject: None,
+            weights: vec![],
             cost: spec.backward_cost(),
         };
         self.call(about, |backend| backend.cross_entropy_backward(spec, logits, targets, lse))
     }
 }
 
-impl linear_cross_entropy::LinearCrossEntropy for Recorder {
+impl linear_cross_entropy::LinearCrossEntropy for Observed {
     fn linear_cross_entropy(
         &self,
         spec: &linear_cross_entropy::Spec,
         x: &Tensor,
         weight: &Weight,
         targets: &Tensor,
-        dweight: Option<&mut Tensor>,
+        mut dweight: Option<&mut Tensor>,
     ) -> Result<linear_cross_entropy::Forward> {
-        let about = About {
+        let cost = spec.cost(dweight.is_some());
+        let seen = self.begin(|| Call {
             name: "linear_cross_entropy",
             shape: format!("{} x {} -> {}", spec.tokens, spec.hidden_size, spec.vocab_size),
-            subject: weight_address(weight),
-            cost: spec.cost(dweight.is_some()),
-        };
-        self.call(|| about, |backend| backend.linear_cross_entropy(spec, x, weight, targets, dweight))
+            weights: base(weight, None),
+            cost,
+        })?;
+        let forward = self.backend().linear_cross_entropy(spec, x, weight, targets, dweight.as_deref_mut())?;
+        self.end(seen, forward.tensors().into_iter().chain(dweight.as_deref()))?;
+        Ok(forward)
     }
 }
 
-impl adamw::AdamW for Recorder {
+impl adamw::AdamW for Observed {
     fn step_control(
         &self,
         spec: &adamw::ControlSpec,
@@ -347,63 +397,63 @@ impl adamw::AdamW for Recorder {
         finite: &Tensor,
         state: &mut Tensor,
     ) -> Result<()> {
-        let about = || like("step_control", norm, reduce::cost(&[norm, finite]));
-        self.call(about, |backend| backend.step_control(spec, norm, finite, state))
+        let cost = reduce::cost(&[norm, finite]);
+        self.update(|| like("step_control", norm, cost), |backend| backend.step_control(spec, norm, finite, state))
     }
     fn adamw(&self, spec: &adamw::Spec, parameters: &mut [adamw::Buffers<'_>], state: &Tensor) -> Result<()> {
         let (shape, cost) = (format!("{} parameters", parameters.len()), parameters.iter().map(|p| p.cost()).sum());
-        let about = || About { name: "adamw step", shape, subject: None, cost };
-        self.call(about, |backend| backend.adamw(spec, parameters, state))
+        let about = || Call { name: "adamw step", shape, weights: vec![], cost };
+        self.update(about, |backend| backend.adamw(spec, parameters, state))
     }
 }
 
 /// One step of one parameter.
-fn update(name: &'static str, grad: &Tensor, cost: Cost) -> About {
-    About { name, shape: grad.shape().to_string(), subject: None, cost }
+fn update<'a>(name: &'static str, grad: &Tensor, cost: Cost) -> Call<'a> {
+    Call { name, shape: grad.shape().to_string(), weights: vec![], cost }
 }
 
-impl adamw8bit::AdamW8bit for Recorder {
+impl adamw8bit::AdamW8bit for Observed {
     fn adamw8bit(&self, spec: &adamw::Spec, buffers: adamw8bit::Buffers<'_>, state: &Tensor) -> Result<()> {
         let about = update("adamw8bit step", buffers.grad, buffers.cost());
-        self.call(|| about, |backend| backend.adamw8bit(spec, buffers, state))
+        self.update(|| about, |backend| backend.adamw8bit(spec, buffers, state))
     }
 }
 
-impl lion::Lion for Recorder {
+impl lion::Lion for Observed {
     fn lion(&self, spec: &lion::Spec, buffers: lion::Buffers<'_>, state: &Tensor) -> Result<()> {
         let about = update("lion step", buffers.grad, buffers.cost());
-        self.call(|| about, |backend| backend.lion(spec, buffers, state))
+        self.update(|| about, |backend| backend.lion(spec, buffers, state))
     }
 }
 
-impl adafactor::Adafactor for Recorder {
+impl adafactor::Adafactor for Observed {
     fn adafactor(&self, spec: &adafactor::Spec, buffers: adafactor::Buffers<'_>, state: &Tensor) -> Result<()> {
         let about = update("adafactor step", buffers.grad, buffers.cost());
-        self.call(|| about, |backend| backend.adafactor(spec, buffers, state))
+        self.update(|| about, |backend| backend.adafactor(spec, buffers, state))
     }
 }
 
-impl muon::Muon for Recorder {
+impl muon::Muon for Observed {
     fn muon_direction(&self, spec: &muon::Spec, grad: &Tensor, buf: &mut Tensor, state: &Tensor) -> Result<Tensor> {
         let about = update("muon direction", grad, muon::direction_cost(grad, buf));
         self.call(|| about, |backend| backend.muon_direction(spec, grad, buf, state))
     }
     fn muon_apply(&self, spec: &muon::Spec, param: &mut Tensor, direction: &Tensor, state: &Tensor) -> Result<()> {
         let about = update("muon apply", direction, muon::apply_cost(param, direction));
-        self.call(|| about, |backend| backend.muon_apply(spec, param, direction, state))
+        self.update(|| about, |backend| backend.muon_apply(spec, param, direction, state))
     }
 }
 
-impl stochastic_rounding::StochasticRounding for Recorder {
+impl stochastic_rounding::StochasticRounding for Observed {
     fn round_stochastically(&self, spec: &stochastic_rounding::Spec, x: &Tensor, out: &mut Tensor) -> Result<()> {
         let about = update("stochastic_rounding", x, stochastic_rounding::cost(x, out));
-        self.call(|| about, |backend| backend.round_stochastically(spec, x, out))
+        self.update(|| about, |backend| backend.round_stochastically(spec, x, out))
     }
 }
 
-impl sgd::Sgd for Recorder {
+impl sgd::Sgd for Observed {
     fn sgd(&self, spec: &sgd::Spec, buffers: sgd::Buffers<'_>, state: &Tensor) -> Result<()> {
         let about = update("sgd step", buffers.grad, buffers.cost());
-        self.call(|| about, |backend| backend.sgd(spec, buffers, state))
+        self.update(|| about, |backend| backend.sgd(spec, buffers, state))
     }
 }
