@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use unsloth_core::{DType, Device, Result, Tensor, Weight, ops::elementwise};
+use unsloth_core::{BufferId, DType, Device, Result, Tensor, Weight, ops::elementwise};
 
 /// Identity of a [`Parameter`] within the process; ordered by creation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -82,6 +82,14 @@ impl Parameter {
         self.0.storage
     }
 
+    /// Whether the value, or the copy that operators read, is in this buffer. A parameter that is being changed says no.
+    pub fn has(&self, buffer: BufferId) -> bool {
+        let value = self.0.value.try_read().is_ok_and(|value| value.buffer_id() == buffer);
+        let copy =
+            || self.0.copy.try_read().is_ok_and(|copy| copy.as_ref().is_some_and(|copy| copy.buffer_id() == buffer));
+        value || copy()
+    }
+
     /// Changes the value in place. `f` must not ask this parameter for its value: the lock is held.
     ///
     /// # Errors
@@ -147,6 +155,14 @@ impl Matrix {
         }
     }
 
+    /// Whether what operators read is in this buffer.
+    pub fn has(&self, buffer: BufferId) -> bool {
+        match self {
+            Matrix::Trainable(parameter) => parameter.has(buffer),
+            Matrix::Frozen(weight) => matches!(weight, Weight::Dense(tensor) if tensor.buffer_id() == buffer),
+        }
+    }
+
     /// Storage type of the elements, or of what they dequantise to.
     pub fn dtype(&self) -> DType {
         match self {
@@ -179,6 +195,14 @@ impl Vector {
         match self {
             Vector::Trainable(parameter) => parameter.value(),
             Vector::Frozen(tensor) => tensor.clone(),
+        }
+    }
+
+    /// Whether the current value is in this buffer.
+    pub fn has(&self, buffer: BufferId) -> bool {
+        match self {
+            Vector::Trainable(parameter) => parameter.has(buffer),
+            Vector::Frozen(tensor) => tensor.buffer_id() == buffer,
         }
     }
 

@@ -6,6 +6,7 @@
 //! another sequence.
 
 mod adapters;
+mod weights;
 
 use std::{
     fmt,

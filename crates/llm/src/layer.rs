@@ -136,6 +136,21 @@ impl Layer {
         [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down]
     }
 
+    /// The norms by their paths within the layer.
+    pub(crate) fn norms(&self) -> impl Iterator<Item = (&'static str, &Vector)> {
+        let before_mlp =
+            if self.after_mlp.is_some() { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+        let norms = [
+            ("input_layernorm", Some(&self.before_attention)),
+            ("self_attn.q_norm", self.q_norm.as_ref()),
+            ("self_attn.k_norm", self.k_norm.as_ref()),
+            ("post_attention_layernorm", self.after_attention.as_ref()),
+            (before_mlp, Some(&self.before_mlp)),
+            ("post_feedforward_layernorm", self.after_mlp.as_ref()),
+        ];
+        norms.into_iter().filter_map(|(name, norm)| Some((name, norm?)))
+    }
+
     /// The residual stream behind the layer, from the stream `x` before it, both `[tokens, hidden_size]`.
     pub(crate) fn forward(&self, tape: &Tape, x: &Var, context: &Context) -> unsloth_core::Result<Var> {
         let Heads { q, k, v } = self.heads(tape, x, context)?;

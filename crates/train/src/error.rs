@@ -1,6 +1,6 @@
 //! Errors of the training loop.
 
-use crate::LossScaleError;
+use crate::{LossScaleError, Origin};
 
 /// Result of every call that steers a run.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -26,7 +26,8 @@ pub enum Error {
     },
     /// Loss or gradients of a step were infinite or NaN. Parameters and optimiser are those of the step before.
     #[error(
-        "step {step}: loss {loss} with gradient norm {grad_norm} is not finite; parameters are kept as the step before left them"
+        "step {step}: loss {loss} with gradient norm {grad_norm} is not finite; parameters are kept as the step before left them{}",
+        origin.as_ref().map(|origin| format!("; {origin}")).unwrap_or_default()
     )]
     NonFinite {
         /// The step, from 1.
@@ -35,6 +36,8 @@ pub enum Error {
         loss: f32,
         /// Its gradient norm, before clipping.
         grad_norm: f32,
+        /// Where it began, if somebody looked.
+        origin: Option<Box<Origin>>,
     },
     /// The trainer has reported an error before and takes no more steps.
     #[error("training stopped with an error at step {step}; the trainer takes no more steps")]

@@ -18,6 +18,7 @@ mod optimizer;
 mod precision;
 mod schedule;
 mod svd;
+mod trace;
 mod trainer;
 
 pub use batch::{Batch, Document};
@@ -37,4 +38,5 @@ pub use optimizer::{
 };
 pub use precision::Precision;
 pub use schedule::{Schedule, ScheduleKind};
+pub use trace::{Named, NanTrace, Origin, Place};
 pub use trainer::{PARAMETER, RunState, StateTensor, StepMetrics, Trainer, TrainerConfig};

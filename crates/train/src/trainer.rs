@@ -6,6 +6,8 @@
 
 mod state;
 
+use std::sync::Arc;
+
 use unsloth_autograd::{GradStore, Parameter, Tape};
 use unsloth_core::{
     Category, DType, Tensor,
@@ -14,8 +16,8 @@ use unsloth_core::{
 
 pub use self::state::{PARAMETER, RunState, StateTensor};
 use crate::{
-    Batch, Draw, Error, LossScaleConfig, LossScaler, Model, Optimizer, OptimizerConfig, Rates, Result, Schedule,
-    error::invalid,
+    Batch, Draw, Error, LossScaleConfig, LossScaler, Model, NanTrace, Optimizer, OptimizerConfig, Rates, Result,
+    Schedule, error::invalid,
 };
 
 /// How parameters are changed.
@@ -137,6 +139,7 @@ pub struct Trainer<M: Model> {
     pending: Option<Pending>,
     /// The step that failed.
     stopped: Option<usize>,
+    trace: Option<Arc<NanTrace>>,
 }
 
 impl<M: Model> Trainer<M> {
@@ -162,8 +165,13 @@ impl<M: Model> Trainer<M> {
         }
         let gradients = GradStore::new(&parameters)?;
         let scaler = config.scaler()?;
-        let (num_steps, num_skipped, pending, stopped) = (0, 0, None, None);
-        Ok(Self { model, config, gradients, optimizer, scaler, num_steps, num_skipped, pending, stopped })
+        let (num_steps, num_skipped, pending, stopped, trace) = (0, 0, None, None, None);
+        Ok(Self { model, config, gradients, optimizer, scaler, num_steps, num_skipped, pending, stopped, trace })
+    }
+
+    /// Has a trace look at every step: that of the device which the model is on.
+    pub fn set_trace(&mut self, trace: Arc<NanTrace>) {
+        self.trace = Some(trace);
     }
 
     /// One optimiser step over micro-batches, whose losses are divided by the number of targets of all of them, and whose
@@ -198,7 +206,10 @@ impl<M: Model> Trainer<M> {
             num_tokens: micro_batches.iter().map(Batch::num_tokens).sum(),
             num_targets,
         };
-        let launched = self.launch(micro_batches, metrics).map_err(|error| self.stop(step, error))?;
+        self.trace.iter().for_each(|trace| trace.begin(step));
+        let launched = self.launch(micro_batches, metrics);
+        self.trace.iter().for_each(|trace| trace.end());
+        let launched = launched.map_err(|error| self.stop(step, error))?;
         let before = self.pending.replace(launched);
         Ok(early.or(self.read(before)?))
     }
@@ -301,7 +312,8 @@ impl<M: Model> Trainer<M> {
             self.stopped = Some(step);
             // Without scaling the step after it was skipped too, and has no metrics of its own worth reporting.
             self.pending = None;
-            return Err(Error::NonFinite { step, loss: metrics.loss, grad_norm: metrics.grad_norm });
+            let origin = self.trace.as_ref().and_then(|trace| trace.take_origin(step)).map(Box::new);
+            return Err(Error::NonFinite { step, loss: metrics.loss, grad_norm: metrics.grad_norm, origin });
         }
         self.num_skipped += usize::from(metrics.skipped);
         Ok(Some(metrics))

@@ -179,6 +179,9 @@ struct RunArgs {
     /// Share of the examples, picked by the seed, to evaluate on instead of training on them
     #[arg(long, value_name = "F")]
     eval_split: Option<f64>,
+    /// Look at every result within a step, and name where the first infinity or NaN comes from; slow
+    #[arg(long)]
+    trace_nan: bool,
     /// Go on from the newest whole checkpoint in OUTPUT, with the options that the run has had
     #[arg(long)]
     resume: bool,
@@ -240,6 +243,7 @@ impl Args {
             checkpointing: self.checkpointing.map(|policy| policy.to_string()),
             offload: self.offload,
             memory: self.memory.map(|ByteSize(bytes)| bytes.to_string()),
+            trace_nan: run.trace_nan.then_some(true),
             save_every: run.save_every,
             keep_last: run.keep_last,
             eval_every: run.eval_every,

@@ -45,6 +45,7 @@ impl Progress {
                 let total = self.total_steps;
                 self.tell(&format!("step {step}/{total}  eval loss {eval_loss:.4}  perplexity {eval_perplexity:.2}"));
             }
+            Event::Overflow(origin) => self.tell(&origin.to_string()),
             Event::Saved(path) => self.tell(&format!("saved {}", path.display())),
             _ => {}
         }

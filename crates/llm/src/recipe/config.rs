@@ -125,6 +125,8 @@ pub struct TrainConfig {
     pub offload: Offload,
     /// Most bytes that the run may hold on the device. `None`: what the device gives.
     pub memory_bytes: Option<u64>,
+    /// Whether every result within a step is looked at, to tell where a first infinity or NaN comes from; slow.
+    pub trace_nan: bool,
     /// What happens to a run that the output folder holds.
     pub start: Start,
     /// Steps between checkpoints of the run, at least 1. `None`: only when it is stopped.
@@ -170,6 +172,7 @@ impl TrainConfig {
             checkpointing: Checkpointing::None.into(),
             offload: Offload::None,
             memory_bytes: None,
+            trace_nan: false,
             start: Start::New,
             save_every: None,
             keep_last: 2,

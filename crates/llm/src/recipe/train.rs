@@ -6,12 +6,15 @@ mod run;
 
 use std::{
     path::Path,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use unsloth_core::{Device, TensorStore};
-use unsloth_train::{Model, Trainer};
+use unsloth_train::{Model, NanTrace, Trainer};
 
 pub use self::event::{End, EvalReport, Event, Prepared, Resumed, Summary};
 use self::{data::Data, run::Run};
@@ -35,7 +38,7 @@ use crate::{
 
 /// Options that a resumed run may have otherwise: they change nothing of what it computes. Model and data files are compared
 /// by what is in them.
-const MAY_CHANGE: [&str; 10] = [
+const MAY_CHANGE: [&str; 11] = [
     "model",
     "output",
     "data",
@@ -46,6 +49,7 @@ const MAY_CHANGE: [&str; 10] = [
     "checkpointing",
     "offload",
     "memory",
+    "trace_nan",
 ];
 
 /// Trains adapters or a whole model and writes, into the output folder, what [`peft::save`] or [`export::save`] writes, the
@@ -99,8 +103,7 @@ fn train_within(
     let shape = data.largest_micro_batch(batches.clone(), total_steps);
     let config = &fitted(device, config, shape, on_event)?;
     let options = TrainOptions { checkpointing: Some(config.checkpointing.to_string()), ..options };
-    let model = prepare_model(device, config, Loading::Weights)?;
-    let mut trainer = Trainer::new(model, config.trainer(total_steps))?;
+    let (mut trainer, trace) = begin_training(device, config, total_steps)?;
     if let Some(saved) = &saved {
         saved.restore(&mut trainer)?;
         batches.skip(saved.state.step);
@@ -122,12 +125,32 @@ fn train_within(
         batches,
         total_steps,
         trainer,
+        trace,
         metrics,
         progress,
         on_event,
         stop,
     };
     finish(run)
+}
+
+/// The trainer before its first step, and what looks at its steps if that is wanted.
+fn begin_training(
+    device: &Device,
+    config: &TrainConfig,
+    total_steps: usize,
+) -> Result<(Trainer<Decoder>, Option<Arc<NanTrace>>)> {
+    let trainer = |device| {
+        Ok::<_, Error>(Trainer::new(prepare_model(device, config, Loading::Weights)?, config.trainer(total_steps))?)
+    };
+    if !config.trace_nan {
+        return Ok((trainer(device)?, None));
+    }
+    let (trace, device) = NanTrace::of(device);
+    let mut trainer = trainer(&device)?;
+    trace.name_weights(trainer.model().named_weights());
+    trainer.set_trace(trace.clone());
+    Ok((trainer, Some(trace)))
 }
 
 /// The run with a checkpointing policy under which it stays within its limit on memory, if it has one.

@@ -49,7 +49,7 @@ fn a_step_that_is_not_finite_keeps_the_last_good_state() {
 
         // Its own gradients are finite, but the trainer has not seen yet that step 4 failed.
         let error = trainer.step(&micro_batches(&device, 4, 2)).unwrap_err();
-        let Error::NonFinite { step: 4, loss, grad_norm } = error else {
+        let Error::NonFinite { step: 4, loss, grad_norm, origin: None } = error else {
             panic!("step 4 is to blame: {error}");
         };
         assert!(!(loss.is_finite() && grad_norm.is_finite()), "{loss}, {grad_norm}");

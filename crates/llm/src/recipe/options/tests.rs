@@ -41,6 +41,7 @@ fn every_option() -> TrainConfig {
         checkpointing: "every:3".parse().unwrap(),
         offload: Offload::Disk,
         memory_bytes: Some(12 << 30),
+        trace_nan: true,
         start: Start::New,
         save_every: Some(5),
         keep_last: 6,

@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use unsloth_core::StoreUsage;
+use unsloth_train::Origin;
 
 use crate::{
     dataset::{Report, Sample},
@@ -21,6 +22,8 @@ pub enum Event {
     Resumed(Resumed),
     /// A step is done.
     Step(StepRecord),
+    /// Where the first infinity or NaN of the step came from that is told next: it was skipped, and its loss scale is lowered.
+    Overflow(Origin),
     /// The model was evaluated.
     Evaluated(EvalRecord),
     /// A checkpoint was saved, in this folder.

@@ -2,11 +2,14 @@
 
 use std::{
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use unsloth_train::{Model, StepMetrics, Trainer};
+use unsloth_train::{Model, NanTrace, StepMetrics, Trainer};
 
 use super::{Data, End, Event};
 use crate::{
@@ -33,6 +36,7 @@ pub(super) struct Run<'a> {
     pub(super) batches: Batches,
     pub(super) total_steps: usize,
     pub(super) trainer: Trainer<Decoder>,
+    pub(super) trace: Option<Arc<NanTrace>>,
     pub(super) metrics: Metrics,
     pub(super) progress: Progress,
     pub(super) on_event: &'a mut dyn FnMut(Event),
@@ -145,6 +149,9 @@ impl Run<'_> {
             peak_bytes: self.trainer.model().device().usage().total_peak_bytes(),
         };
         self.metrics.step(&record)?;
+        if let Some(origin) = self.trace.as_ref().and_then(|trace| trace.take_origin(metrics.step)) {
+            (self.on_event)(Event::Overflow(origin));
+        }
         (self.on_event)(Event::Step(record));
         Ok(())
     }
