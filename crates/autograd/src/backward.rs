@@ -191,6 +191,11 @@ impl Context<'_> {
         walk(tape, seeds, replaced, self.gradients, self.remaining)
     }
 
+    /// Walks a tape whose nodes stand for a part of the node at work: of what the node uses, other parts are still to come.
+    pub(crate) fn walk_part(&mut self, tape: Tape, seeds: Vec<(Source, Tensor)>) -> Result<VariableGradients> {
+        walk(tape, seeds, Vec::new(), self.gradients, self.remaining)
+    }
+
     fn count_uses(&mut self) {
         for parameter in self.nodes.iter().flat_map(|node| &node.parameters) {
             if let Some(slot) = self.gradients.slot(parameter.id()) {

@@ -4,8 +4,8 @@
 //! input needs a gradient or a [`Parameter`] is trained, put one node on the tape: exactly what the backward pass reads, and a
 //! closure. [`Tape::backward`] walks the nodes from last to first without recursion, frees what each node saved as soon as
 //! it has been used, and adds parameter gradients straight into the [`GradStore`]. [`checkpoint`] keeps only the inputs of a
-//! function and runs it again in the backward pass, [`checkpoint_in`] keeps them outside the device, and
-//! [`Tape::set_recompute`] names cheap operators whose results no node keeps; the gradients have the same bits.
+//! function and runs it again in the backward pass, [`checkpoint_in`] keeps them outside the device, [`tiled`] does so tile by
+//! tile of a function's rows, and [`Tape::set_recompute`] names cheap operators whose results no node keeps; the gradients have the same bits.
 //!
 //! ```
 //! use unsloth_autograd::{GradStore, Matrix, Parameter, Result, Tape, Var, ops};
@@ -36,6 +36,7 @@ pub mod ops;
 mod parameter;
 mod saved;
 mod tape;
+mod tiled;
 mod var;
 
 pub use backward::InputGradients;
@@ -44,5 +45,6 @@ pub use grad_store::GradStore;
 pub use parameter::{Matrix, Parameter, ParameterId, Vector};
 pub use saved::Recompute;
 pub use tape::Tape;
+pub use tiled::tiled;
 pub use unsloth_core::{Error, Result};
 pub use var::Var;

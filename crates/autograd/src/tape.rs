@@ -115,6 +115,10 @@ impl Tape {
         self.mode == Mode::Record
     }
 
+    pub(crate) fn is_inference(&self) -> bool {
+        self.mode == Mode::Inference
+    }
+
     pub(crate) fn num_variables(&self) -> usize {
         self.num_variables.get()
     }

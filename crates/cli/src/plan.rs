@@ -51,6 +51,9 @@ pub(crate) struct Args {
     /// (from 0), selective (norms and gated units), selective:norm, selective:glu or auto (what --memory takes)
     #[arg(long, value_name = "POLICY", default_value = "none")]
     checkpointing: Policy,
+    /// Tokens that the feed-forward part of a layer takes at a time [default: all of a micro-batch]
+    #[arg(long, value_name = "N")]
+    mlp_tile: Option<usize>,
     /// Where inputs of layers that are computed again wait: none (on the device), host or disk
     #[arg(long, value_name = "PLACE", default_value = "none")]
     offload: Offload,
@@ -80,6 +83,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         method: args.method,
         adapters: args.adapters.options().adapters()?,
         checkpointing: args.checkpointing,
+        mlp_tile: args.mlp_tile,
         offload: args.offload,
         optimizer: args.optimizer.with_defaults(),
         memory_bytes: args.memory.map(|ByteSize(bytes)| bytes),

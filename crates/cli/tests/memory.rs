@@ -75,7 +75,7 @@ fn what_does_not_fit_is_refused_before_it_begins_and_each_suggestion_works() {
     assert!(!runs.output("refused").exists(), "nothing was written");
 
     let suggestions = fitting(&refused.stderr);
-    for kind in ["--checkpointing ", "--batch-size ", "--max-seq-len "] {
+    for kind in ["--checkpointing ", "--mlp-tile ", "--batch-size ", "--max-seq-len "] {
         assert!(suggestions.iter().any(|options| options.starts_with(kind)), "{kind}: {}", refused.stderr);
     }
     for (index, options) in suggestions.iter().enumerate() {
@@ -205,6 +205,7 @@ fn a_deep_model_holds_as_much_less_as_it_says() {
         ("--checkpointing sqrt", 0.3),
         ("--checkpointing every:1 --offload host", 0.2),
         ("--checkpointing every:1 --offload disk", 0.2),
+        ("--mlp-tile 512", 0.5),
     ]
     .into_iter()
     .enumerate()

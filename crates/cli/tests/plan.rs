@@ -111,6 +111,8 @@ fn options_as_measured() {
         "--threads 1",
         "--checkpointing every:3",
         "--dropout 0.1",
+        "--dropout 0.1 --mlp-tile 32",
+        "--mlp-tile 64 --method full --checkpointing every:2 --offload disk --dtype bf16",
         "--checkpointing layers:1,2 --offload host",
         "--checkpointing selective --dtype f16",
         "--method full --dtype bf16",

@@ -22,8 +22,7 @@ fn spoil(model: &Path, tensor: &str, change: impl Fn(usize, f32) -> f32) {
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let values = file.tensor(tensor).unwrap();
     let element = |(index, bytes): (usize, &[u8])| change(index, f32::from_le_bytes(bytes.try_into().unwrap()));
-    let changed: Vec<u8> =
-        values.data().chunks_exact(4).enumerate().map(element).flat_map(f32::to_le_bytes).collect();
+    let changed: Vec<u8> = values.data().chunks_exact(4).enumerate().map(element).flat_map(f32::to_le_bytes).collect();
     let views = file.tensors().into_iter().map(|(name, view)| {
         let data = if name == tensor { &changed[..] } else { view.data() };
         (name, TensorView::new(view.dtype(), view.shape().to_vec(), data).unwrap())

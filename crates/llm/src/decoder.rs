@@ -28,6 +28,7 @@ use crate::{
     initial::RandomWeights,
     layer::{Context, Dimensions, Layer, Place},
     loader::{Loader, TrainedWeight},
+    packing::at_least,
     rope_tables::RopeTables,
     weights::{Checkpoint, WeightSource},
 };
@@ -107,6 +108,8 @@ pub struct Decoder {
     head: Matrix,
     ropes: RopeTables,
     checkpointing: Checkpointing,
+    /// Tokens that a feed-forward part takes at a time; `None`: all.
+    mlp_tile: Option<usize>,
     /// Where inputs of segments that are computed again wait for the backward pass; `None`: where they are.
     offload: Option<Arc<dyn TensorStore>>,
     /// The weights that are trained, in the order in which they were loaded.
@@ -187,6 +190,7 @@ impl Decoder {
             head,
             ropes,
             checkpointing: Checkpointing::None,
+            mlp_tile: None,
             offload: None,
             trained: loader.into_trained(),
             adapters: None,
@@ -243,6 +247,17 @@ impl Decoder {
     pub fn set_checkpointing(&mut self, checkpointing: Checkpointing) -> Result<()> {
         checkpointing.check(self.layers.len())?;
         self.checkpointing = checkpointing;
+        Ok(())
+    }
+
+    /// Tokens that the feed-forward part of a layer takes at a time, 1 or more, so that what it makes in between is that of a
+    /// tile; it runs again in the backward pass. Gradients of weights are then sums over tiles, and equal up to rounding.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] for tiles of no tokens.
+    pub fn set_mlp_tile(&mut self, tokens: Option<usize>) -> Result<()> {
+        at_least("mlp_tile", tokens.unwrap_or(1), 1)?;
+        self.mlp_tile = tokens;
         Ok(())
     }
 
@@ -360,7 +375,8 @@ impl Decoder {
         num_positions: usize,
     ) -> unsloth_core::Result<Context> {
         let angles = self.ropes.angles(&self.device, positions, num_positions)?;
-        Ok(Context { dimensions: Dimensions::new(&self.config), angles, sequences: sequences.clone(), draw: None })
+        let (dimensions, sequences, mlp_tile) = (Dimensions::new(&self.config), sequences.clone(), self.mlp_tile);
+        Ok(Context { dimensions, angles, sequences, draw: None, mlp_tile })
     }
 }
 

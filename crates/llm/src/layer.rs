@@ -7,6 +7,7 @@
 use unsloth_autograd::{
     Tape, Var, Vector,
     ops::{self, AttentionSequences, NormOptions, RopeAngles},
+    tiled,
 };
 use unsloth_core::{
     Sequences,
@@ -47,6 +48,8 @@ pub(crate) struct Context {
     pub(crate) sequences: Sequences,
     /// Where the rows stand in a training run.
     pub(crate) draw: Option<DrawRows>,
+    /// Tokens that the feed-forward part takes at a time; `None`: all.
+    pub(crate) mlp_tile: Option<usize>,
 }
 
 /// Queries, keys and values, `[tokens, heads, head_dim]`, rotated.
@@ -71,10 +74,16 @@ pub(crate) struct Layer {
     o: Linear,
     after_attention: Option<Vector>,
     before_mlp: Vector,
+    mlp: Mlp,
+}
+
+/// The feed-forward part behind its norm.
+#[derive(Clone)]
+struct Mlp {
     gate: Linear,
     up: Linear,
     down: Linear,
-    after_mlp: Option<Vector>,
+    after: Option<Vector>,
 }
 
 /// Which layer of a model, and which of the context's angles are its own.
@@ -120,33 +129,37 @@ impl Layer {
             o: loader.linear(&format!("{prefix}.self_attn.o_proj"), [hidden, q_features], config.o_bias)?,
             after_attention: post_norm("post_attention")?,
             before_mlp: norm(before_mlp)?,
-            gate: mlp("gate", [config.intermediate_size, hidden])?,
-            up: mlp("up", [config.intermediate_size, hidden])?,
-            down: mlp("down", [hidden, config.intermediate_size])?,
-            after_mlp: post_norm("post_feedforward")?,
+            mlp: Mlp {
+                gate: mlp("gate", [config.intermediate_size, hidden])?,
+                up: mlp("up", [config.intermediate_size, hidden])?,
+                down: mlp("down", [hidden, config.intermediate_size])?,
+                after: post_norm("post_feedforward")?,
+            },
         })
     }
 
     /// The linear layers in the order in which they are computed.
     pub(crate) fn linears(&self) -> [&Linear; 7] {
-        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+        let Mlp { gate, up, down, .. } = &self.mlp;
+        [&self.q, &self.k, &self.v, &self.o, gate, up, down]
     }
 
     pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 7] {
-        [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down]
+        let Mlp { gate, up, down, .. } = &mut self.mlp;
+        [&mut self.q, &mut self.k, &mut self.v, &mut self.o, gate, up, down]
     }
 
     /// The norms by their paths within the layer.
     pub(crate) fn norms(&self) -> impl Iterator<Item = (&'static str, &Vector)> {
         let before_mlp =
-            if self.after_mlp.is_some() { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+            if self.mlp.after.is_some() { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
         let norms = [
             ("input_layernorm", Some(&self.before_attention)),
             ("self_attn.q_norm", self.q_norm.as_ref()),
             ("self_attn.k_norm", self.k_norm.as_ref()),
             ("post_attention_layernorm", self.after_attention.as_ref()),
             (before_mlp, Some(&self.before_mlp)),
-            ("post_feedforward_layernorm", self.after_mlp.as_ref()),
+            ("post_feedforward_layernorm", self.mlp.after.as_ref()),
         ];
         norms.into_iter().filter_map(|(name, norm)| Some((name, norm?)))
     }
@@ -196,19 +209,41 @@ impl Layer {
 
     /// Everything behind the attention itself.
     fn finish(&self, tape: &Tape, out: &Var, x: &Var, context: &Context) -> unsloth_core::Result<Var> {
-        let Dimensions { num_heads, head_dim, norm, activation, .. } = context.dimensions;
+        let Dimensions { num_heads, head_dim, norm, .. } = context.dimensions;
         let draw = context.draw.as_ref();
         let tokens = x.tensor().shape().rows();
         let out = ops::reshape(tape, out, [tokens, num_heads * head_dim])?;
         let attended = post_norm(tape, self.o.forward(tape, &out, draw)?, self.after_attention.as_ref(), norm)?;
         let (normed, stream) = ops::add_rms_norm(tape, attended, x, &self.before_mlp, norm)?;
+        let down = match context.mlp_tile {
+            None => self.mlp.forward(tape, normed, draw, context.dimensions)?,
+            Some(tile) => {
+                let (mlp, draw, dimensions) = (self.mlp.clone(), context.draw.clone(), context.dimensions);
+                tiled(tape, &normed, tile, move |tape, rows, range| {
+                    let draw = draw.as_ref().map(|draw| draw.rows(range)).transpose()?;
+                    mlp.forward(tape, rows.clone(), draw.as_ref(), dimensions)
+                })?
+            }
+        };
+        ops::add(tape, down, &stream)
+    }
+}
+
+impl Mlp {
+    /// Rows of the residual stream's change, from normed rows of the stream.
+    fn forward(
+        &self,
+        tape: &Tape,
+        normed: Var,
+        draw: Option<&DrawRows>,
+        Dimensions { norm, activation, .. }: Dimensions,
+    ) -> unsloth_core::Result<Var> {
         let gate = self.gate.forward(tape, &normed, draw)?;
         let up = self.up.forward(tape, &normed, draw)?;
         drop(normed);
         let activated = ops::glu(tape, &gate, &up, activation)?;
         drop((gate, up));
-        let down = post_norm(tape, self.down.forward(tape, &activated, draw)?, self.after_mlp.as_ref(), norm)?;
-        ops::add(tape, down, &stream)
+        post_norm(tape, self.down.forward(tape, &activated, draw)?, self.after.as_ref(), norm)
     }
 }
 

@@ -9,11 +9,13 @@ use std::{
     path::Path,
 };
 
-use common::{F32, Folder, Golden, batch, fixture, max_difference, relative_difference, stored, under_every_policy};
+use common::{
+    F32, Folder, Golden, batch, fixture, gradients, max_difference, relative_difference, stored, under_every_policy,
+};
 use half::bf16;
 use safetensors::{Dtype, SafeTensors};
-use unsloth_autograd::{GradStore, Tape};
-use unsloth_core::{DType, Device, ops::cross_entropy::LossSpec};
+
+use unsloth_core::{DType, Device};
 use unsloth_llm::{
     Error,
     decoder::{Decoder, LoadOptions},
@@ -60,18 +62,6 @@ fn sample(values: &[f32]) -> Vec<f32> {
 
 fn trainable(model: &str, device: &Device, dtype: DType) -> Decoder {
     Decoder::load(&fixture(model).join("model"), device, LoadOptions::trainable(dtype)).unwrap()
-}
-
-/// The loss of a batch and the gradient of each parameter by name.
-fn gradients(decoder: &Decoder, batch: &Batch) -> (f32, BTreeMap<String, Vec<f32>>) {
-    let parameters = decoder.parameters();
-    let mut store = GradStore::new(&parameters).unwrap();
-    let tape = Tape::new();
-    let loss = decoder.loss(&tape, batch, LossSpec::mean(batch.num_targets)).unwrap();
-    let value = loss.tensor().to_vec::<f32>().unwrap()[0];
-    tape.backward(&loss, &mut store).unwrap();
-    let gradient = |parameter: &unsloth_autograd::Parameter| store.get(parameter).unwrap().to_vec().unwrap();
-    (value, parameters.iter().map(|parameter| (parameter.name().to_owned(), gradient(parameter))).collect())
 }
 
 fn values(decoder: &Decoder) -> BTreeMap<String, Vec<f32>> {

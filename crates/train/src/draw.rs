@@ -1,5 +1,7 @@
 //! What the random numbers of training depend on: where an element stands in the run, never how a step is split.
 
+use std::{ops::Range, sync::Arc};
+
 use unsloth_core::{Category, Result, Tensor};
 
 use crate::Batch;
@@ -24,6 +26,8 @@ pub struct DrawRows {
     pub(crate) sequences: Tensor,
     /// i32 `[tokens]`, from 0 in each sequence.
     pub(crate) positions: Tensor,
+    /// Both, on the host.
+    host: Arc<(Vec<i32>, Vec<i32>)>,
 }
 
 impl DrawRows {
@@ -38,6 +42,20 @@ impl DrawRows {
             (first_sequence..).zip(lengths).flat_map(|(sequence, length)| std::iter::repeat_n(sequence as i32, length));
         let rows: Vec<i32> = rows.collect();
         let sequences = batch.ids.device().from_slice(&rows, [rows.len()], Category::Activations)?;
-        Ok(Some(Self { seed, step, sequences, positions: batch.positions.clone() }))
+        let host = Arc::new((rows, batch.sequences.positions()));
+        Ok(Some(Self { seed, step, sequences, positions: batch.positions.clone(), host }))
+    }
+
+    /// Some of the rows.
+    ///
+    /// # Errors
+    /// [`unsloth_core::Error::OutOfMemory`].
+    pub fn rows(&self, range: Range<usize>) -> Result<Self> {
+        let (sequences, positions) = &*self.host;
+        let (sequences, positions) = (sequences[range.clone()].to_vec(), positions[range].to_vec());
+        let device = self.sequences.device();
+        let put = |values: &[i32]| device.from_slice(values, [values.len()], Category::Activations);
+        let (on_device, host) = ((put(&sequences)?, put(&positions)?), Arc::new((sequences, positions)));
+        Ok(Self { sequences: on_device.0, positions: on_device.1, host, ..*self })
     }
 }

@@ -10,3 +10,4 @@ mod model;
 mod operators;
 mod reference;
 mod tape;
+mod tiled;

@@ -84,6 +84,10 @@ pub(crate) struct Args {
     /// (from 0), selective (norms and gated units), selective:norm, selective:glu or auto (what --memory takes) [default: none]
     #[arg(long, value_name = "POLICY")]
     checkpointing: Option<Policy>,
+    /// Tokens that the feed-forward part of a layer takes at a time, forward and, computed again, backward: long sequences then
+    /// hold its large results for that many tokens only [default: all of a micro-batch]
+    #[arg(long, value_name = "N")]
+    mlp_tile: Option<usize>,
     /// Where inputs of layers that are computed again wait: none (on the device), host (its memory; gains nothing on the CPU) or
     /// disk (files in OUTPUT that vanish with the run) [default: none]
     #[arg(long, value_name = "PLACE")]
@@ -241,6 +245,7 @@ impl Args {
             adam_eps: optimizer.adam_eps,
             max_grad_norm: optimizer.max_grad_norm,
             checkpointing: self.checkpointing.map(|policy| policy.to_string()),
+            mlp_tile: self.mlp_tile,
             offload: self.offload,
             memory: self.memory.map(|ByteSize(bytes)| bytes.to_string()),
             trace_nan: run.trace_nan.then_some(true),

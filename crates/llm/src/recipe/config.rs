@@ -121,6 +121,8 @@ pub struct TrainConfig {
     pub max_grad_norm: Option<f32>,
     /// What is computed again in the backward pass instead of kept.
     pub checkpointing: Policy,
+    /// Tokens that a feed-forward part takes at a time, at least 1. `None`: all of a micro-batch.
+    pub mlp_tile: Option<usize>,
     /// Where what it keeps waits.
     pub offload: Offload,
     /// Most bytes that the run may hold on the device. `None`: what the device gives.
@@ -170,6 +172,7 @@ impl TrainConfig {
             optimizer: OptimizerConfig::default(),
             max_grad_norm: Some(1.0),
             checkpointing: Checkpointing::None.into(),
+            mlp_tile: None,
             offload: Offload::None,
             memory_bytes: None,
             trace_nan: false,
@@ -243,6 +246,7 @@ impl TrainConfig {
         }
         at_least("save_every", self.save_every.unwrap_or(1), 1)?;
         at_least("keep_last", self.keep_last, 1)?;
+        at_least("mlp_tile", self.mlp_tile.unwrap_or(1), 1)?;
         if let Policy::Given(checkpointing) = &self.checkpointing {
             self.offload.check(checkpointing)?;
         }
@@ -316,7 +320,7 @@ mod tests {
     #[test]
     fn every_field_is_checked() {
         type Spoil = fn(&mut TrainConfig);
-        let cases: [(&str, Spoil); 29] = [
+        let cases: [(&str, Spoil); 30] = [
             ("data", |c| c.data.clear()),
             ("rank", |c| c.adapters.rank = Some(0)),
             ("alpha", |c| c.adapters.alpha = Some(f32::NAN)),
@@ -341,6 +345,7 @@ mod tests {
             ("max_grad_norm", |c| c.max_grad_norm = Some(0.0)),
             ("save_every", |c| c.save_every = Some(0)),
             ("keep_last", |c| c.keep_last = 0),
+            ("mlp_tile", |c| c.mlp_tile = Some(0)),
             ("offload", |c| c.offload = Offload::Disk),
             ("checkpointing", |c| c.checkpointing = Policy::Auto),
             ("eval_data", |c| c.eval = Some(EvalSource::Files(vec![]))),

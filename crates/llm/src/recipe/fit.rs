@@ -20,6 +20,9 @@ const SEQ_STEP: usize = 16;
 /// No more sequences of a micro-batch are sought than this.
 const MAX_BATCH: usize = 4096;
 
+/// Tokens of a tile that is suggested for feed-forward parts.
+const MLP_TILE: usize = 512;
+
 /// Plans runs on devices of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Planner {
@@ -231,6 +234,10 @@ impl Planner {
         if let Some(seq_len) = self.largest_seq_len(config, budget_bytes)? {
             changes.push((self.seq_option(seq_len), TrainConfig { max_seq_len: Some(seq_len), ..config.clone() }));
         }
+        if config.mlp_tile.is_none() {
+            changes
+                .push((format!("--mlp-tile {MLP_TILE}"), TrainConfig { mlp_tile: Some(MLP_TILE), ..config.clone() }));
+        }
         if self.bf16 && config.dtype == DType::F32 {
             changes.push(("--dtype bf16".to_owned(), TrainConfig { dtype: DType::BF16, ..config.clone() }));
         }
@@ -269,6 +276,11 @@ impl Planner {
         if self.bf16 && config.dtype == DType::F32 {
             config.dtype = DType::BF16;
             options += " --dtype bf16";
+        }
+        let tiled = TrainConfig { mlp_tile: Some(MLP_TILE), ..config.clone() };
+        if config.mlp_tile.is_none() && self.needs(&tiled)? < self.needs(&config)? {
+            options += &format!(" --mlp-tile {MLP_TILE}");
+            config = tiled;
         }
         if self.needs(&config)? > budget_bytes {
             let Some(seq_len) = self.largest_seq_len(&config, budget_bytes)? else { return Ok(None) };

@@ -77,6 +77,7 @@ pub struct TrainOptions {
     /// `inf`: gradients are never scaled down.
     pub max_grad_norm: Option<f64>,
     pub checkpointing: Option<String>,
+    pub mlp_tile: Option<usize>,
     pub offload: Option<Offload>,
     pub memory: Option<String>,
     pub trace_nan: Option<bool>,
@@ -217,6 +218,7 @@ impl TrainOptions {
                 Some(norm) => Some(norm as f32).filter(|&norm| norm != f32::INFINITY),
             },
             checkpointing: self.checkpointing.map_or(Ok(defaults.checkpointing), |text| text.parse())?,
+            mlp_tile: self.mlp_tile,
             offload: self.offload.unwrap_or(defaults.offload),
             memory_bytes: self.memory.map(|text| text.parse()).transpose()?.map(|ByteSize(bytes)| bytes),
             trace_nan: self.trace_nan.unwrap_or(defaults.trace_nan),
@@ -322,6 +324,7 @@ impl TrainOptions {
             loraplus_lr_ratio: config.loraplus_lr_ratio,
             max_grad_norm: Some(config.max_grad_norm.map_or(f64::INFINITY, decimal)),
             checkpointing: Some(config.checkpointing.to_string()),
+            mlp_tile: config.mlp_tile,
             offload: Some(config.offload),
             memory: config.memory_bytes.map(|bytes| bytes.to_string()),
             trace_nan: config.trace_nan.then_some(true),

@@ -327,6 +327,7 @@ pub(super) fn prepare_model(device: &Device, config: &TrainConfig, loading: Load
         Method::Scratch => loading.random(device, config, trained)?,
     };
     model.set_checkpointing(config.checkpointing.given()?.clone())?;
+    model.set_mlp_tile(config.mlp_tile)?;
     model.set_offload(config.offload.open(device, &config.output)?);
     Ok(model)
 }

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fs,
     path::{Path, PathBuf},
 };
@@ -10,7 +10,11 @@ use std::{
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Map, Value};
 use tempfile::TempDir;
-use unsloth_core::{DType, Device, Place, ops::cross_entropy::IGNORE_INDEX};
+use unsloth_autograd::{GradStore, Parameter, Tape};
+use unsloth_core::{
+    DType, Device, Place,
+    ops::cross_entropy::{IGNORE_INDEX, LossSpec},
+};
 use unsloth_llm::decoder::{Decoder, LoadOptions};
 use unsloth_train::{Batch, Checkpointing, Document, LoraConfig, Model};
 
@@ -217,4 +221,16 @@ pub(crate) fn relative_difference(actual: &[f32], expected: &[f32]) -> f32 {
     let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
     assert!(largest > 0.0, "nothing to compare with");
     max_difference(actual, expected) / largest
+}
+
+/// The loss of a batch and the gradient of each parameter by name.
+pub(crate) fn gradients(decoder: &Decoder, batch: &Batch) -> (f32, BTreeMap<String, Vec<f32>>) {
+    let parameters = decoder.parameters();
+    let mut store = GradStore::new(&parameters).unwrap();
+    let tape = Tape::new();
+    let loss = decoder.loss(&tape, batch, LossSpec::mean(batch.num_targets)).unwrap();
+    let value = loss.tensor().to_vec::<f32>().unwrap()[0];
+    tape.backward(&loss, &mut store).unwrap();
+    let gradient = |parameter: &Parameter| store.get(parameter).unwrap().to_vec().unwrap();
+    (value, parameters.iter().map(|parameter| (parameter.name().to_owned(), gradient(parameter))).collect())
 }

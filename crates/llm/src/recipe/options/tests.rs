@@ -39,6 +39,7 @@ fn every_option() -> TrainConfig {
         optimizer: AdamWConfig { beta1: 0.1, beta2: 0.2, eps: 1e-30, weight_decay: 0.7 }.into(),
         max_grad_norm: None,
         checkpointing: "every:3".parse().unwrap(),
+        mlp_tile: Some(512),
         offload: Offload::Disk,
         memory_bytes: Some(12 << 30),
         trace_nan: true,
