@@ -83,6 +83,10 @@ fn describe_summary(summary: &Summary) -> String {
     if let Some(evaluation) = evaluation {
         text += &format!(", eval loss {:.4}", evaluation.eval_loss);
     }
+    if let Some((best, checkpoint)) = &summary.best {
+        let (path, loss) = (checkpoint.display(), best.eval_loss);
+        text += &format!(", the best {loss:.4} after step {}, whose model it gives and {path} holds", best.step);
+    }
     let (seconds, peak) = (elapsed.as_secs_f64(), ByteSize(*peak_bytes));
     text += &format!(", {tokens} tokens in {seconds:.1} s, peak {peak}, {reserved} taken from the system");
     if let Some(usage) = offloaded {

@@ -174,6 +174,10 @@ struct RunArgs {
     /// Checkpoints to keep, the newest [default: 2]
     #[arg(long, value_name = "N")]
     keep_last: Option<usize>,
+    /// Keep the checkpoint with the smallest evaluation loss besides, and end with its model in OUTPUT; needs --eval-data or
+    /// --eval-split
+    #[arg(long)]
+    keep_best: bool,
     /// Evaluate every N steps, besides behind the last one; needs --eval-data or --eval-split
     #[arg(long, value_name = "N")]
     eval_every: Option<usize>,
@@ -251,6 +255,7 @@ impl Args {
             trace_nan: run.trace_nan.then_some(true),
             save_every: run.save_every,
             keep_last: run.keep_last,
+            keep_best: run.keep_best.then_some(true),
             eval_every: run.eval_every,
             eval_data: run.eval_data.map(OneOrMany::Many),
             eval_split: run.eval_split,

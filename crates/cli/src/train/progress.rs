@@ -41,9 +41,11 @@ impl Progress {
             Event::Prepared(prepared) => self.prepared(&prepared),
             Event::Resumed(resumed) => self.resumed(&resumed),
             Event::Step(record) => self.step(&record),
-            Event::Evaluated(EvalRecord { step, eval_loss, eval_perplexity }) => {
-                let total = self.total_steps;
-                self.tell(&format!("step {step}/{total}  eval loss {eval_loss:.4}  perplexity {eval_perplexity:.2}"));
+            Event::Evaluated(EvalRecord { step, eval_loss, eval_perplexity, best }) => {
+                let (total, best) = (self.total_steps, if best { ", the best so far" } else { "" });
+                self.tell(&format!(
+                    "step {step}/{total}  eval loss {eval_loss:.4}  perplexity {eval_perplexity:.2}{best}"
+                ));
             }
             Event::Overflow(origin) => self.tell(&origin.to_string()),
             Event::Saved(path) => self.tell(&format!("saved {}", path.display())),
@@ -101,6 +103,9 @@ impl Progress {
     fn resumed(&self, resumed: &Resumed) {
         for damage in &resumed.damaged {
             self.warn(&format!("passed over a damaged checkpoint: {damage}"));
+        }
+        if let Some(damage) = &resumed.damaged_best {
+            self.warn(&format!("the best checkpoint is damaged, the best from now on takes its place: {damage}"));
         }
         if resumed.num_missing_records > 0 {
             self.warn(&format!("metrics.jsonl has lost {} steps before {}", resumed.num_missing_records, resumed.step));

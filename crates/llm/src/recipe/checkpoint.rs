@@ -15,11 +15,12 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use unsloth_core::Category;
-use unsloth_train::{LossScaleState, Model, RunState, StateTensor, Trainer};
+use unsloth_autograd::Parameter;
+use unsloth_core::{Category, DType, Device, Shape, Tensor};
+use unsloth_train::{LossScaleState, Model, PARAMETER, RunState, StateTensor, Trainer};
 
 use self::files::{remove_leftovers, retire, sync_folder, verify, write_sums};
-use super::{Damage, RunError, TrainOptions, output::CHECKPOINTS};
+use super::{Best, Damage, RunError, TrainOptions, output::CHECKPOINTS};
 use crate::{
     Error, Result, atomic,
     decoder::Decoder,
@@ -34,6 +35,7 @@ pub(super) const VERSION: &str = env!("CARGO_PKG_VERSION");
 const STATE: &str = "state.json";
 const CONFIG: &str = "config.toml";
 const TENSORS: &str = "state.safetensors";
+const FILES: [&str; 3] = [CONFIG, STATE, TENSORS];
 
 /// Where a run is, but for its tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -58,6 +60,9 @@ pub(super) struct State {
     /// SHA-256 of the documents that the run trains on, in their order.
     pub(super) data_sha256: String,
     pub(super) progress: Progress,
+    /// The best evaluation before this checkpoint, in a run that keeps it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) best: Option<Best>,
 }
 
 /// What the steps so far add up to.
@@ -79,7 +84,7 @@ impl State {
         trained: (RunState, usize),
         position: Position,
         (model_sha256, data_sha256): (&str, &str),
-        progress: Progress,
+        (progress, best): (Progress, Option<Best>),
     ) -> Self {
         let (RunState { num_steps: step, num_skipped, loss_scale }, total_steps) = trained;
         Self {
@@ -93,6 +98,7 @@ impl State {
             position,
             data_sha256: data_sha256.to_owned(),
             progress,
+            best,
         }
     }
 }
@@ -101,6 +107,7 @@ impl State {
 pub(super) struct Checkpoints {
     folder: PathBuf,
     keep_last: usize,
+    best: Option<Best>,
 }
 
 /// A checkpoint that was found whole.
@@ -113,9 +120,14 @@ pub(super) struct Saved {
 }
 
 impl Checkpoints {
-    /// Those of the run that writes to `output`, of which the newest `keep_last` are kept.
-    pub(super) fn new(output: &Path, keep_last: usize) -> Self {
-        Self { folder: output.join(CHECKPOINTS), keep_last }
+    /// Those of the run that writes to `output`, of which the newest `keep_last` are kept, and the best.
+    pub(super) fn new(output: &Path, keep_last: usize, best: Option<Best>) -> Self {
+        Self { folder: output.join(CHECKPOINTS), keep_last, best }
+    }
+
+    /// Where the checkpoint of a step is.
+    pub(super) fn path(&self, step: usize) -> PathBuf {
+        self.folder.join(format!("step-{step:06}"))
     }
 
     /// Writes a checkpoint and then removes those that are no longer to be kept.
@@ -134,7 +146,7 @@ impl Checkpoints {
     fn write(&self, trainer: &Trainer<Decoder>, state: &State, options: &TrainOptions) -> Result<PathBuf> {
         fs::create_dir_all(&self.folder).map_err(Error::io("create", &self.folder))?;
         remove_leftovers(&self.folder)?;
-        let path = self.folder.join(format!("step-{:06}", state.step));
+        let path = self.path(state.step);
         let partial = files::partial(&path);
         let written = fs::create_dir(&partial)
             .map_err(Error::io("create", &partial))
@@ -154,13 +166,44 @@ impl Checkpoints {
         Ok(path)
     }
 
-    /// Removes all but the newest up to `step`.
-    fn prune(&self, step: usize) -> Result<()> {
+    /// Removes all but the newest up to `step`, and the best.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(super) fn prune(&self, step: usize) -> Result<()> {
         let mut older = self.list()?;
         older.retain(|(other, _)| *other <= step);
-        let count = older.len().saturating_sub(self.keep_last);
-        older.iter().take(count).try_for_each(|(_, path)| retire(path))?;
+        older.truncate(older.len().saturating_sub(self.keep_last));
+        older.retain(|(other, _)| self.best.is_none_or(|best| best.step != *other));
+        older.iter().try_for_each(|(_, path)| retire(path))?;
         remove_leftovers(&self.folder)
+    }
+
+    /// What is wrong with the best checkpoint, if there is to be one.
+    pub(super) fn damage_of_best(&self) -> Option<Damage> {
+        verify(&self.path(self.best?.step), FILES).err()
+    }
+
+    /// Puts what the best checkpoint has into the parameters of the run's model, if there is to be one.
+    ///
+    /// # Errors
+    /// As [`Saved::restore`].
+    pub(super) fn put_best(&self, model: &Decoder) -> Result<()> {
+        let Some(Best { step, .. }) = self.best else { return Ok(()) };
+        let path = self.path(step).join(TENSORS);
+        let file = weights::Checkpoint::open_file(&path)?;
+        for parameter in model.parameters() {
+            let value = parameter.value();
+            let (form, category) = ((*value.shape(), value.dtype()), value.buffer().category());
+            drop(value);
+            let new = saved_tensor(&file, &path, (&parameter, PARAMETER), form, model.device())?;
+            new.retag(category);
+            parameter.update(|value| {
+                *value = new;
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     /// The newest checkpoint that is whole.
@@ -171,7 +214,7 @@ impl Checkpoints {
     pub(super) fn newest(&self) -> Result<Saved> {
         let mut damaged = Vec::new();
         for (step, path) in self.list()?.into_iter().rev() {
-            match verify(&path, [CONFIG, STATE, TENSORS]) {
+            match verify(&path, FILES) {
                 Ok(()) => return read(path, step, damaged),
                 Err(damage) => damaged.push(damage),
             }
@@ -212,7 +255,7 @@ fn write_files(folder: &Path, trainer: &Trainer<Decoder>, state: &State, options
     json.push(b'\n');
     atomic::write(&path, &json)?;
     atomic::write(&folder.join(CONFIG), options.to_toml()?.as_bytes())?;
-    write_sums(folder, [CONFIG, STATE, TENSORS])
+    write_sums(folder, FILES)
 }
 
 /// What stands in a checkpoint whose checksums are right.
@@ -251,19 +294,33 @@ impl Saved {
         let file = weights::Checkpoint::open_file(&path)?;
         let device = trainer.model().device().clone();
         let &State { step: num_steps, num_skipped, loss_scale, .. } = &self.state;
-        trainer.restore(RunState { num_steps, num_skipped, loss_scale }, |parameter, part, (shape, dtype)| {
-            let name = format!("{part}.{}", parameter.name());
-            let stored = file.element_dtype(&name)?;
-            if stored != dtype {
-                let (path, value, rule) = (path.clone(), stored.to_string(), dtype.to_string());
-                return Err(Error::from(RunError::Checkpoint { path, field: name, value, rule }));
-            }
-            // The trainer puts it into the category of what it replaces.
-            file.tensor_copy(&device, &Wanted { name: &name, shape, dtype, category: Category::Workspace })
+        // The trainer puts each into the category of what it replaces.
+        trainer.restore(RunState { num_steps, num_skipped, loss_scale }, |parameter, part, form| {
+            saved_tensor(&file, &path, (parameter, part), form, &device)
         })?;
         match file.unused().into_iter().next() {
             Some(name) => Err(Error::UnexpectedTensor { path, name }),
             None => Ok(()),
         }
     }
+}
+
+/// A part of a parameter, of this shape and type, from a checkpoint's file.
+///
+/// # Errors
+/// [`RunError::Checkpoint`] for another type; [`Error::MissingTensor`], [`Error::TensorShape`].
+fn saved_tensor(
+    file: &weights::Checkpoint,
+    path: &Path,
+    (parameter, part): (&Parameter, &str),
+    (shape, dtype): (Shape, DType),
+    device: &Device,
+) -> Result<Tensor> {
+    let name = format!("{part}.{}", parameter.name());
+    let stored = file.element_dtype(&name)?;
+    if stored != dtype {
+        let (path, value, rule) = (path.to_owned(), stored.to_string(), dtype.to_string());
+        return Err(RunError::Checkpoint { path, field: name, value, rule }.into());
+    }
+    file.tensor_copy(device, &Wanted { name: &name, shape, dtype, category: Category::Workspace })
 }

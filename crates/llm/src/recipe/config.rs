@@ -135,6 +135,8 @@ pub struct TrainConfig {
     pub save_every: Option<usize>,
     /// Checkpoints to keep, the newest, at least 1.
     pub keep_last: usize,
+    /// Whether the checkpoint with the smallest evaluation loss is kept besides, and its model is what a run gives that is done.
+    pub keep_best: bool,
     /// Data to evaluate on.
     pub eval: Option<EvalSource>,
     /// Steps between evaluations, at least 1. `None`: only behind the last step.
@@ -179,6 +181,7 @@ impl TrainConfig {
             start: Start::New,
             save_every: None,
             keep_last: 2,
+            keep_best: false,
             eval: None,
             eval_every: None,
         }
@@ -255,6 +258,9 @@ impl TrainConfig {
     }
 
     fn validate_evaluation(&self) -> Result<()> {
+        if self.keep_best && self.eval.is_none() {
+            return invalid("keep_best", true, "used with eval_data or eval_split");
+        }
         at_least("eval_every", self.eval_every.unwrap_or(1), 1)?;
         match (&self.eval, self.eval_every) {
             (Some(EvalSource::Files(files)), _) => at_least("eval_data", files.len(), 1),
@@ -320,7 +326,7 @@ mod tests {
     #[test]
     fn every_field_is_checked() {
         type Spoil = fn(&mut TrainConfig);
-        let cases: [(&str, Spoil); 30] = [
+        let cases: [(&str, Spoil); 31] = [
             ("data", |c| c.data.clear()),
             ("rank", |c| c.adapters.rank = Some(0)),
             ("alpha", |c| c.adapters.alpha = Some(f32::NAN)),
@@ -351,6 +357,7 @@ mod tests {
             ("eval_data", |c| c.eval = Some(EvalSource::Files(vec![]))),
             ("eval_split", |c| c.eval = Some(EvalSource::Split(1.0))),
             ("eval_every", |c| c.eval_every = Some(5)),
+            ("keep_best", |c| c.keep_best = true),
         ];
         for (field, spoil) in cases {
             let mut config = config();

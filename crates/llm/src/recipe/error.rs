@@ -105,6 +105,16 @@ pub enum RunError {
         #[source]
         source: Box<Error>,
     },
+    /// The best checkpoint of a run was damaged while the run went on; what its last step left has been saved instead.
+    #[error(
+        "the best checkpoint, of step {step}, is damaged: {damage}; the output folder holds what the last step left"
+    )]
+    BestDamaged {
+        /// The step of the best evaluation.
+        step: usize,
+        /// What is wrong.
+        damage: Damage,
+    },
 }
 
 /// A checkpoint that is not whole.

@@ -42,12 +42,25 @@ pub struct EvalRecord {
     pub eval_loss: f64,
     /// `exp(eval_loss)`
     pub eval_perplexity: f64,
+    /// Whether no loss before it was as small, in a run that keeps the best; absent if not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub best: bool,
 }
 
 impl EvalRecord {
     pub(super) fn new(step: usize, eval_loss: f64) -> Self {
-        Self { step, eval_loss, eval_perplexity: eval_loss.exp() }
+        Self { step, eval_loss, eval_perplexity: eval_loss.exp(), best: false }
     }
+}
+
+/// The evaluation with the smallest loss so far.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// The step behind which the model was evaluated.
+    pub step: usize,
+    /// Mean loss over all targets of the evaluation data.
+    pub eval_loss: f64,
 }
 
 /// Points of a curve: steps and losses.
@@ -59,6 +72,7 @@ pub(super) struct Metrics {
     file: File,
     pub(super) losses: Points,
     pub(super) eval_losses: Points,
+    pub(super) best: Option<Best>,
 }
 
 impl Metrics {
@@ -68,7 +82,7 @@ impl Metrics {
     /// [`Error::Io`].
     pub(super) fn create(path: PathBuf) -> Result<Self> {
         let file = File::create(&path).map_err(Error::io("create", &path))?;
-        Ok(Self { path, file, losses: Vec::new(), eval_losses: Vec::new() })
+        Ok(Self { path, file, losses: Vec::new(), eval_losses: Vec::new(), best: None })
     }
 
     /// Keeps the lines up to `step` as they are and goes on behind them. A line of a later step, a repeated one and one that
@@ -81,22 +95,23 @@ impl Metrics {
             Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
             bytes => bytes.map_err(Error::io("read", &path))?,
         };
-        let (mut kept, mut losses, mut eval_losses) = (Vec::new(), Points::new(), Points::new());
+        let (mut kept, mut losses, mut eval_losses, mut best) = (Vec::new(), Points::new(), Points::new(), None);
         for line in text.split_inclusive(|&byte| byte == b'\n') {
-            let (points, point) = match parse(line) {
-                Some(Line::Step(record)) => (&mut losses, (record.step, f64::from(record.loss))),
-                Some(Line::Eval(record)) => (&mut eval_losses, (record.step, record.eval_loss)),
+            let (points, point, is_best) = match parse(line) {
+                Some(Line::Step(record)) => (&mut losses, (record.step, f64::from(record.loss)), false),
+                Some(Line::Eval(record)) => (&mut eval_losses, (record.step, record.eval_loss), record.best),
                 None => continue,
             };
             let is_next = points.last().is_none_or(|&(last, _)| last < point.0);
             if is_next && point.0 <= step {
                 points.push(point);
+                best = is_best.then_some(Best { step: point.0, eval_loss: point.1 }).or(best);
                 kept.extend_from_slice(line);
             }
         }
         atomic::write(&path, &kept)?;
         let file = File::options().append(true).open(&path).map_err(Error::io("write", &path))?;
-        Ok(Self { path, file, losses, eval_losses })
+        Ok(Self { path, file, losses, eval_losses, best })
     }
 
     /// Adds a step.
@@ -114,6 +129,9 @@ impl Metrics {
     /// [`Error::Io`].
     pub(super) fn evaluation(&mut self, record: &EvalRecord) -> Result<()> {
         self.eval_losses.push((record.step, record.eval_loss));
+        if record.best {
+            self.best = Some(Best { step: record.step, eval_loss: record.eval_loss });
+        }
         self.push(record)
     }
 
@@ -159,7 +177,7 @@ mod tests {
     }
 
     fn eval(step: usize) -> EvalRecord {
-        EvalRecord { step, eval_loss: 0.1 * step as f64, eval_perplexity: 2.0 }
+        EvalRecord { step, eval_loss: 0.1 * step as f64, eval_perplexity: 2.0, best: step == 2 }
     }
 
     fn write(path: &Path, steps: std::ops::RangeInclusive<usize>) {
@@ -191,6 +209,7 @@ mod tests {
         assert_eq!(fs::read_to_string(&parts).unwrap(), fs::read_to_string(&whole).unwrap());
         let again = Metrics::resume(whole, 6).unwrap();
         assert_eq!((metrics.losses, metrics.eval_losses), (again.losses, again.eval_losses));
+        assert_eq!([metrics.best, again.best], [Some(Best { step: 2, eval_loss: 0.2 }); 2]);
     }
 
     #[test]

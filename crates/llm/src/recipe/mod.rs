@@ -29,7 +29,7 @@ pub use evaluate::{EvalConfig, Evaluation, evaluate};
 pub use fit::{Command, Fitted, OverBudget, Planner, Suggestion};
 pub use merge::{MergeConfig, merge};
 pub use method::Method;
-pub use metrics::{EvalRecord, StepRecord};
+pub use metrics::{Best, EvalRecord, StepRecord};
 pub use offload::Offload;
 pub use options::{OneOrMany, TrainOptions};
 pub use plan::{MemoryPlan, plan};

@@ -83,6 +83,7 @@ pub struct TrainOptions {
     pub trace_nan: Option<bool>,
     pub save_every: Option<usize>,
     pub keep_last: Option<usize>,
+    pub keep_best: Option<bool>,
     pub eval_every: Option<usize>,
     pub eval_data: Option<OneOrMany<PathBuf>>,
     pub eval_split: Option<f64>,
@@ -225,6 +226,7 @@ impl TrainOptions {
             start,
             save_every: self.save_every,
             keep_last: self.keep_last.unwrap_or(defaults.keep_last),
+            keep_best: self.keep_best.unwrap_or(defaults.keep_best),
             eval,
             eval_every: self.eval_every,
             ..defaults
@@ -330,6 +332,7 @@ impl TrainOptions {
             trace_nan: config.trace_nan.then_some(true),
             save_every: config.save_every,
             keep_last: Some(config.keep_last),
+            keep_best: config.keep_best.then_some(true),
             eval_every: config.eval_every,
             eval_data,
             eval_split,

@@ -5,7 +5,7 @@ mod event;
 mod run;
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -19,7 +19,7 @@ use unsloth_train::{Model, NanTrace, Trainer};
 pub use self::event::{End, EvalReport, Event, Prepared, Resumed, Summary};
 use self::{data::Data, run::Run};
 use super::{
-    EvalRecord, Method, Planner, RunError, Start, TrainOptions,
+    Best, Damage, EvalRecord, Method, Planner, RunError, Start, TrainOptions,
     checkpoint::{Checkpoints, Progress, Saved, State, VERSION},
     config::TrainConfig,
     metrics::Metrics,
@@ -38,12 +38,13 @@ use crate::{
 
 /// Options that a resumed run may have otherwise: they change nothing of what it computes. Model and data files are compared
 /// by what is in them.
-const MAY_CHANGE: [&str; 11] = [
+const MAY_CHANGE: [&str; 12] = [
     "model",
     "output",
     "data",
     "save_every",
     "keep_last",
+    "keep_best",
     "eval_every",
     "eval_data",
     "checkpointing",
@@ -112,9 +113,9 @@ fn train_within(
     on_event(Event::Prepared(prepared(&data, &trainer, total_steps)));
     let progress = saved.as_ref().map_or_else(Progress::default, |saved| saved.state.progress);
     if stop.load(Ordering::Relaxed) {
-        return summary(config, &trainer, progress, (None, End::Stopped(None)));
+        return summary(config, &trainer, (progress, None), (None, End::Stopped(None)));
     }
-    let metrics = begin(&output, saved.as_ref(), on_event)?;
+    let (metrics, best) = begin(config, &output, saved.as_ref(), on_event)?;
     output.write_config(&options)?;
     let run = Run {
         config,
@@ -128,6 +129,7 @@ fn train_within(
         trace,
         metrics,
         progress,
+        best,
         on_event,
         stop,
     };
@@ -170,7 +172,7 @@ fn fitted(
 
 /// The newest whole checkpoint, if it is of a run with these options.
 fn find_checkpoint(config: &TrainConfig, options: &TrainOptions) -> Result<Saved> {
-    let saved = Checkpoints::new(&config.output, config.keep_last).newest()?;
+    let saved = Checkpoints::new(&config.output, config.keep_last, None).newest()?;
     match options.difference(&saved.options, &MAY_CHANGE)? {
         None => Ok(saved),
         Some(Difference { option, own: now, other }) => {
@@ -222,21 +224,33 @@ fn prepared(data: &Data, trainer: &Trainer<Decoder>, total_steps: usize) -> Prep
     }
 }
 
-/// Makes the folder ready for the next step: empty, or as it was behind the step of the checkpoint.
-fn begin(output: &OutputFolder, saved: Option<&Saved>, on_event: &mut dyn FnMut(Event)) -> Result<Metrics> {
+/// Makes the folder ready for the next step: empty, or as it was behind the step of the checkpoint. Gives the best evaluation before
+/// it, where that is kept.
+fn begin(
+    config: &TrainConfig,
+    output: &OutputFolder,
+    saved: Option<&Saved>,
+    on_event: &mut dyn FnMut(Event),
+) -> Result<(Metrics, Option<Best>)> {
     let Some(saved) = saved else {
         output.clear()?;
-        return Metrics::create(output.metrics());
+        return Ok((Metrics::create(output.metrics())?, None));
     };
     let metrics = Metrics::resume(output.metrics(), saved.state.step)?;
+    // The metrics know of an evaluation behind the checkpoint's own step, the checkpoint of those before it.
+    let known = [metrics.best, saved.state.best].into_iter().flatten().max_by_key(|best| best.step);
+    let known = known.filter(|_| config.keep_best);
+    let damaged_best = Checkpoints::new(output.path(), config.keep_last, known).damage_of_best();
+    let best = known.filter(|_| damaged_best.is_none());
     on_event(Event::Resumed(Resumed {
         step: saved.state.step,
         checkpoint: saved.path.clone(),
         damaged: saved.damaged.clone(),
+        damaged_best,
         num_missing_records: saved.state.step - metrics.losses.len(),
         other_version: Some(saved.state.version.clone()).filter(|version| version != VERSION),
     }));
-    Ok(metrics)
+    Ok((metrics, best))
 }
 
 /// Trains, and writes what there is at the end.
@@ -246,10 +260,14 @@ fn finish(mut run: Run<'_>) -> Result<Summary> {
         Err(Error::Train(unsloth_train::Error::NonFinite { step, .. })) => Some(*step),
         _ => None,
     };
+    let damage = if matches!(outcome, Ok(End::Done)) { give_best(&run)? } else { None };
     if outcome.is_ok() || stopped_at.is_some() {
         save(run.config.method, run.output.path(), run.trainer.model())?;
         run.output.copy_tokenizer(&run.config.model)?;
         run.output.draw_curve(&run.metrics)?;
+    }
+    if let (Some(damage), Some(Best { step, .. })) = (damage, run.best) {
+        return Err(RunError::BestDamaged { step, damage }.into());
     }
     match (outcome, stopped_at) {
         (Err(Error::Train(source)), Some(step)) => {
@@ -258,15 +276,29 @@ fn finish(mut run: Run<'_>) -> Result<Summary> {
         }
         (outcome, _) => {
             let evaluation = run.metrics.eval_losses.last().map(|&(step, loss)| EvalRecord::new(step, loss));
-            outcome.and_then(|end| summary(run.config, &run.trainer, run.progress, (evaluation, end)))
+            let best = run.best.map(|best| (best, run.checkpoints().path(best.step)));
+            outcome.and_then(|end| summary(run.config, &run.trainer, (run.progress, best), (evaluation, end)))
         }
     }
+}
+
+/// Puts the best model in the place of the last one, where that is kept; what is wrong with its checkpoint if that is damaged, and the
+/// last one stays.
+fn give_best(run: &Run<'_>) -> Result<Option<Damage>> {
+    if run.best.is_none_or(|best| best.step == run.trainer.num_steps()) {
+        return Ok(None);
+    }
+    let damage = run.checkpoints().damage_of_best();
+    if damage.is_none() {
+        run.checkpoints().put_best(run.trainer.model())?;
+    }
+    Ok(damage)
 }
 
 fn summary(
     config: &TrainConfig,
     trainer: &Trainer<Decoder>,
-    progress: Progress,
+    (progress, best): (Progress, Option<(Best, PathBuf)>),
     (evaluation, end): (Option<EvalRecord>, End),
 ) -> Result<Summary> {
     let device = trainer.model().device();
@@ -275,6 +307,7 @@ fn summary(
         first_loss: progress.first_loss,
         last_loss: progress.last_loss,
         evaluation,
+        best,
         tokens: progress.tokens,
         elapsed: Duration::from_secs_f64(progress.seconds),
         peak_bytes: device.usage().total_peak_bytes(),

@@ -46,6 +46,7 @@ fn every_option() -> TrainConfig {
         start: Start::New,
         save_every: Some(5),
         keep_last: 6,
+        keep_best: true,
         eval: Some(EvalSource::Files(vec!["/e1".into(), "/e2".into()])),
         eval_every: Some(7),
         ..TrainConfig::new("/m".into(), vec!["/d1".into(), "/d2".into()], "/o".into())

@@ -7,7 +7,7 @@ use unsloth_train::Origin;
 
 use crate::{
     dataset::{Report, Sample},
-    recipe::{Damage, EvalRecord, Fitted, StepRecord},
+    recipe::{Best, Damage, EvalRecord, Fitted, StepRecord},
 };
 
 /// What a run tells while it works.
@@ -67,6 +67,8 @@ pub struct Resumed {
     pub checkpoint: PathBuf,
     /// Newer ones that are not whole, the newest first.
     pub damaged: Vec<Damage>,
+    /// What is wrong with the best one, in a run that keeps it: the best from now on will be taken for it.
+    pub damaged_best: Option<Damage>,
     /// Steps before it that `metrics.jsonl` says nothing about any more.
     pub num_missing_records: usize,
     /// The version that saved it, if it is not this one; another version need not compute the same bits.
@@ -84,6 +86,8 @@ pub struct Summary {
     pub last_loss: f32,
     /// The last evaluation.
     pub evaluation: Option<EvalRecord>,
+    /// The best evaluation and its checkpoint, in a run that keeps it: what the output folder holds of a run that is done.
+    pub best: Option<(Best, PathBuf)>,
     /// Tokens trained on.
     pub tokens: usize,
     /// Time of all steps.

@@ -17,7 +17,7 @@ use crate::{
     decoder::Decoder,
     packing::Batches,
     recipe::{
-        EvalRecord, StepRecord, TrainConfig, TrainOptions,
+        Best, EvalRecord, StepRecord, TrainConfig, TrainOptions,
         checkpoint::{Checkpoints, Progress, State},
         evaluate::MeanLoss,
         metrics::Metrics,
@@ -39,6 +39,8 @@ pub(super) struct Run<'a> {
     pub(super) trace: Option<Arc<NanTrace>>,
     pub(super) metrics: Metrics,
     pub(super) progress: Progress,
+    /// The best evaluation so far, where that is kept.
+    pub(super) best: Option<Best>,
     pub(super) on_event: &'a mut dyn FnMut(Event),
     pub(super) stop: &'a AtomicBool,
 }
@@ -48,7 +50,8 @@ impl Run<'_> {
     pub(super) fn steps(&mut self) -> Result<End> {
         // A run that was stopped may have saved a step without the evaluation that is due behind it.
         if self.trainer.num_steps() > 0 {
-            self.evaluate_if_due()?;
+            let saved = self.checkpoints().path(self.trainer.num_steps());
+            self.evaluate_if_due(&mut Some(saved))?;
         }
         // The trainer hands out the metrics of a step while it works on the next one.
         let mut time_of_last = Duration::ZERO;
@@ -72,8 +75,8 @@ impl Run<'_> {
     /// Saves and evaluates where that is due, and ends the run where it is stopped with something left to do.
     fn between_steps(&mut self) -> Result<Option<End>> {
         let is_last = self.trainer.num_steps() == self.total_steps;
-        let saved = if self.is_save_due() && !is_last { Some(self.save()?) } else { None };
-        let is_evaluated = self.evaluate_if_due()?;
+        let mut saved = if self.is_save_due() && !is_last { Some(self.save()?) } else { None };
+        let is_evaluated = self.evaluate_if_due(&mut saved)?;
         if self.is_stopped() && !(is_last && is_evaluated) {
             let saved = saved.map_or_else(|| self.save(), Ok)?;
             return Ok(Some(End::Stopped(Some(saved))));
@@ -95,8 +98,9 @@ impl Run<'_> {
         step == self.total_steps || self.config.eval_every.is_some_and(is_due)
     }
 
-    /// Evaluates, unless that has been done behind this step; `false` if it is due and the run was stopped meanwhile.
-    fn evaluate_if_due(&mut self) -> Result<bool> {
+    /// Evaluates, unless that has been done behind this step; `false` if it is due and the run was stopped meanwhile. What is best so
+    /// far is saved, unless that has been done.
+    fn evaluate_if_due(&mut self, saved: &mut Option<PathBuf>) -> Result<bool> {
         let step = self.trainer.num_steps();
         let is_done = self.metrics.eval_losses.last().is_some_and(|&(last, _)| last == step);
         let Some(eval) = self.data.eval.as_ref().filter(|_| self.is_evaluation_due() && !is_done) else {
@@ -109,10 +113,24 @@ impl Run<'_> {
             }
             loss.add(self.trainer.model(), &eval.dataset, group.iter().copied())?;
         }
-        let record = EvalRecord::new(step, loss.mean());
+        let eval_loss = loss.mean();
+        let best = self.config.keep_best && eval_loss < self.best.map_or(f64::INFINITY, |best| best.eval_loss);
+        let record = EvalRecord { best, ..EvalRecord::new(step, eval_loss) };
         self.metrics.evaluation(&record)?;
         (self.on_event)(Event::Evaluated(record));
+        if best {
+            self.best = Some(Best { step, eval_loss });
+            match saved {
+                // The one that was the best before is so no longer.
+                Some(_) => self.checkpoints().prune(step)?,
+                None => *saved = Some(self.save()?),
+            }
+        }
         Ok(true)
+    }
+
+    pub(super) fn checkpoints(&self) -> Checkpoints {
+        Checkpoints::new(self.output.path(), self.config.keep_last, self.best)
     }
 
     /// Saves a checkpoint behind a step whose metrics have been read.
@@ -120,9 +138,9 @@ impl Run<'_> {
         // Metrics first: a checkpoint must not know of steps that the file does not.
         self.metrics.sync()?;
         let trained = (self.trainer.run_state(), self.total_steps);
-        let state = State::new(trained, self.batches.position(), (self.model_sha256, &self.data.sha256), self.progress);
-        let checkpoints = Checkpoints::new(self.output.path(), self.config.keep_last);
-        let saved = checkpoints.save(&self.trainer, &state, self.options)?;
+        let (sums, so_far) = ((self.model_sha256, &*self.data.sha256), (self.progress, self.best));
+        let state = State::new(trained, self.batches.position(), sums, so_far);
+        let saved = self.checkpoints().save(&self.trainer, &state, self.options)?;
         self.output.draw_curve(&self.metrics)?;
         (self.on_event)(Event::Saved(saved.clone()));
         Ok(saved)
