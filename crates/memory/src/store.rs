@@ -1,35 +1,23 @@
 //! Tensors that wait outside their device: in host memory or in files.
 
-use std::{
-    fs::File,
-    io::{self, Read, Seek, Write},
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+mod disk;
 
-use unsloth_core::{Category, Error, Place, Result, StoreUsage, StoredTensor, Tensor, TensorStore};
+use std::sync::Arc;
 
-use crate::{Charge, HostBlock, Layout, Ledger, Staging};
+use unsloth_core::{Place, Result, StoreUsage, StoredTensor, Tensor, TensorStore};
+
+use self::disk::DiskStore;
+use crate::{HostBlock, Layout, Staging};
 
 /// A store for any device whose memory the host can read and write.
 ///
 /// # Errors
-/// [`Error::Storage`] if no file can be made in the folder of [`Place::Disk`].
+/// [`unsloth_core::Error::Storage`] if no file can be made in the folder of [`Place::Disk`].
 pub fn open_store(place: &Place) -> Result<Arc<dyn TensorStore>> {
-    let staging = Staging::new(None);
     match place {
-        Place::Host => Ok(Arc::new(HostStore { staging })),
-        Place::Disk { folder } => {
-            // Found out now rather than in the middle of a step.
-            new_file(folder)?;
-            Ok(Arc::new(DiskStore { staging, folder: folder.as_path().into(), ledger: Ledger::new("disk", None) }))
-        }
+        Place::Host => Ok(Arc::new(HostStore { staging: Staging::new(None) })),
+        Place::Disk { folder } => Ok(Arc::new(DiskStore::open(folder)?)),
     }
-}
-
-fn usage(ledger: &Ledger, staging: &Staging) -> StoreUsage {
-    let (usage, [put, taken]) = (ledger.usage(), staging.transfers());
-    StoreUsage { live_bytes: usage.total_live_bytes(), peak_bytes: usage.total_peak_bytes(), put, taken }
 }
 
 struct HostStore {
@@ -43,7 +31,8 @@ impl TensorStore for HostStore {
     }
 
     fn usage(&self) -> StoreUsage {
-        usage(self.staging.pool().ledger(), &self.staging)
+        let (usage, [put, taken]) = (self.staging.pool().ledger().usage(), self.staging.transfers());
+        StoreUsage { live_bytes: usage.total_live_bytes(), peak_bytes: usage.total_peak_bytes(), put, taken }
     }
 }
 
@@ -59,68 +48,11 @@ impl StoredTensor for InHostMemory {
     }
 }
 
-struct DiskStore {
-    /// One tensor at a time passes through it.
-    staging: Arc<Staging>,
-    folder: Arc<Path>,
-    /// Of what is in files.
-    ledger: Arc<Ledger>,
-}
-
-impl TensorStore for DiskStore {
-    fn put(&self, tensor: &Tensor) -> Result<Box<dyn StoredTensor>> {
-        let layout = Layout::of(tensor);
-        let charge = self.ledger.charge(layout.bytes(), Category::Activations)?;
-        let block = self.staging.read(tensor)?;
-        let mut file = new_file(&self.folder)?;
-        file.write_all(block.as_slice()).map_err(failed("write", &self.folder))?;
-        let checksum = crc32fast::hash(block.as_slice());
-        let (staging, folder) = (self.staging.clone(), self.folder.clone());
-        Ok(Box::new(InFile { staging, folder, file, checksum, layout, _charge: charge }))
-    }
-
-    fn usage(&self) -> StoreUsage {
-        usage(&self.ledger, &self.staging)
-    }
-}
-
-struct InFile {
-    staging: Arc<Staging>,
-    folder: Arc<Path>,
-    file: File,
-    checksum: u32,
-    layout: Layout,
-    _charge: Charge,
-}
-
-impl StoredTensor for InFile {
-    fn take(mut self: Box<Self>) -> Result<Tensor> {
-        let mut block = self.staging.empty(self.layout.bytes())?;
-        let read = self.file.rewind().and_then(|()| self.file.read_exact(block.as_mut_slice()));
-        read.map_err(failed("read", &self.folder))?;
-        let (expected, actual) = (self.checksum, crc32fast::hash(block.as_slice()));
-        if expected != actual {
-            return Err(Error::Damaged { folder: PathBuf::from(&*self.folder), expected, actual });
-        }
-        self.staging.write(&block, &self.layout)
-    }
-}
-
-/// A file that has no name, so that nothing is left behind however the process ends.
-fn new_file(folder: &Path) -> Result<File> {
-    tempfile::tempfile_in(folder).map_err(failed("create", folder))
-}
-
-fn failed(action: &'static str, folder: &Path) -> impl FnOnce(io::Error) -> Error {
-    let folder = folder.to_owned();
-    move |source| Error::Storage { action, folder, source }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::io::SeekFrom;
+    use std::path::Path;
 
-    use unsloth_core::{DType, Device};
+    use unsloth_core::{Category, DType, Device, Error};
 
     use super::*;
 
@@ -166,30 +98,6 @@ mod tests {
         assert_eq!((names(), store.usage().live_bytes), (0, 1024));
         drop(stored);
         assert_eq!((names(), store.usage().live_bytes), (0, 0));
-    }
-
-    #[test]
-    fn damage_is_found_and_named() {
-        let (device, folder) = (unsloth_cpu::device(), tempfile::tempdir().unwrap());
-        let put = |damage: fn(&mut File)| {
-            let (staging, layout) = (Staging::new(None), Layout::of(&tensor(&device, 0.0)));
-            let ledger = Ledger::new("disk", None);
-            let charge = ledger.charge(layout.bytes(), Category::Activations).unwrap();
-            let block = staging.read(&tensor(&device, 0.0)).unwrap();
-            let mut file = new_file(folder.path()).unwrap();
-            file.write_all(block.as_slice()).unwrap();
-            let checksum = crc32fast::hash(block.as_slice());
-            damage(&mut file);
-            Box::new(InFile { staging, folder: folder.path().into(), file, checksum, layout, _charge: charge }).take()
-        };
-        assert!(put(|_| {}).is_ok());
-        let flipped = put(|file| {
-            file.seek(SeekFrom::Start(100)).unwrap();
-            file.write_all(&[0xFF]).unwrap();
-        });
-        assert!(matches!(flipped, Err(Error::Damaged { expected, actual, .. }) if expected != actual));
-        let message = put(|file| file.set_len(1000).unwrap()).unwrap_err().to_string();
-        assert!(message.starts_with("cannot read a temporary file in `"), "{message}");
     }
 
     #[test]
