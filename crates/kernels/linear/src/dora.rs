@@ -53,7 +53,8 @@ pub fn norms<R: Runtime, W: Float>(
     if out_features == 0 {
         return Ok(());
     }
-    let width = launch.vector_width::<f32>(in_features);
+    // Wider vectors of all rows would take half of the units' registers.
+    let width = launch.vector_width::<f32>(in_features).min(4);
     let grid = launch.rows(out_features.div_ceil(ROWS), in_features / width);
     launch.cube(grid.dim, ROWS * cube_reduce_bytes(grid.units))?;
     norms_kernel::launch::<W, R>(
