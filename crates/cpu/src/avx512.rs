@@ -39,6 +39,9 @@ pub(crate) struct Operands {
     pub(crate) c: *mut f32,
     pub(crate) c_row: usize,
     pub(crate) add: bool,
+    /// How many elements of `a` before they are read they are asked for: a panel from beyond the second-level cache would be
+    /// waited for at each page. 0 where all of it is close.
+    pub(crate) ahead: usize,
 }
 
 /// Most rows of a tile.
@@ -59,7 +62,7 @@ macro_rules! tile {
         #[allow(unsafe_code, reason = "intrinsics on pointers: bounds checks would double the instructions")]
         #[target_feature(enable = $features)]
         unsafe fn $name<const R: usize, const V: usize>(operands: Operands) {
-            let Operands { depth, factor, mut a, a_row, a_col, mut b, b_row, c, c_row, add } = operands;
+            let Operands { depth, factor, mut a, a_row, a_col, mut b, b_row, c, c_row, add, ahead } = operands;
             for row in 0..R {
                 for v in 0..V {
                     _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(row * c_row + LANES * v).cast());
@@ -67,6 +70,7 @@ macro_rules! tile {
             }
             let mut sums = [[_mm512_setzero_ps(); V]; R];
             for _ in 0..depth {
+                _mm_prefetch::<_MM_HINT_T0>(a.wrapping_add(ahead).cast());
                 let mut vectors = [_mm512_setzero_si512(); V];
                 for (v, vector) in vectors.iter_mut().enumerate() {
                     // SAFETY: the caller's promise about `b`.

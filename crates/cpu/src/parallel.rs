@@ -3,10 +3,9 @@
 use std::{
     marker::PhantomData,
     ops::Range,
-    sync::{Mutex, PoisonError},
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
-use rayon::prelude::*;
 use unsloth_core::Result;
 
 use crate::CpuBackend;
@@ -66,9 +65,21 @@ impl CpuBackend {
         work: impl Fn(&Task, &mut [f32]) + Sync,
     ) -> Result<()> {
         let mut scratch = self.workspace(num_threads * scratch_len)?;
+        self.share_tasks(tasks, &mut scratch, (num_threads, scratch_len), work);
+        Ok(())
+    }
+
+    /// [`Self::for_each_task`] with the caller's scratch, which holds `scratch_len` for each of `num_threads`: the calling thread
+    /// alone, or all of the backend's.
+    pub(crate) fn share_tasks<Task: Sync>(
+        &self,
+        tasks: &[Task],
+        scratch: &mut [f32],
+        (num_threads, scratch_len): (usize, usize),
+        work: impl Fn(&Task, &mut [f32]) + Sync,
+    ) {
         if num_threads == 1 {
-            tasks.iter().for_each(|task| work(task, &mut scratch[..scratch_len]));
-            return Ok(());
+            return tasks.iter().for_each(|task| work(task, &mut scratch[..scratch_len]));
         }
         let mut rest = &mut scratch[..num_threads * scratch_len];
         let mut slabs = Vec::with_capacity(num_threads);
@@ -77,18 +88,16 @@ impl CpuBackend {
             slabs.push(slab);
             rest = others;
         }
-        let slabs = Mutex::new(slabs);
-        let free = || slabs.lock().unwrap_or_else(PoisonError::into_inner);
-        self.run(|| {
-            tasks.par_iter().with_max_len(1).for_each(|task| {
-                let slab = free().pop();
-                let Some(slab) = slab else {
-                    unreachable!("a thread runs one task at a time, and each thread has a slab")
-                };
+        // Tasks are taken in their order as threads become free, so the small ones at the end even out what came before.
+        let next = AtomicUsize::new(0);
+        let worker = |slab: &mut [f32]| {
+            while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
                 work(task, slab);
-                free().push(slab);
-            });
+            }
+        };
+        let worker = &worker;
+        self.run(|| {
+            rayon::scope(|scope| slabs.into_iter().for_each(|slab| scope.spawn(move |_| worker(slab))));
         });
-        Ok(())
     }
 }

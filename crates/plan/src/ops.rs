@@ -10,8 +10,7 @@ use unsloth_core::{
 
 use crate::{
     backend::{PlanBackend, output, take_or_copy},
-    kernels,
-    scratch::{self, all_f32},
+    kernels, scratch,
 };
 
 impl elementwise::Elementwise for PlanBackend {
@@ -157,15 +156,15 @@ impl linear::Linear for PlanBackend {
     ) -> Result<Tensor> {
         let y = output(x, spec.dtype, [spec.rows, spec.out_features])?;
         self.product_of_rows(
-            spec.dtype,
-            all_f32([spec.dtype, spec.weight_dtype]),
+            (spec.dtype, spec.weight_dtype),
+            spec.dtype == DType::F32,
             [spec.rows, spec.out_features, spec.in_features],
         )?;
         Ok(y)
     }
     fn linear_input_gradient(&self, spec: &linear::Spec, dy: &Tensor, _weight: &Weight) -> Result<Tensor> {
         let dx = output(dy, spec.dtype, [spec.rows, spec.in_features])?;
-        self.product(all_f32([spec.dtype, spec.weight_dtype]), [spec.rows, spec.in_features, spec.out_features])?;
+        self.product(spec.dtype == DType::F32, [spec.rows, spec.in_features, spec.out_features])?;
         Ok(dx)
     }
     fn linear_weight_gradient(
@@ -175,7 +174,7 @@ impl linear::Linear for PlanBackend {
         _x: &Tensor,
         _dweight: &mut Tensor,
     ) -> Result<()> {
-        self.product(all_f32([spec.dtype]), [spec.out_features, spec.in_features, spec.rows])
+        self.product(true, [spec.out_features, spec.in_features, spec.rows])
     }
     fn linear_bias_gradient(&self, _spec: &linear::Spec, _dy: &Tensor, _dbias: &mut Tensor) -> Result<()> {
         Ok(())
@@ -183,14 +182,14 @@ impl linear::Linear for PlanBackend {
 }
 
 impl PlanBackend {
-    /// Scratch of a product: rows, columns, and the dimension summed over.
-    fn product(&self, all_f32: bool, size: [usize; 3]) -> Result<()> {
-        self.on_cpu(|threads| [scratch::product(all_f32, size, threads)]).map(drop)
+    /// Scratch of a product: rows, columns, and the dimension summed over, which may be cut or not.
+    fn product(&self, may_cut: bool, size: [usize; 3]) -> Result<()> {
+        self.on_cpu(|threads| [scratch::product(may_cut, size, threads)]).map(drop)
     }
 
     /// Scratch of a product of which few rows are not packed.
-    fn product_of_rows(&self, dtype: DType, all_f32: bool, size: [usize; 3]) -> Result<()> {
-        self.on_cpu(|threads| [scratch::product_of_rows(dtype, all_f32, size, threads)]).map(drop)
+    fn product_of_rows(&self, dtypes: (DType, DType), may_cut: bool, size: [usize; 3]) -> Result<()> {
+        self.on_cpu(|threads| [scratch::product_of_rows(dtypes, may_cut, size, threads)]).map(drop)
     }
 }
 
@@ -208,9 +207,12 @@ impl lora_linear::LoraLinear for PlanBackend {
         self.on_cpu(|threads| scratch::lora_input(spec, threads))?;
         let y = output(x, base.dtype, [base.rows, base.out_features])?;
         self.on_kernels(|| [kernels::lora(spec)])?;
-        let depth = if base.rows > scratch::FEW_ROWS { base.in_features.max(*rank) } else { base.in_features };
-        let all_f32 = all_f32([base.dtype, base.weight_dtype, spec.adapter_dtype]);
-        self.product_of_rows(base.dtype, all_f32, [base.rows, base.out_features, depth])?;
+        let (may_cut, size) = (base.dtype == DType::F32, |depth| [base.rows, base.out_features, depth]);
+        if [base.weight_dtype, spec.adapter_dtype].iter().all(|&right| scratch::is_few(base.rows, right)) {
+            self.product_of_rows((base.dtype, base.weight_dtype), may_cut, size(base.in_features))?;
+        } else {
+            self.product(may_cut, size(base.in_features + rank))?;
+        }
         Ok(lora_linear::Forward { y, h })
     }
     fn lora_linear_backward(
@@ -222,13 +224,13 @@ impl lora_linear::LoraLinear for PlanBackend {
         let lora_linear::Spec { base, rank, .. } = spec;
         let lora_linear::Backward { dy, needs_dx, .. } = inputs;
         if gradients.dlora_b.is_some() {
-            self.product(all_f32([base.dtype]), [base.out_features, *rank, base.rows])?;
+            self.product(true, [base.out_features, *rank, base.rows])?;
         }
         if gradients.dlora_a.is_none() && !needs_dx {
             return Ok(None);
         }
         let _dh = output(dy, DType::F32, [base.rows, *rank])?;
-        self.product(all_f32([base.dtype, spec.adapter_dtype]), [base.rows, *rank, base.out_features])?;
+        self.product(true, [base.rows, *rank, base.out_features])?;
         if gradients.dlora_a.is_some() {
             self.on_cpu(|threads| scratch::lora_input_transposed(spec, threads))?;
             self.on_kernels(|| [kernels::lora(spec)])?;

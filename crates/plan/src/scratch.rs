@@ -15,15 +15,21 @@ const CACHED_KEYS: usize = 4 * K_BLOCK;
 const LOGITS: usize = 8 << 20;
 /// Fewest rows of such a chunk.
 const MIN_ROWS: usize = 128;
-/// Rows and columns of a task of a product, at most; rows of its left factor, and elements of the dimension summed over, that
-/// are packed at a time.
-const PRODUCT: Product = Product { rows: 504, cols: 480, strip: 96, depth: 256 };
+/// Columns of a task of a product, and elements of the dimension summed over in a panel and in all panels at hand, at most.
+const PRODUCT: Product = Product { cols: 128, depth: 1024, stage: 1024 + 128 };
+/// Elements of a left factor that are packed at once where the dimension summed over may be cut, or so many rows where those
+/// are more.
+const LEFT_CUT: (usize, usize) = (9 << 18, 768);
+/// The same where only rows may be cut.
+const LEFT: (usize, usize) = (8 << 20, 192);
+/// A product is computed as its transpose where it has so few columns, and so many times more rows.
+const NARROW: (usize, usize) = (64, 4);
 /// Rows of which dropout is at work at once.
 const DROPOUT_ROWS: usize = 512;
 /// Products of fewer multiplications run on one thread.
 const SMALL_PRODUCT: usize = 64 * 64 * 64;
-/// Up to this many rows are not packed.
-pub(crate) const FEW_ROWS: usize = 2;
+/// Up to this many rows are not packed, where the other factor is f32.
+const FEW_ROWS: usize = 2;
 /// Parts of the rows that a norm's weight gradient is summed in, at most, and rows of a part, at least.
 const NORM_PARTS: (usize, usize) = (64, 8);
 
@@ -82,37 +88,58 @@ pub(crate) fn attention_cached_rows(
 }
 
 struct Product {
-    rows: usize,
     cols: usize,
-    strip: usize,
     depth: usize,
+    stage: usize,
 }
 
-/// Whether a product is one of f32 alone, which takes no scratch.
-pub(crate) fn all_f32<const N: usize>(dtypes: [DType; N]) -> bool {
-    dtypes.iter().all(|&dtype| dtype == DType::F32)
+/// Rows and elements of the dimension summed over of a left factor that are packed at once; the latter may be cut where the
+/// result is f32.
+fn packed_left(rows: usize, depth: usize, may_cut: bool) -> (usize, usize) {
+    let (elements, min_rows) = if may_cut { LEFT_CUT } else { LEFT };
+    if rows * depth <= elements {
+        return (rows, depth);
+    }
+    let even = |total: usize, most: usize, unit: usize| total.div_ceil(total.div_ceil(most)).next_multiple_of(unit);
+    let rows = rows.min(even(rows, (elements / depth / 6 * 6).max(min_rows), 6));
+    let step = (elements / rows / PRODUCT.depth).max(1) * PRODUCT.depth;
+    (rows, if may_cut { depth.min(even(depth, step, PRODUCT.depth)) } else { depth })
 }
 
-/// Panels and sums of a product `[rows, cols]` that sums over `depth` elements.
-pub(crate) fn product(all_f32: bool, [rows, cols, depth]: [usize; 3], num_threads: usize) -> usize {
-    if all_f32 || rows == 0 || cols == 0 {
+/// Panels and sums of a product `[rows, cols]` that sums over `depth` elements of all its terms, and its transpose where that is
+/// what is computed.
+pub(crate) fn product(may_cut: bool, [rows, cols, depth]: [usize; 3], num_threads: usize) -> usize {
+    let (most_cols, ratio) = NARROW;
+    if cols <= most_cols && cols * ratio <= rows {
+        return (rows * cols).next_multiple_of(16) + panels(true, [cols, rows, depth], num_threads);
+    }
+    panels(may_cut, [rows, cols, depth], num_threads)
+}
+
+fn panels(may_cut: bool, [rows, cols, depth]: [usize; 3], num_threads: usize) -> usize {
+    if rows == 0 || cols == 0 {
         return 0;
     }
-    let slabs = if rows * cols * depth < SMALL_PRODUCT { 1 } else { num_threads };
-    let (rows, cols, depth) = (rows.next_multiple_of(24), cols.next_multiple_of(48), depth.min(PRODUCT.depth));
-    let left = (rows.min(PRODUCT.strip) / 6 * 8 * depth).next_multiple_of(16);
-    slabs * (left + cols.min(PRODUCT.cols) * depth + rows.min(PRODUCT.rows) * cols.min(PRODUCT.cols))
+    let num_threads = if rows * cols * depth < SMALL_PRODUCT { 1 } else { num_threads };
+    let (rows, depth) = packed_left(rows, depth, may_cut);
+    let (panels, cols) = (rows.div_ceil(6), cols.next_multiple_of(64).min(PRODUCT.cols));
+    (panels * 8 * depth).next_multiple_of(16) + num_threads * (cols * depth.min(PRODUCT.stage) + panels * 6 * cols)
+}
+
+/// Whether a product of factors that are read by whole rows does not pack them.
+pub(crate) fn is_few(rows: usize, right: DType) -> bool {
+    rows <= if right == DType::F32 { FEW_ROWS } else { 1 }
 }
 
 /// [`product`] with a factor that is read by whole rows: few of them are widened instead.
 pub(crate) fn product_of_rows(
-    dtype: DType,
-    all_f32: bool,
+    (dtype, right): (DType, DType),
+    may_cut: bool,
     [rows, cols, depth]: [usize; 3],
     num_threads: usize,
 ) -> usize {
-    match rows > FEW_ROWS || cols == 0 {
-        true => product(all_f32, [rows, cols, depth], num_threads),
+    match !is_few(rows, right) || cols == 0 {
+        true => product(may_cut, [rows, cols, depth], num_threads),
         false if dtype == DType::F32 => 0,
         false => rows * depth,
     }
@@ -128,19 +155,19 @@ fn dropped(spec: &ops::lora_linear::Spec) -> (usize, usize) {
 pub(crate) fn lora_input(spec: &ops::lora_linear::Spec, num_threads: usize) -> [usize; 2] {
     let (base, rank) = (&spec.base, spec.rank);
     if spec.dropout.is_none() {
-        let all_f32 = all_f32([base.dtype, spec.adapter_dtype]);
-        return [0, product_of_rows(base.dtype, all_f32, [base.rows, rank, base.in_features], num_threads)];
+        return [
+            0,
+            product_of_rows((base.dtype, spec.adapter_dtype), true, [base.rows, rank, base.in_features], num_threads),
+        ];
     }
     let (elements, rows) = dropped(spec);
-    let all_f32 = all_f32([spec.adapter_dtype]);
-    [elements, product_of_rows(DType::F32, all_f32, [rows, rank, base.in_features], num_threads)]
+    [elements, product_of_rows((DType::F32, spec.adapter_dtype), true, [rows, rank, base.in_features], num_threads)]
 }
 
 /// The same input, and its product with the gradient of the update.
 pub(crate) fn lora_input_transposed(spec: &ops::lora_linear::Spec, num_threads: usize) -> [usize; 2] {
     let (elements, rows) = if spec.dropout.is_some() { dropped(spec) } else { (0, spec.base.rows) };
-    let all_f32 = spec.dropout.is_some() || all_f32([spec.base.dtype]);
-    [elements, product(all_f32, [spec.rank, spec.base.in_features, rows], num_threads)]
+    [elements, product(true, [spec.rank, spec.base.in_features, rows], num_threads)]
 }
 
 /// An input gradient in f32 where the update's is dropped from and it is not f32 itself, and the largest of its products.
@@ -148,13 +175,12 @@ pub(crate) fn lora_input_gradient(spec: &ops::lora_linear::Spec, num_threads: us
     let (base, rank) = (&spec.base, spec.rank);
     let by_blocks = spec.dropout.is_some() && base.dtype != DType::F32;
     let (elements, rows) = if by_blocks { dropped(spec) } else { (0, base.rows) };
-    let (of_base, of_update) = (all_f32([base.dtype, base.weight_dtype]), all_f32([spec.adapter_dtype]));
     let size = |depth| [rows, base.in_features, depth];
     let products = if spec.dropout.is_some() {
-        let update = product(of_update, size(rank), num_threads);
-        update.max(product(of_base, size(base.out_features), num_threads))
+        let update = product(true, size(rank), num_threads);
+        update.max(product(true, size(base.out_features), num_threads))
     } else {
-        product(of_base && of_update, size(base.out_features.max(rank)), num_threads)
+        product(base.dtype == DType::F32, size(base.out_features + rank), num_threads)
     };
     [elements, products]
 }
@@ -181,10 +207,9 @@ pub(crate) fn losses(spec: &ops::linear_cross_entropy::Spec) -> usize {
 pub(crate) fn loss_chunk(spec: &ops::linear_cross_entropy::Spec, with_dweight: bool, num_threads: usize) -> [usize; 3] {
     let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
     let rows = rows_with_target(spec).min((LOGITS / vocab).max(MIN_ROWS));
-    let (x, weight) = (all_f32([spec.dtype]), all_f32([spec.weight_dtype]));
-    let logits = product_of_rows(spec.dtype, x && weight, [rows, vocab, hidden], num_threads);
-    let dweight = if with_dweight { product(x, [vocab, hidden, rows], num_threads) } else { 0 };
-    let dx = if spec.needs_dx { product(weight, [rows, hidden, vocab], num_threads) } else { 0 };
+    let logits = product_of_rows((spec.dtype, spec.weight_dtype), true, [rows, vocab, hidden], num_threads);
+    let dweight = if with_dweight { product(true, [vocab, hidden, rows], num_threads) } else { 0 };
+    let dx = if spec.needs_dx { product(true, [rows, hidden, vocab], num_threads) } else { 0 };
     [rows * hidden, rows * vocab, logits.max(dweight).max(dx)]
 }
 

@@ -297,7 +297,7 @@ impl Product<'_> {
             for i in (0..m).step_by(ROWS) {
                 let size = ((m - i).min(ROWS), ((n - j) / LANES).min(VECTORS));
                 let (a, b, c) = (a.wrapping_add(i * a_row), b.wrapping_add(j), c.wrapping_add(i * c_row + j));
-                let operands = Operands { depth, factor, a, a_row, a_col, b, b_row, c, c_row, add };
+                let operands = Operands { depth, factor, a, a_row, a_col, b, b_row, c, c_row, add, ahead: 0 };
                 #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
                 // SAFETY: `Isa::choose` and `Path::new` give only what the processor has; `run` has checked all elements of the
                 // three matrices, of which this is a part.

@@ -14,7 +14,7 @@ use crate::{
     simd::{self, BLOCK, vectorised},
 };
 
-/// Rows of the left factor, at most: from three on packing pays.
+/// Rows of the left factor, at most: from three on packing pays, and from two on where the right one would be widened row by row.
 const MAX_ROWS: usize = 2;
 /// Elements of the right factor that are worth a task.
 const TASK: usize = 32 * BLOCK;
@@ -43,7 +43,9 @@ impl Wide<'_> {
 
 /// Whether a sum is a case for [`CpuBackend::product_of_few_rows`].
 pub(super) fn applies(terms: &[Term<'_>], rows: usize) -> bool {
-    rows <= MAX_ROWS && terms.iter().all(|term| !term.left.transposed && !term.right.transposed)
+    let is_wide = |mat: &Mat<'_>| matches!(mat.data, Elements::F32(_));
+    let by_rows = |term: &Term<'_>| !term.left.transposed && !term.right.transposed;
+    terms.iter().all(|term| by_rows(term) && rows <= if is_wide(&term.right) { MAX_ROWS } else { 1 })
 }
 
 impl CpuBackend {

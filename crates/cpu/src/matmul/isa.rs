@@ -2,9 +2,8 @@
 
 use unsloth_core::{Error, Result};
 
-/// An instruction set that attention, and matrix products with a factor in half precision, have a path for; other products of f32
-/// alone choose theirs by themselves. Every path sums in f32 and gives the same bits on every call and for
-/// any number of threads; bits differ between paths, since some fuse the multiplication into the addition.
+/// An instruction set that matrix products and attention have a path for. Every path sums in f32 and gives the same bits on every
+/// call and for any number of threads; bits differ between paths, since some fuse the multiplication into the addition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Isa {

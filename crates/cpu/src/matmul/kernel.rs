@@ -1,12 +1,16 @@
 //! Micro-kernels: a tile of the result from two packed panels.
 
 use super::{isa::Isa, pack::Panels};
+#[cfg(target_arch = "x86_64")]
+use crate::avx512::{self, Operands};
 
-/// Width of a panel of the left factor. Not every kernel uses all of it.
+/// Rows of a tile, on every path: with four vectors of AVX-512 or two of AVX2 they fill the registers.
+pub(super) const ROWS: usize = 6;
+/// Width of a panel of the left factor: squares of eight lines can be transposed into it.
 pub(super) const LEFT_WIDTH: usize = 8;
 
-/// What a micro-kernel works on: `c = a b` or `c += a b`, where `a` is `[depth][8]`, `b` is `[depth][width]`, and `c` is
-/// `[rows][width]` for the rows of the kernel and a `width` of one step of it or more. In a kernel of pairs an element of the
+/// What a micro-kernel works on: `c = a b` or `c += a b`, where `a` is `[depth][8]`, of which six are used, `b` is
+/// `[depth][width]`, and `c` is `[6][width]` for a `width` of one step of the kernel or more. In a kernel of pairs an element of the
 /// panels is two bf16 neighbours of the dimension summed over.
 pub(super) struct Tile<'a> {
     pub(super) depth: usize,
@@ -20,8 +24,6 @@ pub(super) struct Tile<'a> {
 /// A path through the processor.
 #[derive(Clone, Copy)]
 pub(super) struct Kernel {
-    /// Rows of a tile.
-    pub(super) rows: usize,
     /// The width of a panel of the right factor is a multiple of it.
     step: usize,
     /// Width of every panel of the right factor but the last.
@@ -34,16 +36,16 @@ pub(super) struct Kernel {
 impl Kernel {
     /// The kernel for a product of two matrices, both of bf16 or not.
     pub(super) fn new(isa: Isa, both_bf16: bool) -> Self {
-        // Twelve sums, two vectors and a factor of sixteen registers; 24, three and one of 32.
-        let (rows, step, panel) = match isa {
-            Isa::Portable | Isa::Avx2 => (lanes::ROWS, lanes::STEP, 2 * lanes::STEP),
-            Isa::Avx512 | Isa::Avx512Bf16 => (8, 16, 48),
+        // Twelve sums, two vectors and a factor of sixteen registers; 24, four and one of 32.
+        let (step, panel) = match isa {
+            Isa::Portable | Isa::Avx2 => (lanes::STEP, 2 * lanes::STEP),
+            Isa::Avx512 | Isa::Avx512Bf16 => (16, 64),
         };
-        Self { rows, step, panel, pairs: both_bf16 && isa == Isa::Avx512Bf16, isa }
+        Self { step, panel, pairs: both_bf16 && isa == Isa::Avx512Bf16, isa }
     }
 
     pub(super) fn left_panels(self) -> Panels {
-        Panels { lines: self.rows, width: LEFT_WIDTH, step: LEFT_WIDTH }
+        Panels { lines: ROWS, width: LEFT_WIDTH, step: LEFT_WIDTH }
     }
 
     pub(super) fn right_panels(self) -> Panels {
@@ -54,7 +56,7 @@ impl Kernel {
         let Tile { depth, width, .. } = tile;
         assert!(width.is_multiple_of(self.step) && width <= self.panel, "a panel is whole steps wide");
         assert!(tile.a.len() >= depth * LEFT_WIDTH && tile.b.len() >= depth * width, "panels are whole");
-        assert!(tile.c.len() >= self.rows * width, "the tile of the result is whole");
+        assert!(tile.c.len() >= ROWS * width, "the tile of the result is whole");
         match self.isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
@@ -63,17 +65,24 @@ impl Kernel {
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Avx512Bf16 => {
+                let (a, b, c) = (tile.a.as_ptr(), tile.b.as_ptr(), tile.c.as_mut_ptr());
+                let strides = Operands {
+                    depth,
+                    factor: 1.0,
+                    a,
+                    a_row: 1,
+                    a_col: LEFT_WIDTH,
+                    b,
+                    b_row: width,
+                    c,
+                    c_row: width,
+                    add: tile.add,
+                    ahead: 16 * LEFT_WIDTH,
+                };
                 #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
                 // SAFETY: `Isa::choose` gives only what the processor has; the lengths are asserted above.
                 unsafe {
-                    match (self.pairs, width / 16) {
-                        (false, 1) => avx512::f32_tile::<1>(tile),
-                        (false, 2) => avx512::f32_tile::<2>(tile),
-                        (false, _) => avx512::f32_tile::<3>(tile),
-                        (true, 1) => avx512::bf16_tile::<1>(tile),
-                        (true, 2) => avx512::bf16_tile::<2>(tile),
-                        (true, _) => avx512::bf16_tile::<3>(tile),
-                    }
+                    avx512::tile((ROWS, width / avx512::LANES), self.pairs, strides);
                 }
             }
             #[cfg(target_arch = "aarch64")]
@@ -92,7 +101,7 @@ impl Kernel {
 fn portable(tile: Tile<'_>) {
     let Tile { depth, width, a, b, c, add } = tile;
     let (a, b) = (bytemuck::cast_slice::<u32, f32>(a), bytemuck::cast_slice::<u32, f32>(b));
-    for i in (0..lanes::ROWS).step_by(3) {
+    for i in (0..ROWS).step_by(3) {
         for j in (0..width).step_by(8) {
             let mut sums = [[0.0f32; 8]; 3];
             let panels = a.chunks_exact(LEFT_WIDTH).zip(b.chunks_exact(width)).take(depth);
@@ -118,10 +127,8 @@ fn portable(tile: Tile<'_>) {
 mod lanes {
     use pulp::{Simd, WithSimd};
 
-    use super::{LEFT_WIDTH, Tile};
+    use super::{LEFT_WIDTH, ROWS, Tile};
 
-    /// Rows held in registers.
-    pub(super) const ROWS: usize = 6;
     /// Columns of a step, two vectors of Neon.
     pub(super) const STEP: usize = 8;
 
@@ -189,70 +196,4 @@ mod lanes {
             }
         }
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use std::{arch::x86_64::*, mem::transmute};
-
-    use super::{LEFT_WIDTH, Tile};
-
-    /// A kernel that holds eight rows of `V` vectors in registers: 24 sums, three vectors and a factor of 32 registers.
-    macro_rules! tile {
-        ($(#[$doc:meta])* $name:ident, $features:literal, $fused:expr) => {
-            $(#[$doc])*
-            ///
-            /// # Safety
-            /// The processor has the features; `a` holds `depth * 8` elements, `b` `depth * 16 V`, `c` `8 * 16 V`.
-            #[allow(unsafe_code, reason = "intrinsics on pointers: bounds checks would double the instructions")]
-            #[target_feature(enable = $features)]
-            pub(super) unsafe fn $name<const V: usize>(tile: Tile<'_>) {
-                let Tile { depth, a, b, c, add, .. } = tile;
-                let (mut a, mut b, c) = (a.as_ptr(), b.as_ptr(), c.as_mut_ptr());
-                for line in 0..LEFT_WIDTH * V {
-                    _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(16 * line).cast());
-                }
-                let mut sums = [[_mm512_setzero_ps(); V]; LEFT_WIDTH];
-                for _ in 0..depth {
-                    let mut vectors = [_mm512_setzero_si512(); V];
-                    for (v, vector) in vectors.iter_mut().enumerate() {
-                        // SAFETY: the caller's promise about `b`.
-                        *vector = unsafe { _mm512_loadu_si512(b.wrapping_add(16 * v).cast()) };
-                    }
-                    for (row, sums) in sums.iter_mut().enumerate() {
-                        // SAFETY: the caller's promise about `a`.
-                        let factor = _mm512_set1_epi32(unsafe { a.wrapping_add(row).read_unaligned() } as i32);
-                        for (sum, vector) in sums.iter_mut().zip(vectors) {
-                            *sum = $fused(*sum, factor, vector);
-                        }
-                    }
-                    a = a.wrapping_add(LEFT_WIDTH);
-                    b = b.wrapping_add(16 * V);
-                }
-                for (i, sum) in sums.into_iter().flatten().enumerate() {
-                    let c = c.wrapping_add(16 * i);
-                    // SAFETY: the caller's promise about `c`.
-                    unsafe { _mm512_storeu_ps(c, if add { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum }) };
-                }
-            }
-        };
-    }
-
-    tile!(
-        /// Products of f32.
-        f32_tile,
-        "avx512f",
-        |sum, a, b| _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum)
-    );
-    tile!(
-        /// Sums of the two products of each pair.
-        bf16_tile,
-        "avx512f,avx512bf16",
-        |sum, a: __m512i, b: __m512i| {
-            #[allow(unsafe_code, reason = "no intrinsic converts between these two views of a register")]
-            // SAFETY: both are 64 bytes for which every pattern is valid.
-            let (a, b) = unsafe { (transmute::<__m512i, __m512bh>(a), transmute::<__m512i, __m512bh>(b)) };
-            _mm512_dpbf16_ps(sum, a, b)
-        }
-    );
 }

@@ -134,10 +134,11 @@ impl Block {
         vectorised(
             #[inline(always)]
             || {
-                for k in 0..self.length {
-                    let row = &from[k * self.step..][..self.lines];
-                    prefetch(from, (k + AHEAD) * self.step, self.lines);
-                    self.distribute(k, (row, row), to, |row, _, to| T::widen_run(row, to));
+                let row = |k: usize| (&from[k * self.step..][..self.lines], &[][..]);
+                for start in (0..self.length).step_by(RUN) {
+                    self.prefetch(from, start + RUN..start + 2 * RUN);
+                    let rows = start..self.length.min(start + RUN);
+                    self.distribute(rows, row, to, |row, _, to| T::widen_run(row, to));
                 }
             },
         );
@@ -150,77 +151,112 @@ impl Block {
         vectorised(
             #[inline(always)]
             || {
-                for k in 0..self.length {
-                    let low = &from[2 * k * self.step..][..self.lines];
-                    prefetch(from, (2 * k + AHEAD) * self.step, self.lines);
-                    prefetch(from, (2 * k + 1 + AHEAD) * self.step, self.lines);
-                    if 2 * k + 1 == self.depth {
-                        self.distribute(k, (low, low), to, |low, _, to| {
-                            to.iter_mut().zip(low).for_each(|(to, low)| *to = pair(*low, bf16::ZERO));
-                        });
-                        continue;
-                    }
-                    let high = &from[(2 * k + 1) * self.step..][..self.lines];
-                    self.distribute(k, (low, high), to, |low, high, to| {
-                        to.iter_mut().zip(low).zip(high).for_each(|((to, low), high)| *to = pair(*low, *high));
-                    });
+                let row = |k: usize| &from[k * self.step..][..self.lines];
+                let whole = self.depth / 2;
+                for start in (0..whole).step_by(RUN) {
+                    self.prefetch(from, 2 * (start + RUN)..2 * (start + 2 * RUN));
+                    let rows = start..whole.min(start + RUN);
+                    self.distribute(
+                        rows,
+                        |k| (row(2 * k), row(2 * k + 1)),
+                        to,
+                        |low, high, to| {
+                            to.iter_mut().zip(low).zip(high).for_each(|((to, low), high)| *to = pair(*low, *high));
+                        },
+                    );
                 }
+                self.distribute(
+                    whole..self.length,
+                    |k| (row(2 * k), &[][..]),
+                    to,
+                    |low, _, to| {
+                        to.iter_mut().zip(low).for_each(|(to, low)| *to = pair(*low, bf16::ZERO));
+                    },
+                );
             },
         );
     }
 
-    /// Calls `fill` for row `k` of each panel with what belongs there of two rows of all lines, in runs of a length that the
-    /// compiler knows.
+    /// Asks for rows: they may lie pages apart, which no processor foresees. Beyond the slice that does nothing.
     #[inline(always)]
-    fn distribute<T, U>(self, k: usize, rows: (&[T], &[T]), to: &mut [U], fill: impl Fn(&[T], &[T], &mut [U])) {
+    fn prefetch<T>(self, from: &[T], rows: Range<usize>) {
+        for row in rows {
+            for line in (0..self.lines).step_by(64 / size_of::<T>()) {
+                prefetch(from.as_ptr().wrapping_add(row * self.step + line));
+            }
+        }
+    }
+
+    /// Calls `fill` for some rows of each panel with what belongs there of one row or two of all lines, in runs of a length that
+    /// the compiler knows.
+    #[inline(always)]
+    fn distribute<'a, T: 'a, U>(
+        self,
+        rows: Range<usize>,
+        row: impl Fn(usize) -> (&'a [T], &'a [T]),
+        to: &mut [U],
+        fill: impl Fn(&[T], &[T], &mut [U]),
+    ) {
         match self.panels.lines {
-            6 => self.distribute_by::<6, T, U>(k, rows, to, fill),
-            8 => self.distribute_by::<8, T, U>(k, rows, to, fill),
-            16 => self.distribute_by::<16, T, U>(k, rows, to, fill),
-            _ => self.distribute_by::<48, T, U>(k, rows, to, fill),
+            6 => self.distribute_by::<6, T, U>(rows, row, to, fill),
+            8 => self.distribute_by::<8, T, U>(rows, row, to, fill),
+            16 => self.distribute_by::<16, T, U>(rows, row, to, fill),
+            _ => self.distribute_by::<64, T, U>(rows, row, to, fill),
         }
     }
 
     #[inline(always)]
-    fn distribute_by<const LINES: usize, T, U>(
+    fn distribute_by<'a, const LINES: usize, T: 'a, U>(
         self,
-        k: usize,
-        rows: (&[T], &[T]),
+        rows: Range<usize>,
+        row: impl Fn(usize) -> (&'a [T], &'a [T]),
         to: &mut [U],
         fill: impl Fn(&[T], &[T], &mut [U]),
     ) {
-        let panel = self.panels.width * self.length;
-        let (low, last_low) = rows.0.as_chunks::<LINES>();
-        let (high, last_high) = rows.1.as_chunks::<LINES>();
-        for (i, (low, high)) in low.iter().zip(high).enumerate() {
-            if let Some(to) = to[i * panel + k * self.panels.width..].first_chunk_mut::<LINES>() {
-                fill(low, high, to);
+        let (panel, width) = (self.panels.width * self.length, self.panels.width);
+        // The runs of one panel follow each other: rows of many panels would lie in a few sets of the cache.
+        for i in 0..self.lines / LINES {
+            for k in rows.clone() {
+                let (low, high) = row(k);
+                let (Some(low), Some(to)) =
+                    (low.as_chunks::<LINES>().0.get(i), to[i * panel + k * width..].first_chunk_mut::<LINES>())
+                else {
+                    unreachable!("rows hold all lines, and panels are whole")
+                };
+                fill(low, high.as_chunks::<LINES>().0.get(i).unwrap_or(low), to);
             }
         }
-        if !last_low.is_empty() {
-            let start = low.len() * panel + k * self.panels.width_of(last_low.len());
-            fill(last_low, last_high, &mut to[start..start + last_low.len()]);
+        let (whole, rest) = (self.lines / LINES, self.lines % LINES);
+        if rest > 0 {
+            let width = self.panels.width_of(rest);
+            for k in rows {
+                let (low, high) = row(k);
+                let start = whole * panel + k * width;
+                fill(&low[whole * LINES..], high.get(whole * LINES..).unwrap_or(&[]), &mut to[start..start + rest]);
+            }
         }
     }
 }
 
-/// Rows that are asked for before they are read: they may lie pages apart, which no processor foresees.
-const AHEAD: usize = 8;
+/// Rows that are packed at once, while the next ones are asked for.
+const RUN: usize = 8;
 
-/// Asks for the lines of the cache with `len` elements from `start` on. Beyond the slice that does nothing.
+/// Asks for the line of the cache that holds an address, which may be any.
 #[inline(always)]
-fn prefetch<T>(from: &[T], start: usize, len: usize) {
+pub(super) fn prefetch<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..len).step_by(64 / size_of::<T>()) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        #[allow(unsafe_code, reason = "an intrinsic")]
-        // SAFETY: prefetching an address reads nothing, whatever the address.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(start + line).cast());
-        }
+    #[allow(unsafe_code, reason = "an intrinsic")]
+    // SAFETY: prefetching an address reads nothing, whatever the address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (from, start, len);
+    let _ = address;
+}
+
+/// [`prefetch`] of every line of some elements.
+pub(super) fn prefetch_all<T>(elements: &[T]) {
+    (0..elements.len()).step_by(64 / size_of::<T>()).for_each(|i| prefetch(elements.as_ptr().wrapping_add(i)));
 }
 
 fn pair(low: bf16, high: bf16) -> u32 {
@@ -318,13 +354,14 @@ impl Wide for f32 {
 }
 
 impl Wide for bf16 {
+    /// As `bf16::to_f32`, which looks for a signalling NaN first, to quiet it: here the next product does that.
     #[inline(always)]
     fn widen(self) -> f32 {
-        self.to_f32()
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
     #[inline(always)]
     fn widen_run(from: &[Self], to: &mut [f32]) {
-        to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = from.widen());
     }
     #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code, reason = "intrinsics on pointers")]
@@ -365,7 +402,7 @@ mod tests {
         Panels { lines: 6, width: 8, step: 8 },
         Panels { lines: 8, width: 8, step: 8 },
         Panels { lines: 16, width: 16, step: 8 },
-        Panels { lines: 48, width: 48, step: 16 },
+        Panels { lines: 64, width: 64, step: 16 },
     ];
 
     /// Calls `check(line, k, element)` for every element of every panel that a kernel reads.

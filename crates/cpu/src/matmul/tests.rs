@@ -1,3 +1,4 @@
+use half::{bf16, f16};
 use unsloth_core::Device;
 
 use super::*;
@@ -54,8 +55,18 @@ fn exact(left: Mat<'_>, right: Mat<'_>) -> Vec<f32> {
 /// Every remainder of tiles, panels, strips and blocks, in every layout and pair of types, on every path.
 #[test]
 fn products_equal_plain_loops() {
-    let sizes =
-        [(1, 1, 1), (2, 50, 70), (5, 3, 600), (8, 48, 256), (9, 47, 257), (105, 25, 3), (17, 500, 33), (530, 7, 9)];
+    let sizes = [
+        (1, 1, 1),
+        (1, 6, 40),
+        (2, 50, 70),
+        (5, 3, 2 * DEPTH + 9),
+        (8, 48, 256),
+        (9, 47, 257),
+        (105, 25, 3),
+        (17, 500, 33),
+        (530, 7, 9),
+        (13, 70, DEPTH + 1),
+    ];
     for (m, n, k) in sizes {
         let (left, right) = (Typed::new(values((m + 3) * (k + 3), 7)), Typed::new(values((n + 3) * (k + 3), 5)));
         for transposed in [(false, false), (false, true), (true, false), (true, true)] {
@@ -110,6 +121,50 @@ fn terms_factors_bias_and_old_contents_add_up() {
                     assert_eq!(value, 2.0 + base[i] + 0.5 * update[i] + bias.0[i % n], "{m} {isa:?} {dtype} {i}");
                 }
             }
+        }
+    }
+}
+
+/// A left factor too large to be packed at once: sums wait in a result of f32, and rows are taken in parts for any other.
+#[test]
+fn long_sums_are_cut() {
+    let (m, n, k) = (200, 3, 45_000);
+    assert!(m * k > LEFT && LEFT > LEFT_CUT && m > MIN_ROWS);
+    let (left, right) = (Typed::new(values((m + 3) * (k + 3), 7)), Typed::new(values((n + 3) * (k + 3), 5)));
+    let (left, right) = (left.mat(DType::BF16, (m, k), false), right.mat(DType::BF16, (n, k), false));
+    let expected = exact(left, right);
+    let backend = backend(Isa::fastest(), 2);
+    let mut wide = vec![1.0f32; m * n];
+    let (left_end, right_end) = (left.cols(k - 5..k), right.cols(k - 5..k));
+    let last = exact(left_end, right_end);
+    let terms = [Term { factor: 0.5, left, right }, Term::new(left_end, right_end)];
+    let bias = Typed::new(values(n, 9));
+    let sum = Sum { terms: &terms, bias: Some(bias.elements(DType::F32)), into: Into::Add };
+    backend.product(sum, MatMut::new(&mut wide, m, n, n)).unwrap();
+    let mut narrow = vec![bf16::NAN; m * n];
+    let terms = [Term::new(left, right)];
+    backend.product(Sum::new(&terms, Into::Overwrite), MatMut::new(&mut narrow, m, n, n)).unwrap();
+    for (i, exact) in expected.into_iter().enumerate() {
+        assert_eq!((wide[i], narrow[i]), (1.0 + bias.0[i % n] + 0.5 * exact + last[i], bf16::from_f32(exact)), "{i}");
+    }
+}
+
+/// Tasks cover the result once, none is wider than its scratch, and no thread has much more to do than another.
+#[test]
+fn tasks_tile_the_result() {
+    for (m, n) in [(1, 1), (1024, 16), (1024, 128), (1024, 512), (1024, 4864), (203, 197), (7, 8192)] {
+        for num_threads in [1, 2, 7] {
+            let tasks = tasks((m, n, 512), num_threads);
+            let area = |task: &Task| task.rows.len() * task.cols.len();
+            assert_eq!(tasks.iter().map(area).sum::<usize>(), m * n, "{m} {n} {num_threads}");
+            assert!(tasks.iter().all(|task| task.cols.len() <= TASK_COLS && task.rows.start % ROWS == 0));
+            // Threads take tasks as they become free.
+            let mut threads = vec![0; num_threads];
+            for task in &tasks {
+                *threads.iter_mut().min().unwrap() += area(task);
+            }
+            let largest = threads.into_iter().max().unwrap();
+            assert!(m * n < 1 << 17 || largest * num_threads <= m * n * 9 / 8, "{m} {n} {num_threads}: {largest}");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::pack::{LINES, Wide};
+use super::pack::{LINES, Wide, prefetch};
 
 /// Writes element `(line, k)` to `to[k * width + line]`, for a `depth` that is a multiple of eight, and zeros for the lines
 /// that are missing to a multiple of eight.
@@ -23,6 +23,7 @@ pub(super) unsafe fn transpose<T: Wide>(
         for k in (0..depth).step_by(LINES) {
             let first = from.wrapping_add(line * line_stride + k);
             let mut square = [_mm256_setzero_ps(); LINES];
+            ask_for_next(first, line_stride);
             for (i, row) in square.iter_mut().take(lines - line).enumerate() {
                 // SAFETY: `line + i < lines` and `k + 8 <= depth`: the caller's promise.
                 *row = unsafe { T::load8(first.wrapping_add(i * line_stride)) };
@@ -52,6 +53,7 @@ pub(super) unsafe fn transpose_pairs(
         for k in (0..depth).step_by(LINES) {
             let first = from.wrapping_add(line * line_stride + 2 * k);
             let mut square = [_mm256_setzero_ps(); LINES];
+            ask_for_next(first, line_stride);
             for (i, row) in square.iter_mut().take(lines - line).enumerate() {
                 // SAFETY: `line + i < lines` and `k + 8 <= depth`: the caller's promise.
                 *row = unsafe { _mm256_loadu_ps(first.wrapping_add(i * line_stride).cast()) };
@@ -62,6 +64,12 @@ pub(super) unsafe fn transpose_pairs(
             }
         }
     }
+}
+
+/// Asks for the lines below a square: each begins a page that no processor foresees.
+#[inline(always)]
+fn ask_for_next<T>(first: *const T, line_stride: usize) {
+    (LINES..2 * LINES).for_each(|i| prefetch(first.wrapping_add(i * line_stride)));
 }
 
 /// The transpose of a square in registers.
