@@ -158,6 +158,77 @@ pub(crate) unsafe fn tile((rows, vectors): (usize, usize), pairs: bool, operands
     }
 }
 
+/// Products of a line with `N` others, each in `U` vectors of partial sums.
+macro_rules! dots {
+    ($(#[$doc:meta])* $name:ident, $element:ty, $features:literal, $masked:expr, $fused:expr) => {
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// The processor has the features; lines are as long as `left`.
+        #[allow(unsafe_code, reason = "intrinsics on pointers: bounds checks would double the instructions")]
+        #[target_feature(enable = $features)]
+        pub(crate) unsafe fn $name<const N: usize, const U: usize>(
+            left: &[$element],
+            lines: [*const $element; N],
+        ) -> [f32; N] {
+            /// Elements of a vector.
+            const LEN: usize = 64 / size_of::<$element>();
+            let mut sums = [[_mm512_setzero_ps(); U]; N];
+            let whole = left.len() / (U * LEN) * (U * LEN);
+            for at in (0..whole).step_by(U * LEN) {
+                for u in 0..U {
+                    let at = at + u * LEN;
+                    // SAFETY: whole vectors of the lines, of which the caller promises `left.len()` elements.
+                    let x = unsafe { _mm512_loadu_si512(left.as_ptr().wrapping_add(at).cast()) };
+                    for (line, sums) in lines.iter().zip(&mut sums) {
+                        // SAFETY: as above.
+                        let y = unsafe { _mm512_loadu_si512(line.wrapping_add(at).cast()) };
+                        sums[u] = $fused(sums[u], x, y);
+                    }
+                }
+            }
+            for at in (whole..left.len()).step_by(LEN) {
+                let mask = u64::MAX >> (64 - (left.len() - at).min(LEN));
+                // SAFETY: only elements below the length of the lines are read.
+                let x = unsafe { $masked(mask, left.as_ptr().wrapping_add(at)) };
+                for (line, sums) in lines.iter().zip(&mut sums) {
+                    // SAFETY: as above.
+                    let y = unsafe { $masked(mask, line.wrapping_add(at)) };
+                    sums[0] = $fused(sums[0], x, y);
+                }
+            }
+            let mut products = [0.0; N];
+            for (product, sums) in products.iter_mut().zip(sums) {
+                let sum = sums.into_iter().reduce(|a, b| _mm512_add_ps(a, b));
+                *product = _mm512_reduce_add_ps(sum.unwrap_or(_mm512_setzero_ps()));
+            }
+            products
+        }
+    };
+}
+
+dots!(
+    /// Products of f32.
+    dots,
+    f32,
+    "avx512f",
+    |mask: u64, from: *const f32| _mm512_maskz_loadu_epi32(mask as __mmask16, from.cast()),
+    |sum, a, b| _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum)
+);
+dots!(
+    /// Products of bf16.
+    dots_bf16,
+    bf16,
+    "avx512f,avx512bw,avx512bf16",
+    |mask: u64, from: *const bf16| _mm512_maskz_loadu_epi16(mask as __mmask32, from.cast()),
+    |sum, a: __m512i, b: __m512i| {
+        #[allow(unsafe_code, reason = "no intrinsic converts between these two views of a register")]
+        // SAFETY: both are 64 bytes for which every pattern is valid.
+        let (a, b) = unsafe { (transmute::<__m512i, __m512bh>(a), transmute::<__m512i, __m512bh>(b)) };
+        _mm512_dpbf16_ps(sum, a, b)
+    }
+);
+
 /// `to[i] = from[i]`, rounded to nearest even; subnormal numbers become zero. Lengths are whole vectors.
 ///
 /// # Safety

@@ -1,12 +1,14 @@
 //! Products with few rows on the left and whole rows on the right, as in generation: each row of the weight passes by once and
-//! meets every row of the left factor, so the memory's bandwidth is the limit. No path has its own instructions for it.
+//! meets every row of the left factor, so the memory's bandwidth is the limit.
 
 use std::ops::Range;
 
 use half::bf16;
 use unsloth_core::{FloatElement, Result};
 
-use super::{Elements, Into, Mat, MatMut, SMALL, Sum, Term};
+use super::{Elements, Into, Isa, Mat, MatMut, SMALL, Sum, Term};
+#[cfg(target_arch = "x86_64")]
+use crate::avx512;
 use crate::{
     CpuBackend,
     backend::Workspace,
@@ -19,11 +21,21 @@ const MAX_ROWS: usize = 2;
 /// Elements of the right factor that are worth a task.
 const TASK: usize = 32 * BLOCK;
 
+/// Rows of the right factor that pass by side by side where they are long, so that the left one is loaded once for all of them;
+/// short ones pass by faster one after another, as the memory foresees them.
+const GROUP: usize = 4;
+/// Elements of a long row.
+const LONG: usize = 4096;
+
 /// A term with its left factor in f32.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "what AVX-512 wants to know"))]
 struct Wide<'a> {
     factor: f32,
     left: Left<'a>,
+    /// The left factor as it is where products of bf16 pairs are for it: a single row.
+    pairs: Option<&'a [bf16]>,
     right: Mat<'a>,
+    isa: Isa,
 }
 
 enum Left<'a> {
@@ -55,22 +67,24 @@ impl CpuBackend {
         let terms = sum.terms.iter().map(|term| self.widened_term(term)).collect::<Result<Vec<_>>>()?;
         let elements = |cols: usize| terms.iter().map(|term| cols * term.right.cols).sum::<usize>();
         let result = Disjoint::new(data);
-        let task = |cols: &Range<usize>| {
-            for col in cols.clone() {
-                let mut sums = [0.0; MAX_ROWS];
-                terms.iter().for_each(|term| term.add_column(col, &mut sums[..m]));
-                for (i, value) in sums[..m].iter_mut().enumerate() {
+        let task = |task: &Range<usize>| {
+            for start in task.clone().step_by(GROUP) {
+                let cols = start..task.end.min(start + GROUP);
+                let mut sums = [[0.0; GROUP]; MAX_ROWS];
+                terms.iter().for_each(|term| term.add_columns(&cols, &mut sums[..m]));
+                for (i, sums) in sums[..m].iter_mut().enumerate() {
+                    let sums = &mut sums[..cols.len()];
                     if let Some(bias) = sum.bias {
-                        bias.slice(col..col + 1).add_to(std::slice::from_mut(value));
+                        bias.slice(cols.clone()).add_to(sums);
                     }
-                    let at = i * row_stride + col;
+                    let at = i * row_stride + start;
                     #[allow(unsafe_code, reason = "tasks write pieces of the rows of one result")]
-                    // SAFETY: tasks are disjoint ranges of columns, and this one takes one element of its own at a time.
-                    let to = unsafe { result.piece(at..at + 1) };
-                    if sum.into == Into::Add {
-                        *value += to[0].to_f32();
+                    // SAFETY: tasks are disjoint ranges of columns, and this one takes some of its own at a time.
+                    let to = unsafe { result.piece(at..at + cols.len()) };
+                    for (to, sum_of_products) in to.iter_mut().zip(sums) {
+                        let old = if sum.into == Into::Add { to.to_f32() } else { 0.0 };
+                        *to = T::from_f32(old + *sum_of_products);
                     }
-                    to[0] = T::from_f32(*value);
                 }
             }
         };
@@ -78,7 +92,7 @@ impl CpuBackend {
             task(&(0..n));
             return Ok(());
         }
-        let cols = n.div_ceil((elements(n) / TASK).clamp(1, 16 * self.num_threads()));
+        let cols = n.div_ceil((elements(n) / TASK).clamp(1, 16 * self.num_threads())).next_multiple_of(GROUP);
         let tasks: Vec<Range<usize>> = (0..n).step_by(cols).map(|start| start..n.min(start + cols)).collect();
         self.for_each_task(&tasks, 0, |cols, _| task(cols))
     }
@@ -92,16 +106,65 @@ impl CpuBackend {
             }
             Ok(Left::Scratch(scratch))
         };
+        let (narrow, rows) = (left.data, left.rows);
         let left = match left.data {
             Elements::F32(data) => Left::Own(data, left.row_stride),
             Elements::F16(data) => scratch(&|start, to| simd::widen(&data[start..][..to.len()], to))?,
             Elements::BF16(data) => scratch(&|start, to| simd::widen(&data[start..][..to.len()], to))?,
         };
-        Ok(Wide { factor, left, right })
+        let pairs = match (narrow, right.data) {
+            (Elements::BF16(data), Elements::BF16(_)) if self.isa() == Isa::Avx512Bf16 && rows == 1 => {
+                Some(&data[..right.cols])
+            }
+            _ => None,
+        };
+        Ok(Wide { factor, left, pairs, right, isa: self.isa() })
     }
 }
 
 impl Wide<'_> {
+    /// Adds the products of rows `cols` of the right factor, [`GROUP`] at most, with the rows of the left one.
+    fn add_columns(&self, cols: &Range<usize>, sums: &mut [[f32; GROUP]]) {
+        #[cfg(target_arch = "x86_64")]
+        if matches!(self.isa, Isa::Avx512 | Isa::Avx512Bf16) && self.add_vectors(cols, sums) {
+            return;
+        }
+        for (j, col) in cols.clone().enumerate() {
+            let mut column = [0.0; MAX_ROWS];
+            let column = &mut column[..sums.len()];
+            self.add_column(col, column);
+            sums.iter_mut().zip(column).for_each(|(sums, sum)| sums[j] += *sum);
+        }
+    }
+
+    /// [`Self::add_columns`] on AVX-512, where there are products for the types.
+    #[cfg(target_arch = "x86_64")]
+    fn add_vectors(&self, cols: &Range<usize>, sums: &mut [[f32; GROUP]]) -> bool {
+        let Mat { data, row_stride, cols: k, .. } = self.right;
+        match (data, self.pairs, sums) {
+            (Elements::F32(right), _, sums) if k >= LONG && cols.len() == GROUP => {
+                let lines = [0, 1, 2, 3].map(|j| right[(cols.start + j) * row_stride..][..k].as_ptr());
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
+                    // SAFETY: `Isa::choose` gives only what the processor has; `row` and the lines have `k` elements.
+                    let products = unsafe { avx512::dots::<GROUP, 2>(self.row(i), lines) };
+                    sums.iter_mut().zip(products).for_each(|(sum, product)| *sum += self.factor * product);
+                }
+            }
+            (Elements::BF16(right), Some(left), [sums]) => {
+                for (sum, col) in sums.iter_mut().zip(cols.clone()) {
+                    let line = right[col * row_stride..][..k].as_ptr();
+                    #[allow(unsafe_code, reason = "as above")]
+                    // SAFETY: as above; there are pairs only for a processor that multiplies them, and of `k` elements.
+                    let [product] = unsafe { avx512::dots_bf16::<1, 4>(left, [line]) };
+                    *sum += self.factor * product;
+                }
+            }
+            _ => return false,
+        }
+        true
+    }
+
     /// Adds the products of row `col` of the right factor with the rows of the left one.
     fn add_column(&self, col: usize, sums: &mut [f32]) {
         let right = self.right.data.slice(col * self.right.row_stride..col * self.right.row_stride + self.right.cols);
