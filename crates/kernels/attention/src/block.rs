@@ -402,7 +402,9 @@ pub(crate) fn store<E: Float, N: Size>(
     vectors: usize,
     #[comptime] tile: Tile,
 ) {
-    let (held_unit, streamed_unit) = unit(tile);
+    // Not `unit(tile)`: a compiler would keep what it found there until here.
+    let unit = UNIT_POS_X as usize;
+    let (held_unit, streamed_unit) = (unit / tile.streamed_units, unit % tile.streamed_units);
     #[unroll]
     for i in 0..tile.held_rows {
         let row = start + held_unit + i * tile.held_units;

@@ -21,6 +21,10 @@ const UNITS: usize = 128;
 const LANES: usize = 8;
 /// Heads that a cube takes, at most: each has sums of its own in a unit.
 const MAX_HEADS: usize = 8;
+/// So that a unit has one score at most.
+const _: () = assert!(MAX_HEADS <= LANES);
+/// Vectors of channels of a key that a unit holds at a time.
+const HELD: usize = 2;
 /// Keys of a part, at least; a multiple of the keys that a cube takes at a time.
 const MIN_PART: usize = 64;
 /// Cubes that fill a multiprocessor.
@@ -85,10 +89,15 @@ impl Block {
         self.units / LANES
     }
 
+    /// Vectors from one query row in shared memory to the next: the end is zeros.
+    fn stride(&self) -> usize {
+        self.vectors.next_multiple_of(HELD * LANES)
+    }
+
     fn shared_bytes(&self, width: usize) -> usize {
-        let rows = 2 * self.heads * self.vectors * width;
+        let rows = self.heads * (self.vectors + self.stride()) * width;
         let products = self.heads * self.units + self.heads * self.keys();
-        (rows + products + 3 * self.heads + 1) * size_of::<f32>()
+        (rows + products + 3 * self.heads + FACTS) * size_of::<f32>()
     }
 }
 
@@ -173,28 +182,28 @@ fn part_kernel<E: Float, N: Size>(
     #[comptime] block: Block,
 ) {
     let (heads, vectors, units) = comptime!((block.heads, block.vectors, block.units));
-    let (unit, token, group) = (UNIT_POS as usize, CUBE_POS_Z as usize, sizes.group as usize);
-    let blocks = group.div_ceil(heads);
-    let kv_head = CUBE_POS_Y as usize / blocks;
-    let skipped = CUBE_POS_Y as usize % blocks * heads;
-    let first_row = token * sizes.num_heads as usize + kv_head * group + skipped;
-    let num_heads = min(group - skipped, heads);
-
-    let mut q_rows = SharedMemory::<Vector<f32, N>>::new(comptime!(heads * vectors));
+    let (num_keys, stride) = comptime!((block.keys(), block.stride()));
+    let unit = UNIT_POS_X as usize;
+    let mut q_rows = SharedMemory::<Vector<f32, N>>::new(comptime!(heads * stride));
     let mut state = State::<N> {
         sums: SharedMemory::new(comptime!(heads * vectors)),
-        weights: SharedMemory::new(comptime!(heads * block.keys())),
+        weights: SharedMemory::new(comptime!(heads * num_keys)),
         greatest: SharedMemory::new(heads),
         total: SharedMemory::new(heads),
         rescale: SharedMemory::new(heads),
     };
+    let part = part(bounds_q, lens, &sizes, &scoring, part_len, heads);
+    let mut item = unit;
+    while item < comptime!(heads * stride) {
+        let (head, t) = (item / stride, item % stride);
+        q_rows[item] = Vector::new(0.0);
+        if head < part.num_heads() && t < vectors {
+            q_rows[item] = Vector::cast_from(q[(part.first_row() + head) * vectors + t]);
+        }
+        item += units;
+    }
     let mut item = unit;
     while item < comptime!(heads * vectors) {
-        let mut row = Vector::<f32, N>::new(0.0);
-        if item / vectors < num_heads {
-            row = Vector::<f32, N>::cast_from(q[first_row * vectors + item]);
-        }
-        q_rows[item] = row;
         state.sums[item] = Vector::new(0.0);
         item += units;
     }
@@ -202,36 +211,40 @@ fn part_kernel<E: Float, N: Size>(
         state.greatest[unit] = LOWEST;
         state.total[unit] = 0.0;
     }
-    let keys = visible(bounds_q, lens, &sizes, &scoring, part_len, kv_head);
     sync_cube();
-    let mut first = keys.start;
-    while first < keys.end {
-        put_scores::<E, N>(k, &q_rows, &mut state.weights, &keys, first, &scoring, block);
+    let (mut row, mut left) = (part.row(), part.len());
+    while left > 0 {
+        put_scores::<E, N>(k, &q_rows, &mut state.weights, row, left, &sizes, &scoring, block);
         sync_cube();
-        put_weights(&mut state, block);
+        put_weights::<N>(&mut state, min(left, num_keys), heads);
         sync_cube();
-        add_values::<E, N>(v, &mut state, &keys, first, block);
-        first += comptime!(block.keys());
+        add_values::<E, N>(v, &mut state, row, min(left, num_keys), &sizes, block);
+        row += num_keys * sizes.num_kv_heads as usize;
+        left -= min(left, num_keys);
     }
-    let to = CUBE_POS_X as usize * (sizes.tokens_q * sizes.num_heads) as usize + first_row;
+    let to = CUBE_POS_X as usize * (sizes.tokens_q * sizes.num_heads) as usize + part.first_row();
     // Each unit reads back only what it wrote itself.
     let mut item = unit;
-    while item < num_heads * vectors {
-        sums[to * vectors + item] = state.sums[item];
+    while item < comptime!(heads * vectors) {
+        let (head, t) = (item % heads, item / heads);
+        if head < part.num_heads() {
+            sums[(to + head) * vectors + t] = state.sums[item];
+        }
         item += units;
     }
-    if unit < num_heads {
+    if unit < part.num_heads() {
         statistics[(to + unit) * 2] = state.greatest[unit];
         statistics[(to + unit) * 2 + 1] = state.total[unit];
     }
 }
 
-/// Results of the heads of a cube, and the weights of the keys at hand.
+/// Results of the heads of a cube, and the weights of the keys at hand. Heads run fastest, so that a unit that takes every so many-th
+/// place stays with one head.
 #[derive(CubeType)]
 struct State<N: Size> {
-    /// `[heads, vectors]`
+    /// `[vectors, heads]`
     sums: SharedMemory<Vector<f32, N>>,
-    /// `[heads, keys]`: scores, then weights.
+    /// `[keys, heads]`: scores, then weights.
     weights: SharedMemory<f32>,
     /// `[heads]`
     greatest: SharedMemory<f32>,
@@ -241,144 +254,188 @@ struct State<N: Size> {
     rescale: SharedMemory<f32>,
 }
 
-/// The keys of a part.
+/// First row of queries, heads, row of the first key, keys.
+const FACTS: usize = 4;
+
+/// The heads and keys of a cube.
+///
+/// Found by one unit and kept in shared memory, read where they are used: as [`crate::block::Problem`].
 #[derive(CubeType, Clone, Copy)]
-struct Keys {
-    start: usize,
-    end: usize,
-    /// Row of key 0 in the cache, heads counted.
-    base: usize,
-    /// Rows from one key to the next.
-    stride: usize,
+struct Part {
+    facts: SharedMemory<u32>,
 }
 
-/// What this cube's query sees of its part.
 #[cube]
-fn visible(
+impl Part {
+    /// Row of the first head in `[tokens_q, num_heads]`.
+    fn first_row(&self) -> usize {
+        self.facts[0] as usize
+    }
+
+    /// Heads that exist.
+    fn num_heads(&self) -> usize {
+        self.facts[1] as usize
+    }
+
+    /// Row of the first key in the cache, heads counted.
+    fn row(&self) -> usize {
+        self.facts[2] as usize
+    }
+
+    /// Number of keys.
+    fn len(&self) -> usize {
+        self.facts[3] as usize
+    }
+}
+
+/// The heads of this cube, and what their query sees of the part. Every unit calls it.
+#[cube]
+fn part(
     bounds_q: &Array<i32>,
     lens: &Array<i32>,
     sizes: &Sizes,
     scoring: &Scoring,
     part_len: u32,
-    kv_head: usize,
-) -> Keys {
-    let token = CUBE_POS_Z as i32;
-    let mut seq = 0usize.runtime();
-    while bounds_q[seq + 1] <= token {
-        seq += 1;
+    #[comptime] heads: usize,
+) -> Part {
+    let mut facts = SharedMemory::<u32>::new(FACTS);
+    if UNIT_POS_X == 0 {
+        let group = sizes.group as usize;
+        let blocks = group.div_ceil(heads);
+        let kv_head = CUBE_POS_Y as usize / blocks;
+        let skipped = CUBE_POS_Y as usize % blocks * heads;
+        facts[0] = CUBE_POS_Z * sizes.num_heads + (kv_head * group + skipped) as u32;
+        facts[1] = min(group - skipped, heads) as u32;
+
+        let token = CUBE_POS_Z as i32;
+        let mut seq = 0usize.runtime();
+        while bounds_q[seq + 1] <= token {
+            seq += 1;
+        }
+        let (seq_q, seq_k) = (bounds_q[seq + 1] - bounds_q[seq], lens[seq]);
+        let mask = Mask { first: seq_k - seq_q, left: scoring.left, right: scoring.right, seq_q, seq_k };
+        let (first, last) = mask.seen_by((token - bounds_q[seq]) as usize);
+        let start = first + (CUBE_POS_X * part_len) as i32;
+        facts[2] = (seq as u32 * sizes.capacity + start as u32) * sizes.num_kv_heads + kv_head as u32;
+        facts[3] = max(min(part_len as i32, last + 1 - start), 0) as u32;
     }
-    let (seq_q, seq_k) = (bounds_q[seq + 1] - bounds_q[seq], lens[seq]);
-    let mask = Mask { first: seq_k - seq_q, left: scoring.left, right: scoring.right, seq_q, seq_k };
-    let (first, last) = mask.seen_by((token - bounds_q[seq]) as usize);
-    let start = first + (CUBE_POS_X * part_len) as i32;
-    let end = max(min(start + part_len as i32, last + 1), start);
-    let stride = sizes.num_kv_heads as usize;
-    let base = seq * sizes.capacity as usize * stride + kv_head;
-    Keys { start: start as usize, end: end as usize, base, stride }
+    sync_cube();
+    Part { facts }
 }
 
-/// Scores of the keys from `first` on, [`LOWEST`] beyond the part.
+/// Scores of the keys from `row` on, of which there are `left`. What belongs to keys that do not exist has no meaning.
+///
+/// A unit holds some channels of its key, and adds the products of one head after the other to what it has in shared memory: in
+/// registers there would be a sum for each head.
 #[cube]
 fn put_scores<E: Float, N: Size>(
     k: &Array<Vector<E, N>>,
     q_rows: &SharedMemory<Vector<f32, N>>,
     scores: &mut SharedMemory<f32>,
-    keys: &Keys,
-    first: usize,
+    row: usize,
+    left: usize,
+    sizes: &Sizes,
     scoring: &Scoring,
     #[comptime] block: Block,
 ) {
     let (heads, vectors, units) = comptime!((block.heads, block.vectors, block.units));
-    let num_keys = comptime!(block.keys());
+    let (num_keys, stride) = comptime!((block.keys(), block.stride()));
     let mut products = SharedMemory::<f32>::new(comptime!(heads * units));
-    let (unit, key) = (UNIT_POS as usize, first + UNIT_POS as usize / LANES);
-    let mut sums = Array::<f32>::new(heads);
-    #[unroll]
-    for head in 0..heads {
-        sums[head] = 0.0;
+    let (unit, key) = (UNIT_POS_X as usize, UNIT_POS_X as usize / LANES);
+    for head in 0..heads.runtime() {
+        products[head * units + unit] = 0.0;
     }
-    if key < keys.end {
-        let row = (keys.base + key * keys.stride) * vectors;
-        let mut t = unit % LANES;
-        while t < vectors {
-            let channels = Vector::<f32, N>::cast_from(k[row + t]);
+    if key < left {
+        let row = (row + key * sizes.num_kv_heads as usize) * vectors;
+        for chunk in 0..comptime!(stride / (HELD * LANES)).runtime() {
+            let t = unit % LANES + chunk * comptime!(HELD * LANES);
+            let mut channels = Array::<Vector<f32, N>>::new(HELD);
             #[unroll]
-            for head in 0..heads {
-                sums[head] += vector_sum::<N>(channels * q_rows[head * vectors + t]);
+            for i in 0..HELD {
+                channels[i] = Vector::new(0.0);
+                if comptime!(stride == vectors).runtime() || t + i * LANES < vectors {
+                    channels[i] = Vector::cast_from(k[row + t + i * LANES]);
+                }
             }
-            t += LANES;
+            for head in 0..heads.runtime() {
+                let mut sum = products[head * units + unit];
+                #[unroll]
+                for i in 0..HELD {
+                    sum += vector_sum::<N>(channels[i] * q_rows[head * stride + t + i * LANES]);
+                }
+                products[head * units + unit] = sum;
+            }
         }
     }
-    #[unroll]
-    for head in 0..heads {
-        products[head * units + unit] = sums[head];
-    }
     sync_cube();
-    let mut item = unit;
-    while item < comptime!(heads * num_keys) {
-        let (head, key) = (item / num_keys, item % num_keys);
+    if unit < comptime!(heads * num_keys) {
+        let (head, key) = (unit % heads, unit / heads);
         let mut sum = 0.0f32;
         for lane in 0..LANES.runtime() {
             sum += products[head * units + key * LANES + lane];
         }
-        scores[item] = select(first + key < keys.end, score(sum, scoring, block.capped), LOWEST);
-        item += units;
+        scores[unit] = score(sum, scoring, block.capped);
     }
 }
 
-/// Turns scores into weights relative to the greatest score so far.
+/// Turns the scores of a head into weights relative to its greatest score so far, and adds them up.
 #[cube]
-fn put_weights<N: Size>(state: &mut State<N>, #[comptime] block: Block) {
-    let (heads, num_keys) = comptime!((block.heads, block.keys()));
-    let unit = UNIT_POS as usize;
+fn put_weights<N: Size>(state: &mut State<N>, count: usize, #[comptime] heads: usize) {
+    let unit = UNIT_POS_X as usize;
     if unit < heads {
         let before = state.greatest[unit];
         let mut most = before;
-        for key in 0..num_keys.runtime() {
-            most = max(most, state.weights[unit * num_keys + key]);
+        let mut at = unit;
+        for _ in 0..count {
+            most = max(most, state.weights[at]);
+            at += heads;
+        }
+        let rescale = f32::exp(before - most);
+        let mut total = state.total[unit] * rescale;
+        at = unit;
+        for _ in 0..count {
+            let weight = f32::exp(state.weights[at] - most);
+            state.weights[at] = weight;
+            total += weight;
+            at += heads;
         }
         state.greatest[unit] = most;
-        state.rescale[unit] = f32::exp(before - most);
-    }
-    sync_cube();
-    let mut item = unit;
-    while item < comptime!(heads * num_keys) {
-        let s = state.weights[item];
-        // What is masked stays out even where nothing was seen yet and the difference is 0.
-        state.weights[item] = select(s <= LOWEST, 0.0, f32::exp(s - state.greatest[item / num_keys]));
-        item += comptime!(block.units);
+        state.total[unit] = total;
+        state.rescale[unit] = rescale;
     }
 }
 
-/// Adds weights and weighted values of the keys from `first` on. The next scores are written behind a barrier.
+/// Adds the weighted values of `count` keys from `row` on. The next scores are written behind a barrier.
 #[cube]
 fn add_values<E: Float, N: Size>(
     v: &Array<Vector<E, N>>,
     state: &mut State<N>,
-    keys: &Keys,
-    first: usize,
+    row: usize,
+    count: usize,
+    sizes: &Sizes,
     #[comptime] block: Block,
 ) {
-    let (heads, vectors, num_keys) = comptime!((block.heads, block.vectors, block.keys()));
-    let unit = UNIT_POS as usize;
-    if unit < heads {
-        let mut total = state.total[unit] * state.rescale[unit];
-        for key in 0..num_keys.runtime() {
-            total += state.weights[unit * num_keys + key];
+    let (heads, vectors, units) = comptime!((block.heads, block.vectors, block.units));
+    let unit = UNIT_POS_X as usize;
+    let step = sizes.num_kv_heads as usize * vectors;
+    for i in 0..comptime!((heads * vectors).div_ceil(units)).runtime() {
+        let item = unit + i * units;
+        if item < comptime!(heads * vectors) {
+            // A head that is the same for all places of a unit is found from what does not change.
+            let (head, t) = if comptime!(units.is_multiple_of(heads)) {
+                (unit % heads, unit / heads + i * comptime!(units / heads))
+            } else {
+                (item % heads, item / heads)
+            };
+            let mut sum = state.sums[item] * Vector::new(state.rescale[head]);
+            let mut at = row * vectors + t;
+            for key in 0..count {
+                let values = Vector::<f32, N>::cast_from(v[at]);
+                sum += Vector::new(state.weights[key * heads + head]) * values;
+                at += step;
+            }
+            state.sums[item] = sum;
         }
-        state.total[unit] = total;
-    }
-    let count = min(keys.end - first, num_keys);
-    let mut item = unit;
-    while item < comptime!(heads * vectors) {
-        let (head, t) = (item / vectors, item % vectors);
-        let mut sum = state.sums[item] * Vector::new(state.rescale[head]);
-        for key in 0..count {
-            let values = Vector::<f32, N>::cast_from(v[(keys.base + (first + key) * keys.stride) * vectors + t]);
-            sum += Vector::new(state.weights[head * num_keys + key]) * values;
-        }
-        state.sums[item] = sum;
-        item += comptime!(block.units);
     }
 }
 
