@@ -7,6 +7,7 @@
 
 mod backend;
 mod ops;
+mod optimizers;
 
 pub use backend::{ExactBackend, set_values, values};
 use unsloth_core::Device;

@@ -1,13 +1,12 @@
-//! Every operator by its oracle.
+//! Every operator of a model by its oracle.
 
 use rayon::prelude::*;
 use unsloth_core::{
     DType, Error, KvView, Lengths, Result, Sequences, Tensor, Weight,
     ops::{
-        adafactor, adamw, adamw8bit, attention,
+        attention,
         cross_entropy::{self, IGNORE_INDEX},
-        dora, elementwise, embedding, glu, linear, linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm,
-        rope, sgd, stochastic_rounding,
+        dora, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear, reduce, rms_norm, rope,
     },
 };
 use unsloth_oracle::{self as oracle, arith::Exact, linear::Dims};
@@ -23,7 +22,7 @@ fn optional(tensor: Option<&Tensor>) -> Result<Option<Vec<f64>>> {
     tensor.map(values).transpose()
 }
 
-fn unsupported<T>(op: &'static str, what: &'static str) -> Result<T> {
+pub(crate) fn unsupported<T>(op: &'static str, what: &'static str) -> Result<T> {
     Err(Error::Unsupported { op, what, device: "exact".to_owned() })
 }
 
@@ -450,59 +449,5 @@ impl linear_cross_entropy::LinearCrossEntropy for ExactBackend {
         };
         let dx = spec.needs_dx.then(|| tensor(x, *x.shape(), dx())).transpose()?;
         Ok(linear_cross_entropy::Forward { loss, dx })
-    }
-}
-
-impl adamw::AdamW for ExactBackend {
-    fn step_control(
-        &self,
-        _spec: &adamw::ControlSpec,
-        _norm: &Tensor,
-        _finite: &Tensor,
-        _state: &mut Tensor,
-    ) -> Result<()> {
-        unsupported("step_control", "optimisers")
-    }
-    fn adamw(&self, _spec: &adamw::Spec, _parameters: &mut [adamw::Buffers<'_>], _state: &Tensor) -> Result<()> {
-        unsupported("adamw", "optimisers")
-    }
-}
-
-impl adamw8bit::AdamW8bit for ExactBackend {
-    fn adamw8bit(&self, _spec: &adamw::Spec, _buffers: adamw8bit::Buffers<'_>, _state: &Tensor) -> Result<()> {
-        unsupported("adamw8bit", "optimisers")
-    }
-}
-
-impl adafactor::Adafactor for ExactBackend {
-    fn adafactor(&self, _spec: &adafactor::Spec, _buffers: adafactor::Buffers<'_>, _state: &Tensor) -> Result<()> {
-        unsupported("adafactor", "optimisers")
-    }
-}
-
-impl lion::Lion for ExactBackend {
-    fn lion(&self, _spec: &lion::Spec, _buffers: lion::Buffers<'_>, _state: &Tensor) -> Result<()> {
-        unsupported("lion", "optimisers")
-    }
-}
-
-impl muon::Muon for ExactBackend {
-    fn muon_direction(&self, _spec: &muon::Spec, _grad: &Tensor, _buf: &mut Tensor, _state: &Tensor) -> Result<Tensor> {
-        unsupported("muon", "optimisers")
-    }
-    fn muon_apply(&self, _spec: &muon::Spec, _param: &mut Tensor, _direction: &Tensor, _state: &Tensor) -> Result<()> {
-        unsupported("muon", "optimisers")
-    }
-}
-
-impl sgd::Sgd for ExactBackend {
-    fn sgd(&self, _spec: &sgd::Spec, _buffers: sgd::Buffers<'_>, _state: &Tensor) -> Result<()> {
-        unsupported("sgd", "optimisers")
-    }
-}
-
-impl stochastic_rounding::StochasticRounding for ExactBackend {
-    fn round_stochastically(&self, _spec: &stochastic_rounding::Spec, _x: &Tensor, _out: &mut Tensor) -> Result<()> {
-        unsupported("stochastic_rounding", "optimisers")
     }
 }
