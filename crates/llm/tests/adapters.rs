@@ -132,7 +132,7 @@ fn training_curve(case: Case) {
     // A bias of all keys shifts the scores of a row nearly alike: of its small gradient, which AdamW makes a whole step of, more is
     // rounding.
     for numbers in [&mut values, &mut expected] {
-        numbers.retain(|name, _| !name.ends_with("k_proj.bias"));
+        numbers.retain(|name, _| !(name.contains("k_proj") && name.ends_with(".bias")));
     }
     compare(&values, &expected, 1e-3);
 }
