@@ -36,7 +36,7 @@ pub struct Norms<'a> {
 }
 
 /// Rows of the matrix that a cube is given.
-const ROWS: usize = 4;
+const ROWS: usize = 2;
 
 /// Launches `norms[j] = |W[j] + scale * (B A)[j]|`.
 ///
