@@ -11,7 +11,7 @@ use super::{
     check,
     cost::{Cost, stored},
 };
-use crate::{DType, Error, Result, Tensor, Weight};
+use crate::{DType, Result, Tensor, Weight};
 
 const OP: &str = "dora";
 
@@ -77,34 +77,28 @@ pub struct Lengths<'a> {
     pub norms: &'a Tensor,
 }
 
-/// Layers with trained lengths of a backend. One that does not have them need implement nothing.
+/// Layers with trained lengths of a backend.
 pub trait Dora {
     /// f32 `[out_features]`.
-    fn dora_norms(&self, _spec: &NormSpec, weight: &Weight, _lora_a: &Tensor, _lora_b: &Tensor) -> Result<Tensor> {
-        Err(Error::Unsupported { op: OP, what: "trained lengths of rows (DoRA)", device: weight.device().name() })
-    }
+    fn dora_norms(&self, spec: &NormSpec, weight: &Weight, lora_a: &Tensor, lora_b: &Tensor) -> Result<Tensor>;
     /// `y`, in a buffer of its own.
-    fn dora_forward(&self, _spec: &Spec, t: &Tensor, _lengths: Lengths<'_>, _bias: Option<&Tensor>) -> Result<Tensor> {
-        Err(Error::Unsupported { op: OP, what: "trained lengths of rows (DoRA)", device: t.device().name() })
-    }
+    fn dora_forward(&self, spec: &Spec, t: &Tensor, lengths: Lengths<'_>, bias: Option<&Tensor>) -> Result<Tensor>;
     /// `dt`, over `dy` where its buffer is unique; adds to `dmagnitude`.
     fn dora_backward(
         &self,
-        _spec: &Spec,
+        spec: &Spec,
         dy: Tensor,
-        _t: &Tensor,
-        _lengths: Lengths<'_>,
-        _dmagnitude: Option<&mut Tensor>,
-    ) -> Result<Tensor> {
-        Err(Error::Unsupported { op: OP, what: "trained lengths of rows (DoRA)", device: dy.device().name() })
-    }
+        t: &Tensor,
+        lengths: Lengths<'_>,
+        dmagnitude: Option<&mut Tensor>,
+    ) -> Result<Tensor>;
 }
 
 /// Lengths of the rows of `W + scale * B A`, f32 `[out_features]`; `lora_a`: f32 `[rank, in_features]`, `lora_b`: f32
 /// `[out_features, rank]`.
 ///
 /// # Errors
-/// Shape, dtype or device mismatch; [`Error::InvalidSpec`] for rank 0; [`Error::Unsupported`] on a device without them.
+/// Shape, dtype or device mismatch; [`crate::Error::InvalidSpec`] for rank 0.
 pub fn norms(weight: &Weight, lora_a: &Tensor, lora_b: &Tensor, scale: f32) -> Result<Tensor> {
     check::rank(OP, "lora_a", lora_a, 2, "[rank, in_features]")?;
     let (rank, device) = (lora_a.shape()[0], weight.device());
@@ -130,7 +124,7 @@ fn spec(t: &Tensor, lengths: &Lengths<'_>) -> Result<Spec> {
 /// `y = magnitude / norm * t + bias`, `t`: `[rows, out_features]`, `bias`: `[out_features]` of any float type.
 ///
 /// # Errors
-/// Shape, dtype or device mismatch; [`Error::Unsupported`] on a device without them.
+/// Shape, dtype or device mismatch.
 pub fn forward(t: &Tensor, lengths: Lengths<'_>, bias: Option<&Tensor>) -> Result<Tensor> {
     let spec = spec(t, &lengths)?;
     if let Some(bias) = bias {
@@ -143,7 +137,7 @@ pub fn forward(t: &Tensor, lengths: Lengths<'_>, bias: Option<&Tensor>) -> Resul
 /// `dt`, written over `dy` where its buffer is unique; adds to `dmagnitude`, f32 `[out_features]`, if it is given.
 ///
 /// # Errors
-/// Shape, dtype or device mismatch; [`Error::Shared`]; [`Error::Unsupported`] on a device without them.
+/// Shape, dtype or device mismatch; [`crate::Error::Shared`].
 pub fn backward(dy: Tensor, t: &Tensor, lengths: Lengths<'_>, dmagnitude: Option<&mut Tensor>) -> Result<Tensor> {
     let spec = spec(t, &lengths)?;
     check::tensor(OP, "dy", &dy, (t.shape(), t.dtype(), t.device()))?;
