@@ -112,20 +112,20 @@ fn chosen<R: Runtime>(
     choices: &dyn Choices,
 ) -> Result<Option<Strategy>, LaunchError> {
     let name = name(job);
-    let found = choices.find(&name);
-    if found.is_none() && !is_worth_measuring(job) {
-        return Ok(None);
-    }
-    let others = rule.others(launch.client(), job, choices.takes_libraries());
-    let choice = match found {
+    let others = || rule.others(launch.client(), job, choices.takes_libraries());
+    let choice = match choices.find(&name) {
         Some(choice) => choice,
-        None if others.is_empty() => return Ok(None),
-        None => match measure::fastest(launch, job, rule, &others)? {
-            Some(fastest) => choices.keep(&name, &fastest.name(), &rule.name()),
-            None => return Ok(None),
+        None if !is_worth_measuring(job) => return Ok(None),
+        None => match others().as_slice() {
+            [] => return Ok(None),
+            others => match measure::fastest(launch, job, rule, others)? {
+                Some(fastest) => choices.keep(&name, &fastest.name(), &rule.name()),
+                None => return Ok(None),
+            },
         },
     };
-    Ok(others.into_iter().find(|strategy| strategy.name() == choice))
+    // Mostly the rule's, for which the others need not be found at every launch.
+    Ok(if choice == rule.name() { None } else { others().into_iter().find(|strategy| strategy.name() == choice) })
 }
 
 /// Rows that a tile of any strategy divides.
