@@ -74,9 +74,11 @@ fn summary(text: &mut String, kernels: &[Kernel]) {
 }
 
 fn low(text: &mut String) {
-    let _ = write!(text, "\n## Occupancy below {LOW}%\n\n| kernel | not less than | why |\n|---|---:|---|\n");
+    let _ =
+        write!(text, "\n## Occupancy below {LOW}%\n\n| kernel | units | not less than | why |\n|---|---:|---:|---|\n");
     for listed in &LISTED {
-        let _ = writeln!(text, "| `{}` | {}% | {} |", listed.kernel, listed.least, listed.reason);
+        let units = listed.units.map_or("any".to_owned(), |units| units.to_string());
+        let _ = writeln!(text, "| `{}` | {units} | {}% | {} |", listed.kernel, listed.least, listed.reason);
     }
 }
 

@@ -1,7 +1,5 @@
 //! Kernels that may leave more than half of a multiprocessor's planes empty, and why.
 
-use std::collections::BTreeSet;
-
 use crate::{
     architecture::Occupancy,
     compile::{Compiled, Kernel},
@@ -14,6 +12,8 @@ pub(crate) const LOW: f32 = 50.0;
 pub(crate) struct Listed {
     /// As `attention::forward::forward_kernel`.
     pub(crate) kernel: &'static str,
+    /// Units of the cubes that it is listed for; `None`: of any.
+    pub(crate) units: Option<u32>,
     /// In percent: less than this fails all the same.
     pub(crate) least: f32,
     /// What the kernel keeps instead of more planes.
@@ -21,18 +21,19 @@ pub(crate) struct Listed {
 }
 
 /// Every kernel that is below [`LOW`] in some instantiation on some architecture.
-pub(crate) static LISTED: [Listed; 11] = [
-    Listed { kernel: "attention::forward::forward_kernel", least: 25.0, reason: FORWARD },
-    Listed { kernel: "attention::forward::cached_kernel", least: 25.0, reason: FORWARD },
-    Listed { kernel: "attention::backward::keys_kernel", least: 25.0, reason: BACKWARD },
-    Listed { kernel: "attention::backward::queries_kernel", least: 25.0, reason: BACKWARD },
-    Listed { kernel: "attention::tensor::forward::forward_kernel", least: 25.0, reason: TENSOR_FORWARD },
-    Listed { kernel: "attention::tensor::forward::cached_kernel", least: 25.0, reason: TENSOR_FORWARD },
-    Listed { kernel: "attention::tensor::backward::keys_kernel", least: 12.5, reason: TENSOR_KEYS },
-    Listed { kernel: "attention::tensor::backward::queries_kernel", least: 12.5, reason: TENSOR_QUERIES },
-    Listed { kernel: "linear::dora::norms_kernel", least: 37.5, reason: NORMS },
-    Listed { kernel: "linear::product::tiled_kernel", least: 25.0, reason: PRODUCT },
-    Listed { kernel: "linear::tensor::tensor_kernel", least: 12.5, reason: TENSOR_PRODUCT },
+pub(crate) static LISTED: [Listed; 12] = [
+    Listed { kernel: "attention::forward::forward_kernel", units: None, least: 25.0, reason: FORWARD },
+    Listed { kernel: "attention::forward::cached_kernel", units: None, least: 25.0, reason: FORWARD },
+    Listed { kernel: "attention::backward::keys_kernel", units: None, least: 25.0, reason: BACKWARD },
+    Listed { kernel: "attention::backward::queries_kernel", units: None, least: 25.0, reason: BACKWARD },
+    Listed { kernel: "attention::tensor::forward::forward_kernel", units: None, least: 25.0, reason: TENSOR_FORWARD },
+    Listed { kernel: "attention::tensor::forward::cached_kernel", units: None, least: 25.0, reason: TENSOR_FORWARD },
+    Listed { kernel: "attention::tensor::backward::keys_kernel", units: None, least: 12.5, reason: TENSOR_KEYS },
+    Listed { kernel: "attention::tensor::backward::queries_kernel", units: None, least: 12.5, reason: TENSOR_QUERIES },
+    Listed { kernel: "linear::product::tiled_kernel", units: Some(128), least: 43.0, reason: PRODUCT },
+    Listed { kernel: "linear::product::tiled_kernel", units: Some(256), least: 25.0, reason: LARGE_PRODUCT },
+    Listed { kernel: "linear::product::tiled_kernel", units: Some(32), least: 39.0, reason: SMALL_PRODUCT },
+    Listed { kernel: "linear::tensor::tensor_kernel", units: None, least: 12.5, reason: TENSOR_PRODUCT },
 ];
 
 const FORWARD: &str = "a tile of queries and one of keys in shared memory, up to 32 sums of a unit in registers: each number that is \
@@ -46,18 +47,24 @@ const TENSOR_KEYS: &str = "the gradients of 16 keys and 16 values in the registe
     products that they are summed from";
 const TENSOR_QUERIES: &str = "the gradient of 16 rows and two blocks of products in the registers of a plane, two tiles of queries and two of keys in \
     shared memory";
-const NORMS: &str = "the sums and elements of four rows in registers, so that what is read of A serves all of them; on sm_100a the assembler takes a few \
-    registers more than half of a multiprocessor's planes leave";
 const PRODUCT: &str = "32 sums of a unit in registers, each number that is loaded used for four or eight products; on sm_100a the assembler takes a \
-    few registers more than half of a multiprocessor's planes leave. In the largest tile, which has to be the fastest as measured, 64 sums, and \
-    half as many loads";
+    few registers more than half of a multiprocessor's planes leave";
+const LARGE_PRODUCT: &str =
+    "64 sums of a unit in registers, and half as many loads: launched only where it is the fastest as measured";
+const SMALL_PRODUCT: &str = "one plane to a cube, of which a multiprocessor's shared memory takes so many: launched only where it is the fastest as measured";
 const TENSOR_PRODUCT: &str = "64 sums of a unit in registers: with a block of 64 by 32 per plane an operand that is loaded serves four or eight products, and \
     the next tile's numbers are on their way beside them";
 
-/// What is wrong with the occupancy of one instantiation of `kernel`.
-pub(crate) fn problem(kernel: &str, occupancy: Occupancy) -> Option<String> {
+impl Listed {
+    fn covers(&self, kernel: &Kernel) -> bool {
+        self.kernel == kernel.name && self.units.is_none_or(|units| units == kernel.units)
+    }
+}
+
+/// What is wrong with the occupancy of `kernel` on one architecture.
+pub(crate) fn problem(kernel: &Kernel, occupancy: Occupancy) -> Option<String> {
     let Occupancy { percent, limit } = occupancy;
-    match LISTED.iter().find(|listed| listed.kernel == kernel) {
+    match LISTED.iter().find(|listed| listed.covers(kernel)) {
         _ if percent >= LOW => None,
         None => Some(format!("occupancy {percent:.1}% (limit: {limit}), and no reason in cuda-check's occupancy.rs")),
         Some(listed) if percent < listed.least => {
@@ -72,8 +79,8 @@ pub(crate) fn unneeded(kernels: &[Kernel]) -> Vec<String> {
     let low = |kernel: &Kernel| {
         kernel.on.values().any(|on| matches!(on, Compiled::Uses(uses) if uses.occupancy.percent < LOW))
     };
-    let low: BTreeSet<&str> = kernels.iter().filter(|kernel| low(kernel)).map(|kernel| kernel.name.as_str()).collect();
-    let unneeded = LISTED.iter().filter(|listed| !low.contains(listed.kernel));
+    let is_needed = |listed: &&Listed| kernels.iter().any(|kernel| listed.covers(kernel) && low(kernel));
+    let unneeded = LISTED.iter().filter(|listed| !is_needed(listed));
     unneeded
         .map(|listed| format!("{}: listed in cuda-check's occupancy.rs, but not below {LOW}%", listed.kernel))
         .collect()

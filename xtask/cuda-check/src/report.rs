@@ -66,7 +66,7 @@ pub(crate) fn problems(kernels: &[Kernel], refused: &[String], not_launched: &BT
                     if usage.spill_bytes > 0 {
                         problems.push(format!("{name} on {architecture} ({call}): spills {} bytes", usage.spill_bytes));
                     }
-                    if let Some(problem) = occupancy::problem(name, *occupancy) {
+                    if let Some(problem) = occupancy::problem(kernel, *occupancy) {
                         problems.push(format!("{name} on {architecture} ({call}): {problem}"));
                     }
                 }
