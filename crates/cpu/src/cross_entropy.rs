@@ -66,7 +66,10 @@ impl Statistics {
         if max > self.max {
             // All logits -inf, or NaN: subtracting the maximum would hide that.
             let shift = if max.is_finite() { max } else { 0.0 };
-            self.sum *= exp(m, self.shift - shift);
+            // Before the first maximum nothing was added up, and the factor may be infinite.
+            if self.max > f32::NEG_INFINITY {
+                self.sum *= exp(m, self.shift - shift);
+            }
             (self.max, self.shift) = (max, shift);
         }
         self.sum += simd::sum_of_exp(m, z, self.shift);

@@ -64,8 +64,9 @@ pub fn check(device: &Device) -> Checked {
 
 type Hazard = fn(&Device, &Case) -> Checked;
 
-const HAZARDS: [(&str, Hazard); 5] = [
+const HAZARDS: [(&str, Hazard); 6] = [
     ("large_bf16_inputs", large_bf16_inputs),
+    ("logits_far_below_zero", far_below_zero),
     ("nan_reaches_the_loss", nan_reaches_the_loss),
     ("ignored_rows_are_not_read", ignored_rows_are_not_read),
     ("rejects_targets_outside_the_vocabulary", rejects_targets),
@@ -245,6 +246,24 @@ fn large_bf16_inputs(device: &Device, case: &Case) -> Checked {
     let loss = cross_entropy::forward(&pairs, &targets, LossSpec::mean(1))?.loss;
     let exact = [1031.0 * 2f64.ln()];
     check_tensor(case, "sum of losses", &loss, Expected { exact: &exact, naive: &exact, floor })
+}
+
+/// Exponentials of what stands between a maximum and zero, or the first maximum of a long row and its last, overflow.
+fn far_below_zero(device: &Device, case: &Case) -> Checked {
+    let targets = data::integers(device, &[1030])?;
+    for dtype in device.float_dtypes() {
+        for (first, last) in [(-200.0, -200.0), (-1000.0, 0.0), (0.0, -1000.0), (f64::NEG_INFINITY, -200.0)] {
+            let row: Vec<f64> = (0..1031).map(|i| if i < 1024 { first } else { last }).collect();
+            let logits = data::tensor(device, &row, [1, 1031], dtype)?;
+            let forward = cross_entropy::forward(&logits, &targets, LossSpec::mean(1))?;
+            let top = first.max(last);
+            let lse = [top + row.iter().map(|logit| (logit - top).exp()).sum::<f64>().ln()];
+            let (loss, floor) = ([lse[0] - last], Floor::Cancelling { dtype: DType::F32, magnitude: 1000.0 });
+            check_tensor(case, "lse", &forward.lse, Expected { exact: &lse, naive: &lse, floor })?;
+            check_tensor(case, "loss", &forward.loss, Expected { exact: &loss, naive: &loss, floor })?;
+        }
+    }
+    Ok(())
 }
 
 /// A model that has broken down shows in its loss: a maximum or an exponential may drop a NaN.
