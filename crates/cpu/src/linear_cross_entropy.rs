@@ -15,7 +15,7 @@ use crate::{
     backend::{CpuBackend, Workspace},
     cross_entropy::{check_targets, mean_loss, row_gradient, row_gradient_in_bf16, row_loss},
     linear::{blocks, dense},
-    matmul::{Elements, Into, Isa, Mat, MatMut, Sum, Term},
+    matmul::{Elements, Into, Mat, MatMut, Sum, Term},
     simd,
 };
 
@@ -44,7 +44,7 @@ impl CpuBackend {
         self.product(Sum::new(&[Term::new(narrow_x, weight)], Into::Overwrite), target)?;
         let wants_gradient = call.spec.needs_dx || dweight.is_some();
         // Rounded as its oracle's naive form does, where that makes both factors what the processor multiplies in pairs.
-        let narrow = T::DTYPE == DType::BF16 && call.weight.dtype() == DType::BF16 && self.isa() == Isa::Avx512Bf16;
+        let narrow = T::DTYPE == DType::BF16 && call.weight.dtype() == DType::BF16 && self.isa().multiplies_pairs();
         let gradient = match narrow {
             _ if !wants_gradient => Gradient::None,
             true => Gradient::InBf16,

@@ -43,7 +43,7 @@ impl Path {
     /// The path for heads of `head_dim` elements of a type.
     pub(super) fn new<T: FloatElement>(isa: Isa, head_dim: usize) -> Self {
         // A pair must not be of two heads.
-        Self { isa, pairs: isa == Isa::Avx512Bf16 && T::DTYPE == DType::BF16 && head_dim.is_multiple_of(2) }
+        Self { isa, pairs: isa.multiplies_pairs() && T::DTYPE == DType::BF16 && head_dim.is_multiple_of(2) }
     }
 
     /// Elements of a factor for so many of the dimension summed over.

@@ -113,7 +113,7 @@ impl CpuBackend {
             Elements::BF16(data) => scratch(&|start, to| simd::widen(&data[start..][..to.len()], to))?,
         };
         let pairs = match (narrow, right.data) {
-            (Elements::BF16(data), Elements::BF16(_)) if self.isa() == Isa::Avx512Bf16 && rows == 1 => {
+            (Elements::BF16(data), Elements::BF16(_)) if self.isa().multiplies_pairs() && rows == 1 => {
                 Some(&data[..right.cols])
             }
             _ => None,

@@ -54,6 +54,11 @@ impl Isa {
         self == Self::Portable
     }
 
+    /// Whether its products of two bf16 factors are dot products of pairs.
+    pub(crate) fn multiplies_pairs(self) -> bool {
+        self == Self::Avx512Bf16
+    }
+
     /// The fastest that this processor has.
     pub(crate) fn fastest() -> Self {
         Self::available().last().unwrap_or(Self::Portable)

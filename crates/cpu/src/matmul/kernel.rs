@@ -41,7 +41,7 @@ impl Kernel {
             Isa::Portable | Isa::Avx2 => (lanes::STEP, 2 * lanes::STEP),
             Isa::Avx512 | Isa::Avx512Bf16 => (16, 64),
         };
-        Self { step, panel, pairs: both_bf16 && isa == Isa::Avx512Bf16, isa }
+        Self { step, panel, pairs: both_bf16 && isa.multiplies_pairs(), isa }
     }
 
     pub(super) fn left_panels(self) -> Panels {
