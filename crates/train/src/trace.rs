@@ -159,7 +159,8 @@ impl Observer for NanTrace {
         };
         if is_finite {
             // All weights of a layer are behind the same place.
-            state.last = call.weights.first().map(|weight| weight.buffer_id()).or(state.last);
+            let mut read = call.weights.iter().map(|weight| weight.buffer_id());
+            state.last = read.find(|&buffer| name(&state, buffer).is_some()).or(state.last);
             return Ok(());
         }
         let own = call.weights.iter().find_map(|weight| name(&state, weight.buffer_id()));

@@ -103,11 +103,12 @@ impl Observed {
         if !self.observer.is_on() {
             return Ok(None);
         }
-        let depth = self.depth.fetch_add(1, Ordering::Relaxed);
-        let seen = Seen { _depth: Depth(&self.depth), call: about() };
-        if depth > 0 {
+        let outer = self.depth.fetch_add(1, Ordering::Relaxed);
+        let depth = Depth(&self.depth);
+        if outer > 0 {
             return Ok(None);
         }
+        let seen = Seen { _depth: depth, call: about() };
         self.observer.before(&self.inner)?;
         Ok(Some(seen))
     }

@@ -407,53 +407,48 @@ impl adamw::AdamW for Observed {
     }
 }
 
-/// One step of one parameter.
-fn update<'a>(name: &'static str, grad: &Tensor, cost: Cost) -> Call<'a> {
-    Call { name, shape: grad.shape().to_string(), weights: vec![], cost }
-}
-
 impl adamw8bit::AdamW8bit for Observed {
     fn adamw8bit(&self, spec: &adamw::Spec, buffers: adamw8bit::Buffers<'_>, state: &Tensor) -> Result<()> {
-        let about = update("adamw8bit step", buffers.grad, buffers.cost());
-        self.update(|| about, |backend| backend.adamw8bit(spec, buffers, state))
+        let (grad, cost) = (buffers.grad, buffers.cost());
+        self.update(|| like("adamw8bit step", grad, cost), |backend| backend.adamw8bit(spec, buffers, state))
     }
 }
 
 impl lion::Lion for Observed {
     fn lion(&self, spec: &lion::Spec, buffers: lion::Buffers<'_>, state: &Tensor) -> Result<()> {
-        let about = update("lion step", buffers.grad, buffers.cost());
-        self.update(|| about, |backend| backend.lion(spec, buffers, state))
+        let (grad, cost) = (buffers.grad, buffers.cost());
+        self.update(|| like("lion step", grad, cost), |backend| backend.lion(spec, buffers, state))
     }
 }
 
 impl adafactor::Adafactor for Observed {
     fn adafactor(&self, spec: &adafactor::Spec, buffers: adafactor::Buffers<'_>, state: &Tensor) -> Result<()> {
-        let about = update("adafactor step", buffers.grad, buffers.cost());
-        self.update(|| about, |backend| backend.adafactor(spec, buffers, state))
+        let (grad, cost) = (buffers.grad, buffers.cost());
+        self.update(|| like("adafactor step", grad, cost), |backend| backend.adafactor(spec, buffers, state))
     }
 }
 
 impl muon::Muon for Observed {
     fn muon_direction(&self, spec: &muon::Spec, grad: &Tensor, buf: &mut Tensor, state: &Tensor) -> Result<Tensor> {
-        let about = update("muon direction", grad, muon::direction_cost(grad, buf));
-        self.call(|| about, |backend| backend.muon_direction(spec, grad, buf, state))
+        let cost = muon::direction_cost(grad, buf);
+        self.call(|| like("muon direction", grad, cost), |backend| backend.muon_direction(spec, grad, buf, state))
     }
     fn muon_apply(&self, spec: &muon::Spec, param: &mut Tensor, direction: &Tensor, state: &Tensor) -> Result<()> {
-        let about = update("muon apply", direction, muon::apply_cost(param, direction));
-        self.update(|| about, |backend| backend.muon_apply(spec, param, direction, state))
+        let cost = muon::apply_cost(param, direction);
+        self.update(|| like("muon apply", direction, cost), |backend| backend.muon_apply(spec, param, direction, state))
     }
 }
 
 impl stochastic_rounding::StochasticRounding for Observed {
     fn round_stochastically(&self, spec: &stochastic_rounding::Spec, x: &Tensor, out: &mut Tensor) -> Result<()> {
-        let about = update("stochastic_rounding", x, stochastic_rounding::cost(x, out));
-        self.update(|| about, |backend| backend.round_stochastically(spec, x, out))
+        let cost = stochastic_rounding::cost(x, out);
+        self.update(|| like("stochastic_rounding", x, cost), |backend| backend.round_stochastically(spec, x, out))
     }
 }
 
 impl sgd::Sgd for Observed {
     fn sgd(&self, spec: &sgd::Spec, buffers: sgd::Buffers<'_>, state: &Tensor) -> Result<()> {
-        let about = update("sgd step", buffers.grad, buffers.cost());
-        self.update(|| about, |backend| backend.sgd(spec, buffers, state))
+        let (grad, cost) = (buffers.grad, buffers.cost());
+        self.update(|| like("sgd step", grad, cost), |backend| backend.sgd(spec, buffers, state))
     }
 }
