@@ -4,10 +4,10 @@ mod disk;
 
 use std::sync::Arc;
 
-use unsloth_core::{Place, Result, StoreUsage, StoredTensor, Tensor, TensorStore};
+use unsloth_core::{Place, Result, StoreUsage, StoredTensor, Tensor, TensorStore, Transfers};
 
 use self::disk::DiskStore;
-use crate::{HostBlock, Layout, Staging};
+use crate::{HostBlock, Layout, Ledger, Staging};
 
 /// A store for any device whose memory the host can read and write.
 ///
@@ -31,9 +31,13 @@ impl TensorStore for HostStore {
     }
 
     fn usage(&self) -> StoreUsage {
-        let (usage, [put, taken]) = (self.staging.pool().ledger().usage(), self.staging.transfers());
-        StoreUsage { live_bytes: usage.total_live_bytes(), peak_bytes: usage.total_peak_bytes(), put, taken }
+        usage(self.staging.pool().ledger(), self.staging.transfers())
     }
+}
+
+fn usage(ledger: &Ledger, [put, taken]: [Transfers; 2]) -> StoreUsage {
+    let usage = ledger.usage();
+    StoreUsage { live_bytes: usage.total_live_bytes(), peak_bytes: usage.total_peak_bytes(), put, taken }
 }
 
 struct InHostMemory {

@@ -2,7 +2,7 @@
 //!
 //! [`DiskStore::put`] copies a tensor to host memory and returns; the thread writes it. The newest tensor stays in memory besides, as a
 //! backward pass takes it first, and while one is used the thread reads the one that was put before it: at most two are in
-//! memory at a time. Takes in another order are right as well, and wait.
+//! memory at a time, or three where something is put between takes. Takes in another order are right as well, and wait.
 
 use std::{
     collections::VecDeque,
@@ -19,6 +19,7 @@ use std::{
 
 use unsloth_core::{Category, Error, Result, StoreUsage, StoredTensor, Tensor, TensorStore, Transfers};
 
+use super::usage;
 use crate::{Charge, HostBlock, Layout, Ledger, Staging};
 
 pub(super) struct DiskStore {
@@ -136,8 +137,7 @@ impl TensorStore for DiskStore {
     }
 
     fn usage(&self) -> StoreUsage {
-        let (usage, [put, taken]) = (self.shared.ledger.usage(), *lock(&self.shared.counts));
-        StoreUsage { live_bytes: usage.total_live_bytes(), peak_bytes: usage.total_peak_bytes(), put, taken }
+        usage(&self.shared.ledger, *lock(&self.shared.counts))
     }
 }
 
@@ -246,8 +246,6 @@ impl Shared {
             queue.num_writes -= usize::from(is_write);
             self.changed.notify_all();
         }
-        queue.num_writes = 0;
-        self.changed.notify_all();
     }
 
     fn write_slot(&self, slot: &Slot) {
