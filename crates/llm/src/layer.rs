@@ -93,6 +93,12 @@ pub(crate) struct Place {
     pub(crate) rope: usize,
 }
 
+/// The norm before the feed-forward part, which Llama calls by what it stands behind; where there are two norms in that place that name
+/// belongs to the first.
+const fn before_mlp(post_norms: bool) -> &'static str {
+    if post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" }
+}
+
 impl Layer {
     pub(crate) fn load(loader: &Loader<'_>, config: &DecoderConfig, place: Place) -> Result<Self> {
         let prefix = format!("model.layers.{}", place.layer);
@@ -103,15 +109,12 @@ impl Layer {
             loader.linear(&format!("{prefix}.self_attn.{name}_proj"), [out_features, hidden], bias)
         };
         let mlp = |name: &str, shape| loader.linear(&format!("{prefix}.mlp.{name}_proj"), shape, config.mlp_bias);
-        let norm = |name: &str| loader.vector(&format!("{prefix}.{name}_layernorm.weight"), hidden);
+        let norm = |name: &str| loader.vector(&format!("{prefix}.{name}.weight"), hidden);
         let head_norm = |name: &str| {
             let name = format!("{prefix}.self_attn.{name}_norm.weight");
             config.qk_norm.then(|| loader.vector(&name, config.head_dim)).transpose()
         };
         let post_norm = |name: &str| config.post_norms.then(|| norm(name)).transpose();
-        // Llama calls the norm before the feed-forward part by what it stands behind; where there are two norms in that
-        // place the name belongs to the first.
-        let before_mlp = if config.post_norms { "pre_feedforward" } else { "post_attention" };
         Ok(Self {
             attention: attention::Options {
                 scale: config.attention_scale,
@@ -120,20 +123,20 @@ impl Layer {
                 softcap: config.attention_softcap,
             },
             rope: place.rope,
-            before_attention: norm("input")?,
+            before_attention: norm("input_layernorm")?,
             q: attention("q", q_features, config.qkv_bias)?,
             k: attention("k", kv_features, config.qkv_bias)?,
             v: attention("v", kv_features, config.qkv_bias)?,
             q_norm: head_norm("q")?,
             k_norm: head_norm("k")?,
             o: loader.linear(&format!("{prefix}.self_attn.o_proj"), [hidden, q_features], config.o_bias)?,
-            after_attention: post_norm("post_attention")?,
-            before_mlp: norm(before_mlp)?,
+            after_attention: post_norm("post_attention_layernorm")?,
+            before_mlp: norm(before_mlp(config.post_norms))?,
             mlp: Mlp {
                 gate: mlp("gate", [config.intermediate_size, hidden])?,
                 up: mlp("up", [config.intermediate_size, hidden])?,
                 down: mlp("down", [hidden, config.intermediate_size])?,
-                after: post_norm("post_feedforward")?,
+                after: post_norm("post_feedforward_layernorm")?,
             },
         })
     }
@@ -151,8 +154,7 @@ impl Layer {
 
     /// The norms by their paths within the layer.
     pub(crate) fn norms(&self) -> impl Iterator<Item = (&'static str, &Vector)> {
-        let before_mlp =
-            if self.mlp.after.is_some() { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
+        let before_mlp = before_mlp(self.mlp.after.is_some());
         let norms = [
             ("input_layernorm", Some(&self.before_attention)),
             ("self_attn.q_norm", self.q_norm.as_ref()),

@@ -9,8 +9,7 @@ use common::{F32, Folder, Golden, batch, fixture, load, max_difference, relative
 use half::bf16;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
-use unsloth_autograd::{GradStore, Tape};
-use unsloth_core::{Device, ops::cross_entropy::LossSpec};
+use unsloth_core::Device;
 use unsloth_llm::{
     adapter::{AdapterConfig, SavedModule},
     decoder::{Decoder, Targets},
@@ -96,13 +95,8 @@ fn peft_name(decoder: &Decoder, name: &str) -> String {
 }
 
 fn gradients(decoder: &Decoder, batch: &Batch) -> BTreeMap<String, Vec<f32>> {
-    let parameters = decoder.parameters();
-    let mut store = GradStore::new(&parameters).unwrap();
-    let tape = Tape::new();
-    let loss = decoder.loss(&tape, batch, LossSpec::mean(batch.num_targets)).unwrap();
-    tape.backward(&loss, &mut store).unwrap();
-    let gradient = |parameter: &unsloth_autograd::Parameter| store.get(parameter).unwrap().to_vec().unwrap();
-    parameters.iter().map(|parameter| (peft_name(decoder, parameter.name()), gradient(parameter))).collect()
+    let (_, gradients) = common::gradients(decoder, batch);
+    gradients.into_iter().map(|(name, gradient)| (peft_name(decoder, &name), gradient)).collect()
 }
 
 fn compare(actual: &BTreeMap<String, Vec<f32>>, expected: &BTreeMap<String, Vec<f32>>, limit: f32) {

@@ -241,7 +241,7 @@ impl Planner {
         if self.bf16 && config.dtype == DType::F32 {
             changes.push(("--dtype bf16".to_owned(), TrainConfig { dtype: DType::BF16, ..config.clone() }));
         }
-        if let (OptimizerConfig::AdamW(adamw), Target::Cpu { .. }) = (config.optimizer, self.target) {
+        if let OptimizerConfig::AdamW(adamw) = config.optimizer {
             let optimizer = OptimizerConfig::AdamW8bit(adamw);
             changes.push((
                 format!("--optimizer {}", OptimizerKind::AdamW8bit),

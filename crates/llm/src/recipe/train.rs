@@ -115,7 +115,7 @@ fn train_within(
     if stop.load(Ordering::Relaxed) {
         return summary(config, &trainer, (progress, None), (None, End::Stopped(None)));
     }
-    let (metrics, best) = begin(config, &output, saved.as_ref(), on_event)?;
+    let metrics = begin(config, &output, saved.as_ref(), on_event)?;
     output.write_config(&options)?;
     let run = Run {
         config,
@@ -129,7 +129,6 @@ fn train_within(
         trace,
         metrics,
         progress,
-        best,
         on_event,
         stop,
     };
@@ -224,24 +223,24 @@ fn prepared(data: &Data, trainer: &Trainer<Decoder>, total_steps: usize) -> Prep
     }
 }
 
-/// Makes the folder ready for the next step: empty, or as it was behind the step of the checkpoint. Gives the best evaluation before
-/// it, where that is kept.
+/// Makes the folder ready for the next step: empty, or as it was behind the step of the checkpoint. The metrics know the best evaluation
+/// before it, where that is kept.
 fn begin(
     config: &TrainConfig,
     output: &OutputFolder,
     saved: Option<&Saved>,
     on_event: &mut dyn FnMut(Event),
-) -> Result<(Metrics, Option<Best>)> {
+) -> Result<Metrics> {
     let Some(saved) = saved else {
         output.clear()?;
-        return Ok((Metrics::create(output.metrics())?, None));
+        return Metrics::create(output.metrics());
     };
-    let metrics = Metrics::resume(output.metrics(), saved.state.step)?;
+    let mut metrics = Metrics::resume(output.metrics(), saved.state.step)?;
     // The metrics know of an evaluation behind the checkpoint's own step, the checkpoint of those before it.
     let known = [metrics.best, saved.state.best].into_iter().flatten().max_by_key(|best| best.step);
     let known = known.filter(|_| config.keep_best);
     let damaged_best = Checkpoints::new(output.path(), config.keep_last, known).damage_of_best();
-    let best = known.filter(|_| damaged_best.is_none());
+    metrics.best = known.filter(|_| damaged_best.is_none());
     on_event(Event::Resumed(Resumed {
         step: saved.state.step,
         checkpoint: saved.path.clone(),
@@ -250,7 +249,7 @@ fn begin(
         num_missing_records: saved.state.step - metrics.losses.len(),
         other_version: Some(saved.state.version.clone()).filter(|version| version != VERSION),
     }));
-    Ok((metrics, best))
+    Ok(metrics)
 }
 
 /// Trains, and writes what there is at the end.
@@ -266,7 +265,7 @@ fn finish(mut run: Run<'_>) -> Result<Summary> {
         run.output.copy_tokenizer(&run.config.model)?;
         run.output.draw_curve(&run.metrics)?;
     }
-    if let (Some(damage), Some(Best { step, .. })) = (damage, run.best) {
+    if let (Some(damage), Some(Best { step, .. })) = (damage, run.metrics.best) {
         return Err(RunError::BestDamaged { step, damage }.into());
     }
     match (outcome, stopped_at) {
@@ -276,7 +275,7 @@ fn finish(mut run: Run<'_>) -> Result<Summary> {
         }
         (outcome, _) => {
             let evaluation = run.metrics.eval_losses.last().map(|&(step, loss)| EvalRecord::new(step, loss));
-            let best = run.best.map(|best| (best, run.checkpoints().path(best.step)));
+            let best = run.metrics.best.map(|best| (best, run.checkpoints().path(best.step)));
             outcome.and_then(|end| summary(run.config, &run.trainer, (run.progress, best), (evaluation, end)))
         }
     }
@@ -285,7 +284,7 @@ fn finish(mut run: Run<'_>) -> Result<Summary> {
 /// Puts the best model in the place of the last one, where that is kept; what is wrong with its checkpoint if that is damaged, and the
 /// last one stays.
 fn give_best(run: &Run<'_>) -> Result<Option<Damage>> {
-    if run.best.is_none_or(|best| best.step == run.trainer.num_steps()) {
+    if run.metrics.best.is_none_or(|best| best.step == run.trainer.num_steps()) {
         return Ok(None);
     }
     let damage = run.checkpoints().damage_of_best();

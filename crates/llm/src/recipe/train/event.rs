@@ -22,7 +22,8 @@ pub enum Event {
     Resumed(Resumed),
     /// A step is done.
     Step(StepRecord),
-    /// Where the first infinity or NaN of the step came from that is told next: it was skipped, and its loss scale is lowered.
+    /// Where the first infinity or NaN of the step came from that is told next; if it reached a gradient, that step was skipped, and the
+    /// loss scale is lowered.
     Overflow(Origin),
     /// The model was evaluated.
     Evaluated(EvalRecord),

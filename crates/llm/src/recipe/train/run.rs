@@ -17,7 +17,7 @@ use crate::{
     decoder::Decoder,
     packing::Batches,
     recipe::{
-        Best, EvalRecord, StepRecord, TrainConfig, TrainOptions,
+        EvalRecord, StepRecord, TrainConfig, TrainOptions,
         checkpoint::{Checkpoints, Progress, State},
         evaluate::MeanLoss,
         metrics::Metrics,
@@ -39,8 +39,6 @@ pub(super) struct Run<'a> {
     pub(super) trace: Option<Arc<NanTrace>>,
     pub(super) metrics: Metrics,
     pub(super) progress: Progress,
-    /// The best evaluation so far, where that is kept.
-    pub(super) best: Option<Best>,
     pub(super) on_event: &'a mut dyn FnMut(Event),
     pub(super) stop: &'a AtomicBool,
 }
@@ -114,12 +112,11 @@ impl Run<'_> {
             loss.add(self.trainer.model(), &eval.dataset, group.iter().copied())?;
         }
         let eval_loss = loss.mean();
-        let best = self.config.keep_best && eval_loss < self.best.map_or(f64::INFINITY, |best| best.eval_loss);
+        let best = self.config.keep_best && eval_loss < self.metrics.best.map_or(f64::INFINITY, |best| best.eval_loss);
         let record = EvalRecord { best, ..EvalRecord::new(step, eval_loss) };
         self.metrics.evaluation(&record)?;
         (self.on_event)(Event::Evaluated(record));
         if best {
-            self.best = Some(Best { step, eval_loss });
             match saved {
                 // The one that was the best before is so no longer.
                 Some(_) => self.checkpoints().prune(step)?,
@@ -130,7 +127,7 @@ impl Run<'_> {
     }
 
     pub(super) fn checkpoints(&self) -> Checkpoints {
-        Checkpoints::new(self.output.path(), self.config.keep_last, self.best)
+        Checkpoints::new(self.output.path(), self.config.keep_last, self.metrics.best)
     }
 
     /// Saves a checkpoint behind a step whose metrics have been read.
@@ -138,7 +135,7 @@ impl Run<'_> {
         // Metrics first: a checkpoint must not know of steps that the file does not.
         self.metrics.sync()?;
         let trained = (self.trainer.run_state(), self.total_steps);
-        let (sums, so_far) = ((self.model_sha256, &*self.data.sha256), (self.progress, self.best));
+        let (sums, so_far) = ((self.model_sha256, &*self.data.sha256), (self.progress, self.metrics.best));
         let state = State::new(trained, self.batches.position(), sums, so_far);
         let saved = self.checkpoints().save(&self.trainer, &state, self.options)?;
         self.output.draw_curve(&self.metrics)?;
