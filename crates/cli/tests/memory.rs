@@ -186,6 +186,25 @@ fn resident_peak(args: Vec<String>) -> u64 {
     peak
 }
 
+/// Tiles and checkpointing on the same 24 layers, by the plan alone: each saves, and both together the most.
+#[test]
+fn tiles_and_checkpointing_add_up() {
+    let model = tempfile::tempdir().unwrap();
+    DEEP.write(model.path());
+    for seq in [2048, 16384] {
+        let peak = |options: &str| {
+            let text = format!("plan --model {{}} --seq {seq} --json --threads 2 {options}");
+            let plan = unsloth(line(&text, &[model.path()])).succeeded().json();
+            let bytes = plan["peak_bytes"].as_u64().unwrap();
+            println!("{seq} tokens, {options}: {} MB", bytes / 1_000_000);
+            bytes
+        };
+        let [none, tiles, every] = ["--checkpointing none", "--mlp-tile 512", "--checkpointing every:1"].map(&peak);
+        let both = peak("--checkpointing every:1 --mlp-tile 512");
+        assert!(both < every && every < tiles && tiles * 5 < none * 3, "{seq}: {none}, {tiles}, {every}, {both}");
+    }
+}
+
 /// What checkpointing saves on 24 layers at 2048 tokens: by the ledger, by the plan, and by the operating system.
 #[cfg(target_os = "linux")]
 #[test]
