@@ -10,7 +10,7 @@ mod profile;
 mod suites;
 
 #[derive(Parser)]
-#[command(name = "benches", bin_name = "cargo xtask", max_term_width = 100)]
+#[command(name = "benches", max_term_width = 100)]
 struct Arguments {
     #[command(subcommand)]
     task: Task,
