@@ -13,7 +13,7 @@ use unsloth_core::{
 use crate::{
     CpuBackend,
     access::{dispatch_float, read, write},
-    simd::{TASK, update, vectorised},
+    simd::{self, TASK, update, vectorised},
 };
 
 /// Parts of a matrix at most, each with sums of its own over its columns.
@@ -51,8 +51,12 @@ impl Factors {
     }
 }
 
-fn sum_of_squares(values: impl Iterator<Item = f32>) -> f64 {
-    values.map(|value| f64::from(value) * f64::from(value)).sum()
+/// Of at most [`PIECE`] elements.
+fn sum_of_squares(piece: &[f32]) -> f64 {
+    f64::from(vectorised(
+        #[inline(always)]
+        || simd::sum_of_squares(piece),
+    ))
 }
 
 /// Root mean square from the sums of parts, in their order.
@@ -73,9 +77,11 @@ impl Changes<'_> {
         match *self {
             Changes::Whole(v) => {
                 let v = &v[start..start + out.len()];
-                for ((out, grad), v) in out.iter_mut().zip(&grad[start..]).zip(v) {
-                    *out = grad * gradient_scale / v.sqrt();
-                }
+                let elements = out.iter_mut().zip(&grad[start..]).zip(v);
+                vectorised(
+                    #[inline(always)]
+                    || elements.for_each(|((out, grad), v)| *out = grad * gradient_scale / v.sqrt()),
+                );
             }
             Changes::Factored { row, col, mean } => {
                 let (mut start, mut out) = (start, out);
@@ -84,9 +90,11 @@ impl Changes<'_> {
                     let (piece, others) = out.split_at_mut(out.len().min(col.len() - j));
                     // Each root by itself: the product of two small averages would be below the normal numbers.
                     let of_row = (row[i] / mean).sqrt();
-                    for ((out, grad), col) in piece.iter_mut().zip(&grad[start..]).zip(&col[j..]) {
-                        *out = grad * gradient_scale / of_row / col.sqrt();
-                    }
+                    let elements = piece.iter_mut().zip(&grad[start..]).zip(&col[j..]);
+                    vectorised(
+                        #[inline(always)]
+                        || elements.for_each(|((out, grad), col)| *out = grad * gradient_scale / of_row / col.sqrt()),
+                    );
                     (start, out) = (start + piece.len(), others);
                 }
             }
@@ -134,7 +142,7 @@ impl CpuBackend {
             for start in (start..end).step_by(PIECE) {
                 let piece = &mut buffer[..PIECE.min(end - start)];
                 write(start, piece);
-                total += sum_of_squares(piece.iter().copied());
+                total += sum_of_squares(piece);
             }
             total
         };
@@ -152,7 +160,10 @@ impl CpuBackend {
         let len = param.len();
         let rms_of_changes = rms(self.squares(len, |start, out| changes.write(grad, start, out)), len);
         let alpha = parameter_scale.map_or(learning_rate, |least| {
-            let task = |part: &[T]| sum_of_squares(part.iter().map(|value| value.to_f32()));
+            let task = |part: &[T]| -> f64 {
+                let mut buffer = [0.0; PIECE];
+                part.chunks(PIECE).map(|piece| sum_of_squares(simd::widened(piece, &mut buffer))).sum()
+            };
             let sums = self.run(|| param.par_chunks(TASK).map(task).collect());
             learning_rate * rms(sums, len).max(least)
         });
