@@ -36,8 +36,6 @@ pub struct Card {
     pub model: String,
     /// Driver and version.
     pub driver: String,
-    /// Whether kernels of other libraries are candidates, which take long to compile.
-    pub takes_libraries: bool,
 }
 
 impl Choosing {
@@ -47,7 +45,7 @@ impl Choosing {
         let folder = cache_folder().filter(|_| self == Self::ByDevice);
         let Some(folder) = folder else { return self };
         let (model, driver) = (model.to_owned(), driver.to_owned());
-        Self::Measured(Card { folder, model, driver, takes_libraries: true })
+        Self::Measured(Card { folder, model, driver })
     }
 
     /// What decides, where the rule does not.
@@ -78,10 +76,6 @@ impl Choices for Always {
 
     fn keep(&self, _job: &str, _measured: &str, _rule: &str) -> String {
         self.0.clone()
-    }
-
-    fn takes_libraries(&self) -> bool {
-        true
     }
 }
 
@@ -194,10 +188,6 @@ impl Choices for Kept {
         }
         known.get(job).cloned().unwrap_or_else(|| rule.to_owned())
     }
-
-    fn takes_libraries(&self) -> bool {
-        self.card.takes_libraries
-    }
 }
 
 #[cfg(test)]
@@ -212,7 +202,7 @@ mod tests {
 
     fn card(folder: &Path) -> Card {
         let (model, driver) = ("Card (TM) 9000".to_owned(), "CUDA 13.0".to_owned());
-        Card { folder: folder.to_path_buf(), model, driver, takes_libraries: false }
+        Card { folder: folder.to_path_buf(), model, driver }
     }
 
     fn file(folder: &Path) -> std::path::PathBuf {

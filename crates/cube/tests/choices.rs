@@ -14,7 +14,7 @@ fn device(choosing: Choosing) -> Device {
 
 fn measured(folder: &Path) -> Choosing {
     let (model, driver) = ("test".to_owned(), "1".to_owned());
-    Choosing::Measured(Card { folder: folder.to_path_buf(), model, driver, takes_libraries: false })
+    Choosing::Measured(Card { folder: folder.to_path_buf(), model, driver })
 }
 
 fn tensor(device: &Device, data: &mut Data, shape: [usize; 2]) -> Tensor {

@@ -16,11 +16,6 @@ pub(crate) fn name_of(type_name: &str) -> String {
     path.strip_prefix("unsloth_").unwrap_or(path).to_owned()
 }
 
-/// Whether a kernel is a library's: it has to compile, and what it uses is reported, but nobody here can change it.
-pub(crate) fn is_of_library(name: &str) -> bool {
-    name.starts_with("cubek_")
-}
-
 /// Names, as [`name_of`] gives them, of all functions under `crates/kernels` that can be launched.
 ///
 /// # Errors

@@ -21,7 +21,7 @@ pub(crate) struct Listed {
 }
 
 /// Every kernel that is below [`LOW`] in some instantiation on some architecture.
-pub(crate) static LISTED: [Listed; 12] = [
+pub(crate) static LISTED: [Listed; 13] = [
     Listed { kernel: "attention::forward::forward_kernel", units: None, least: 25.0, reason: FORWARD },
     Listed { kernel: "attention::forward::cached_kernel", units: None, least: 25.0, reason: FORWARD },
     Listed { kernel: "attention::backward::keys_kernel", units: None, least: 25.0, reason: BACKWARD },
@@ -33,6 +33,7 @@ pub(crate) static LISTED: [Listed; 12] = [
     Listed { kernel: "linear::product::tiled_kernel", units: Some(128), least: 43.0, reason: PRODUCT },
     Listed { kernel: "linear::product::tiled_kernel", units: Some(256), least: 25.0, reason: LARGE_PRODUCT },
     Listed { kernel: "linear::product::tiled_kernel", units: Some(32), least: 39.0, reason: SMALL_PRODUCT },
+    Listed { kernel: CUBEK, units: Some(512), least: 25.0, reason: CUBEK_PRODUCT },
     Listed { kernel: "linear::tensor::tensor_kernel", units: None, least: 12.5, reason: TENSOR_PRODUCT },
 ];
 
@@ -52,6 +53,9 @@ const PRODUCT: &str = "32 sums of a unit in registers, each number that is loade
 const LARGE_PRODUCT: &str =
     "64 sums of a unit in registers, and half as many loads: launched only where it is the fastest as measured";
 const SMALL_PRODUCT: &str = "one plane to a cube, of which a multiprocessor's shared memory takes so many: launched only where it is the fastest as measured";
+const CUBEK: &str = "cubek_matmul::components::batch::partitioned_matmul::matmul::matmul_entry";
+const CUBEK_PRODUCT: &str =
+    "a library's: sums of its tiles in registers; launched only where it is the fastest as measured";
 const TENSOR_PRODUCT: &str = "64 sums of a unit in registers: with a block of 64 by 32 per plane an operand that is loaded serves four or eight products, and \
     the next tile's numbers are on their way beside them";
 

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::{
     architecture::{ARCHITECTURES, Occupancy},
     compile::{Compiled, Kernel, Uses},
-    kernels, occupancy,
+    occupancy,
 };
 
 /// One line per instantiation.
@@ -58,7 +58,6 @@ pub(crate) fn problems(kernels: &[Kernel], refused: &[String], not_launched: &BT
         for (architecture, compiled) in &kernel.on {
             match compiled {
                 Compiled::Fails { error } => problems.push(format!("{name} on {architecture} ({call}): {error}")),
-                Compiled::Uses(_) if kernels::is_of_library(name) => {}
                 Compiled::Uses(Uses { usage, occupancy, tensor_core_instructions, .. }) => {
                     if *tensor_core_instructions == Some(0) {
                         problems.push(format!("{name} on {architecture} ({call}): no instruction of tensor cores"));

@@ -12,10 +12,6 @@ pub trait Choices: Send + Sync {
     /// Keeps a choice that was measured, and returns the one that holds from now on: another one, if the job's had been made
     /// meanwhile, or `rule`, the one that needs no measuring, where the choice cannot be kept.
     fn keep(&self, job: &str, measured: &str, rule: &str) -> String;
-
-    /// Whether kernels of other libraries are candidates: where kernels take long to compile, trying them costs more than they
-    /// can gain.
-    fn takes_libraries(&self) -> bool;
 }
 
 /// Where kernels are launched.

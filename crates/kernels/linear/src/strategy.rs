@@ -18,9 +18,9 @@ pub(crate) enum Strategy {
     Tiled(product::Tile),
     /// Tensor cores.
     Tensor(tensor::Operands, tensor::Tile),
-    /// A kernel of cubek-matmul.
+    /// The kernel of cubek-matmul.
     #[cfg(feature = "cubek")]
-    Cubek(cubek::Kernel),
+    Cubek,
 }
 
 impl Strategy {
@@ -33,7 +33,7 @@ impl Strategy {
     }
 
     /// Other ways to make the same product.
-    fn others(self, client: &ComputeClient<impl Runtime>, job: &Job, libraries: bool) -> Vec<Self> {
+    fn others(self, client: &ComputeClient<impl Runtime>, job: &Job) -> Vec<Self> {
         #[cfg_attr(not(feature = "cubek"), allow(unused_mut, reason = "there are no others"))]
         let mut others: Vec<Self> = match self {
             Self::Tensor(operands, rule) => {
@@ -43,11 +43,9 @@ impl Strategy {
             _ => product::Tile::others(client).map(Self::Tiled).collect(),
         };
         #[cfg(feature = "cubek")]
-        if libraries {
-            others.extend(cubek::Kernel::candidates(client, job).into_iter().map(Self::Cubek));
+        if cubek::can(client, job) {
+            others.push(Self::Cubek);
         }
-        #[cfg(not(feature = "cubek"))]
-        let _ = libraries;
         others
     }
 
@@ -57,7 +55,7 @@ impl Strategy {
             Self::Tiled(tile) => tile.name(),
             Self::Tensor(_, tile) => tile.name(),
             #[cfg(feature = "cubek")]
-            Self::Cubek(kernel) => kernel.name().to_owned(),
+            Self::Cubek => cubek::NAME.to_owned(),
         }
     }
 
@@ -71,7 +69,7 @@ impl Strategy {
             Self::Tiled(tile) => product::tiled(launch, job, tile, scale),
             Self::Tensor(operands, tile) => tensor::product(launch, job, (operands, tile), scale),
             #[cfg(feature = "cubek")]
-            Self::Cubek(kernel) => kernel.launch(launch, job),
+            Self::Cubek => cubek::launch(launch, job),
         }
     }
 }
@@ -82,7 +80,7 @@ pub fn names() -> Vec<String> {
     let own = product::Tile::ALL.iter().map(product::Tile::name);
     let names = own.chain(tensor::Tile::ALL.iter().map(tensor::Tile::name));
     #[cfg(feature = "cubek")]
-    let names = names.chain(cubek::Kernel::ALL.iter().map(|kernel| kernel.name().to_owned()));
+    let names = names.chain([cubek::NAME.to_owned()]);
     names.collect()
 }
 
@@ -112,7 +110,7 @@ fn chosen<R: Runtime>(
     choices: &dyn Choices,
 ) -> Result<Option<Strategy>, LaunchError> {
     let name = name(job);
-    let others = || rule.others(launch.client(), job, choices.takes_libraries());
+    let others = || rule.others(launch.client(), job);
     let choice = match choices.find(&name) {
         Some(choice) => choice,
         None if !is_worth_measuring(job) => return Ok(None),
