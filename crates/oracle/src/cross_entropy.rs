@@ -35,8 +35,10 @@ pub fn forward(a: &impl Arith, spec: &LossSpec, logits: &[f64], targets: &[i32])
         let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let lse = a.stat(max + a.sum(z.iter().map(|z| (z - max).exp())).ln());
         let mean = a.stat(a.sum(z.iter().copied()) / vocab_size as f64);
+        // A class that was masked out by -inf has no part in a loss without smoothing, where `0 * -inf` would be NaN.
+        let smoothed = if smoothing == 0.0 { 0.0 } else { smoothing * mean };
         let picked = (1.0 - smoothing) * z[target as usize];
-        nll.push(a.stat(lse - picked - smoothing * mean + z_loss * lse * lse));
+        nll.push(a.stat(lse - picked - smoothed + z_loss * lse * lse));
         all_lse[t] = lse;
     }
     Forward { loss: a.stat(a.sum(nll) / spec.num_targets as f64), lse: all_lse }
