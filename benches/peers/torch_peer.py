@@ -103,6 +103,19 @@ def rms_norm(task, dtype):
     return forward_or_backward(task["part"], function, [x, weight])
 
 
+def layer_norm(task, dtype):
+    size = task["hidden_size"]
+    x = random(task["rows"], size, dtype=dtype, grad=True)
+    residual = random(task["rows"], size, dtype=dtype)
+    weight, bias = (random(size, dtype=dtype, grad="parameters" in task["part"]) for _ in range(2))
+
+    def function():
+        y = x + residual if "residual" in task["part"] else x
+        return F.layer_norm(y, (size,), weight, bias, EPS)
+
+    return forward_or_backward(task["part"], function, [x, weight, bias])
+
+
 def rope(task, dtype):
     tokens, dim = task["tokens"], task["head_dim"]
     q = random(tokens, task["num_heads"], dim, dtype=dtype, grad=True)
@@ -214,8 +227,8 @@ def decode(task, dtype):
 
 TASKS = {
     task.__name__: task
-    for task in (linear, lora_linear, attention, rms_norm, rope, glu, cross_entropy, linear_cross_entropy, embedding,
-                 elementwise, adamw, train_step, decode)
+    for task in (linear, lora_linear, attention, rms_norm, layer_norm, rope, glu, cross_entropy,
+                 linear_cross_entropy, embedding, elementwise, adamw, train_step, decode)
 }
 
 

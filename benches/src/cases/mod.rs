@@ -7,6 +7,7 @@ pub mod decode;
 pub mod elementwise;
 pub mod embedding;
 pub mod glu;
+pub mod layer_norm;
 pub mod linear;
 pub mod linear_cross_entropy;
 pub mod lora_linear;
@@ -100,13 +101,14 @@ impl Selection {
 type Cases = fn(&Selection) -> Vec<Case>;
 
 /// Every group of cases, under its name.
-pub const GROUPS: [(&str, Cases); 14] = [
+pub const GROUPS: [(&str, Cases); 15] = [
     ("linear", linear::cases),
     ("lora_linear", lora_linear::cases),
     ("attention", attention::cases),
     ("linear_cross_entropy", linear_cross_entropy::cases),
     ("cross_entropy", cross_entropy::cases),
     ("rms_norm", rms_norm::cases),
+    ("layer_norm", layer_norm::cases),
     ("rope", rope::cases),
     ("glu", glu::cases),
     ("embedding", embedding::cases),
@@ -190,6 +192,7 @@ mod tests {
     fn a_wrong_operator_is_not_timed() {
         for (group, mutation) in [
             ("rms_norm", Mutation::NormScalesDweight),
+            ("layer_norm", Mutation::LayerNormDropsBias),
             ("rope", Mutation::RopeFlipsSin),
             ("glu", Mutation::GluSwapsOperands),
             ("attention", Mutation::AttentionNotCausal),

@@ -192,7 +192,7 @@ fn place(call: &Call, modules: &HashMap<BufferId, String>) -> Place {
         (Some(_), _) => "attention projections",
         (None, "attention" | "kv_append") => "attention",
         (None, "rope") => "rotary embedding",
-        (None, "rms_norm") => "norms",
+        (None, "rms_norm" | "layer_norm") => "norms",
         (None, "glu") => "feed-forward activation",
         (None, "embedding") => "embedding",
         (None, "linear_cross_entropy" | "cross_entropy") => "head and loss",

@@ -112,6 +112,7 @@ pub trait Backend:
     + ops::reduce::Reduce
     + ops::embedding::Embedding
     + ops::rms_norm::RmsNorm
+    + ops::layer_norm::LayerNorm
     + ops::rope::Rope
     + ops::glu::Glu
     + ops::attention::Attention
@@ -139,6 +140,7 @@ impl<T> Backend for T where
         + ops::reduce::Reduce
         + ops::embedding::Embedding
         + ops::rms_norm::RmsNorm
+        + ops::layer_norm::LayerNorm
         + ops::rope::Rope
         + ops::glu::Glu
         + ops::attention::Attention

@@ -141,7 +141,13 @@ pub(crate) fn sum(x: &[f32]) -> f32 {
 /// `sum(x^2)` in a fixed order.
 #[inline(always)]
 pub(crate) fn sum_of_squares(x: &[f32]) -> f32 {
-    fold((x, x, x), (0.0, 0.0), |sum, x, _, _| sum + x * x, |a, b| a + b)
+    sum_of_squares_about(x, 0.0)
+}
+
+/// `sum((x - mean)^2)` in a fixed order.
+#[inline(always)]
+pub(crate) fn sum_of_squares_about(x: &[f32], mean: f32) -> f32 {
+    fold((x, x, x), (0.0, mean), |sum, x, _, _| sum + (x - mean) * (x - mean), |a, b| a + b)
 }
 
 /// `sum(a * b)` in a fixed order.
@@ -166,10 +172,10 @@ pub(crate) fn dot_bf16(a: &[f32], b: &[half::bf16]) -> f32 {
     combine(partial, |a, b| a + b)
 }
 
-/// `sum(a * b * c)` in a fixed order.
+/// `sum(a * b * (c - mean))` in a fixed order.
 #[inline(always)]
-pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
-    fold((a, b, c), (0.0, 0.0), |sum, a, b, c| sum + a * b * c, |a, b| a + b)
+pub(crate) fn dot3_about(a: &[f32], b: &[f32], c: &[f32], mean: f32) -> f32 {
+    fold((a, b, c), (0.0, 0.0), |sum, a, b, c| sum + a * b * (c - mean), |a, b| a + b)
 }
 
 /// Largest value; -inf for an empty slice. A NaN is passed over.
@@ -385,9 +391,11 @@ mod tests {
             assert_eq!(sum(&x), x.iter().sum::<f32>());
             assert_eq!(dot(&x, &y), x.iter().zip(&y).map(|(x, y)| x * y).sum::<f32>());
             assert_eq!(sum_of_squares(&x), dot(&x, &x));
+            let about: Vec<f32> = x.iter().map(|x| x - 2.0).collect();
+            assert_eq!(sum_of_squares_about(&x, 2.0), dot(&about, &about));
             let narrow: Vec<half::bf16> = y.iter().map(|&y| half::bf16::from_f32(y)).collect();
             assert_eq!(dot_bf16(&x, &narrow), dot(&x, &y));
-            assert_eq!(dot3(&x, &y, &y), x.iter().zip(&y).map(|(x, y)| x * y * y).sum::<f32>());
+            assert_eq!(dot3_about(&x, &y, &x, 2.0), x.iter().zip(&y).map(|(x, y)| x * y * (x - 2.0)).sum::<f32>());
             assert_eq!(max(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             let exact: f64 = x.iter().map(|&x| f64::from(x - 3.0).exp()).sum();
             for m in BOTH {

@@ -52,6 +52,7 @@ caught! {
     reduce
     embedding
     rms_norm
+    layer_norm
     rope
     glu
     attention

@@ -46,6 +46,7 @@ suites! {
     elementwise
     embedding
     glu
+    layer_norm
     reduce
     rms_norm
     rope

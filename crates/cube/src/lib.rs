@@ -20,6 +20,7 @@ mod embedding;
 mod glu;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod info;
+mod layer_norm;
 mod linear;
 mod linear_cross_entropy;
 mod lion;

@@ -27,29 +27,20 @@ impl<R: Runtime> RmsNorm for CubeBackend<R> {
     fn rms_norm_forward(&self, spec: &Spec, x: Tensor, residual: Option<&Tensor>, weight: &Tensor) -> Result<Forward> {
         let mut out = output(OP, &x, spec.dtype, [spec.rows, spec.hidden_size])?;
         let mut rstd = output(OP, &x, DType::F32, [spec.rows])?;
-        let (to_out, to_rstd) = (handle_mut(OP, "out", &mut out)?.clone(), handle_mut(OP, "rstd", &mut rstd)?.clone());
-        let weight = handle(weight);
-        let Some(residual) = residual else {
-            let args = kernels::Forward { x: handle(&x), weight, out: &to_out, rstd: &to_rstd };
-            self.launch(OP, |client| {
-                dispatch_float!(spec.dtype, E => dispatch_float!(spec.weight_dtype, W =>
-                    kernels::forward::<R, E, W>(client, shape(spec), args)))
-            })?;
-            return Ok(Forward { out, sum: None, rstd });
-        };
-        let mut sum = if x.is_unique() { x } else { self.copy(&x)? };
-        let args = kernels::AddForward {
-            x: handle_mut(OP, "sum", &mut sum)?,
-            residual: handle(residual),
-            weight,
-            out: &to_out,
-            rstd: &to_rstd,
+        let mut x = if residual.is_none() || x.is_unique() { x } else { self.copy(&x)? };
+        let args = kernels::Forward {
+            // Written only where there is a residual.
+            x: if residual.is_some() { handle_mut(OP, "sum", &mut x)? } else { handle(&x) },
+            residual: residual.map(handle),
+            weight: handle(weight),
+            out: handle_mut(OP, "out", &mut out)?,
+            rstd: handle_mut(OP, "rstd", &mut rstd)?,
         };
         self.launch(OP, |client| {
             dispatch_float!(spec.dtype, E => dispatch_float!(spec.weight_dtype, W =>
-                kernels::add_forward::<R, E, W>(client, shape(spec), args)))
+                kernels::forward::<R, E, W>(client, shape(spec), args)))
         })?;
-        Ok(Forward { out, sum: Some(sum), rstd })
+        Ok(Forward { out, sum: residual.map(|_| x), rstd })
     }
 
     fn rms_norm_backward(&self, spec: &Spec, inputs: Backward<'_>, dweight: Option<&mut Tensor>) -> Result<Tensor> {

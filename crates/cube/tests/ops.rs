@@ -54,6 +54,11 @@ fn glu() {
 }
 
 #[test]
+fn layer_norm() {
+    suite::layer_norm::run(&device());
+}
+
+#[test]
 fn linear() {
     suite::linear::run(&device());
 }

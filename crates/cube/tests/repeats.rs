@@ -54,6 +54,7 @@ repeated! {
     reduce
     embedding
     rms_norm
+    layer_norm
     rope
     glu
     attention

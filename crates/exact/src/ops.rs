@@ -6,7 +6,8 @@ use unsloth_core::{
     ops::{
         attention,
         cross_entropy::{self, IGNORE_INDEX},
-        dora, elementwise, embedding, glu, linear, linear_cross_entropy, lora_linear, reduce, rms_norm, rope,
+        dora, elementwise, embedding, glu, layer_norm, linear, linear_cross_entropy, lora_linear, reduce, rms_norm,
+        rope,
     },
 };
 use unsloth_oracle::{self as oracle, arith::Exact, linear::Dims};
@@ -184,6 +185,49 @@ impl rms_norm::RmsNorm for ExactBackend {
         let found = oracle::rms_norm::backward(&Exact, forward, gradients, &start);
         if let Some(dweight) = dweight {
             overwrite(("rms_norm", "dweight"), dweight, &found.dweight)?;
+        }
+        tensor(inputs.sum, *inputs.sum.shape(), found.dx)
+    }
+}
+
+impl layer_norm::LayerNorm for ExactBackend {
+    fn layer_norm_forward(
+        &self,
+        spec: &layer_norm::Spec,
+        x: Tensor,
+        residual: Option<&Tensor>,
+        affine: layer_norm::Affine<'_>,
+    ) -> Result<layer_norm::Forward> {
+        let (rows, residual) = (values(&x)?, optional(residual)?);
+        let (weight, bias) = (values(affine.weight)?, optional(affine.bias)?);
+        let (residual, bias) = (residual.as_deref(), bias.as_deref());
+        let inputs = oracle::layer_norm::Inputs { x: &rows, residual, weight: &weight, bias, eps: f64::from(spec.eps) };
+        let found = oracle::layer_norm::forward(&Exact, inputs);
+        let sum = residual.is_some().then(|| tensor(&x, *x.shape(), found.sum)).transpose()?;
+        let statistic = |values| tensor(&x, [spec.rows], values);
+        let (mean, rstd) = (statistic(found.mean)?, statistic(found.rstd)?);
+        Ok(layer_norm::Forward { out: tensor(&x, *x.shape(), found.out)?, sum, mean, rstd })
+    }
+    fn layer_norm_backward(
+        &self,
+        spec: &layer_norm::Spec,
+        inputs: layer_norm::Backward<'_>,
+        gradients: layer_norm::ParameterGradients<'_>,
+    ) -> Result<Tensor> {
+        let (x, weight, dout) = (values(inputs.sum)?, values(inputs.weight)?, values(&inputs.dout)?);
+        let dsum = optional(inputs.dsum)?;
+        let layer_norm::ParameterGradients { dweight, dbias } = gradients;
+        let start = |gradient: Option<&Tensor>| gradient.map_or_else(|| Ok(vec![0.0; spec.hidden_size]), values);
+        let (of_weight, of_bias) = (start(dweight.as_deref())?, start(dbias.as_deref())?);
+        let start = oracle::layer_norm::Start { dweight: &of_weight, dbias: &of_bias };
+        let eps = f64::from(spec.eps);
+        let forward = oracle::layer_norm::Inputs { x: &x, residual: None, weight: &weight, bias: None, eps };
+        let outputs = oracle::layer_norm::OutputGradients { dout: &dout, dsum: dsum.as_deref() };
+        let found = oracle::layer_norm::backward(&Exact, forward, outputs, start);
+        for (arg, gradient, values) in [("dweight", dweight, found.dweight), ("dbias", dbias, found.dbias)] {
+            if let Some(gradient) = gradient {
+                overwrite(("layer_norm", arg), gradient, &values)?;
+            }
         }
         tensor(inputs.sum, *inputs.sum.shape(), found.dx)
     }

@@ -17,6 +17,7 @@ suites! {
     elementwise
     embedding
     glu
+    layer_norm
     linear
     linear_cross_entropy
     lora_linear

@@ -16,6 +16,7 @@ pub mod dora;
 pub mod elementwise;
 pub mod embedding;
 pub mod glu;
+pub mod layer_norm;
 pub mod linear;
 pub mod linear_cross_entropy;
 pub mod lion;

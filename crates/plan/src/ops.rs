@@ -3,7 +3,7 @@
 use unsloth_core::{
     DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
     ops::{
-        adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
+        adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, layer_norm, linear,
         linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd, stochastic_rounding,
     },
 };
@@ -89,8 +89,39 @@ impl rms_norm::RmsNorm for PlanBackend {
     ) -> Result<Tensor> {
         let dx = take_or_copy(inputs.dout)?;
         let with_dweight = dweight.is_some();
-        let _scratch = self.on_cpu(|_| scratch::rms_norm_backward(spec, with_dweight))?;
+        let _scratch =
+            self.on_cpu(|_| scratch::norm_backward([spec.rows, spec.hidden_size], usize::from(with_dweight)))?;
         let _parts = self.on_kernels(|| [kernels::column_sums([spec.rows, spec.hidden_size], with_dweight)])?;
+        Ok(dx)
+    }
+}
+
+impl layer_norm::LayerNorm for PlanBackend {
+    fn layer_norm_forward(
+        &self,
+        spec: &layer_norm::Spec,
+        x: Tensor,
+        residual: Option<&Tensor>,
+        affine: layer_norm::Affine<'_>,
+    ) -> Result<layer_norm::Forward> {
+        let out = output(&x, spec.dtype, [spec.rows, spec.hidden_size])?;
+        let (mean, rstd) = (output(&x, DType::F32, [spec.rows])?, output(&x, DType::F32, [spec.rows])?);
+        let _scratch = self.on_cpu(|_| [spec.hidden_size, affine.bias.map_or(0, |_| spec.hidden_size)])?;
+        let sum = residual.map(|_| take_or_copy(x)).transpose()?;
+        Ok(layer_norm::Forward { out, sum, mean, rstd })
+    }
+    fn layer_norm_backward(
+        &self,
+        spec: &layer_norm::Spec,
+        inputs: layer_norm::Backward<'_>,
+        gradients: layer_norm::ParameterGradients<'_>,
+    ) -> Result<Tensor> {
+        let [of_weight, of_bias] = [gradients.dweight.is_some(), gradients.dbias.is_some()];
+        let size = [spec.rows, spec.hidden_size];
+        // Kernels give the sums back before a shared gradient is copied.
+        drop(self.on_kernels(|| [kernels::column_sums(size, of_weight), kernels::column_sums(size, of_bias)])?);
+        let dx = take_or_copy(inputs.dout)?;
+        let _scratch = self.on_cpu(|_| scratch::norm_backward(size, usize::from(of_weight) + usize::from(of_bias)))?;
         Ok(dx)
     }
 }

@@ -30,7 +30,7 @@ const DROPOUT_ROWS: usize = 512;
 const SMALL_PRODUCT: usize = 64 * 64 * 64;
 /// Up to this many rows are not packed, where the other factor is f32.
 const FEW_ROWS: usize = 2;
-/// Parts of the rows that a norm's weight gradient is summed in, at most, and rows of a part, at least.
+/// Parts of the rows that gradients of a norm's parameters are summed in, at most, and rows of a part, at least.
 const NORM_PARTS: (usize, usize) = (64, 8);
 
 /// Distance of the rows of an attention tile: whole vectors, and one more.
@@ -185,11 +185,11 @@ pub(crate) fn lora_input_gradient(spec: &ops::lora_linear::Spec, num_threads: us
     [elements, products]
 }
 
-/// The weight with its offset, and the parts of its gradient where that is wanted.
-pub(crate) fn rms_norm_backward(spec: &ops::rms_norm::Spec, with_dweight: bool) -> [usize; 2] {
+/// A norm's weight with its offset, and the parts of so many gradients of parameters.
+pub(crate) fn norm_backward([rows, hidden_size]: [usize; 2], num_gradients: usize) -> [usize; 2] {
     let (max_parts, min_rows) = NORM_PARTS;
-    let num_parts = spec.rows.div_ceil(spec.rows.div_ceil(max_parts).max(min_rows));
-    [spec.hidden_size, if with_dweight { num_parts * spec.hidden_size } else { 0 }]
+    let num_parts = rows.div_ceil(rows.div_ceil(max_parts).max(min_rows));
+    [hidden_size, num_gradients * num_parts * hidden_size]
 }
 
 /// Rows that are computed: only those with a target. Which they are is not known here; there are no more of them than in the

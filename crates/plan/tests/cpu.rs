@@ -5,7 +5,7 @@
 use unsloth_core::{
     Category, DType, Device, KvView, Lengths, Result, Sequences, Shape, Tensor, Usage, Weight,
     ops::{
-        adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
+        adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, layer_norm, linear,
         linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd, stochastic_rounding,
     },
     rng::Philox,
@@ -114,6 +114,30 @@ fn rms_norm() {
                 let inputs = rms_norm::Backward { dout, dsum: None, sum, weight: &weight, rstd };
                 let mut dweight = gradient(device, [65])?;
                 rms_norm::backward(inputs, with_dweight.then_some(&mut dweight), 1e-5, 0.0).map(drop)
+            });
+        }
+    }
+}
+
+#[test]
+fn layer_norm() {
+    use layer_norm::{Affine, Backward, ParameterGradients};
+    for (dtype, weight_dtype) in pairs() {
+        for (rows, with_weight, with_bias) in
+            [(3, true, true), (700, true, true), (700, false, true), (700, false, false)]
+        {
+            same(&format!("{dtype} {weight_dtype} {rows} {with_weight} {with_bias}"), |device| {
+                let x = || zeros(device, [rows, 65], dtype);
+                let (weight, residual) = (zeros(device, [65], weight_dtype)?, x()?);
+                let affine = Affine { weight: &weight, bias: Some(&weight) };
+                layer_norm::forward(x()?, None, Affine { bias: None, ..affine }, 1e-5)?;
+                let forward = layer_norm::forward(residual.clone(), Some(&residual), affine, 1e-5)?;
+                let (dout, sum) = (forward.out, &forward.sum.unwrap());
+                let (mean, rstd) = (&forward.mean, &forward.rstd);
+                let inputs = Backward { dout, dsum: None, sum, weight: &weight, mean, rstd };
+                let (mut dweight, mut dbias) = (gradient(device, [65])?, gradient(device, [65])?);
+                let (dweight, dbias) = (with_weight.then_some(&mut dweight), with_bias.then_some(&mut dbias));
+                layer_norm::backward(inputs, ParameterGradients { dweight, dbias }, 1e-5).map(drop)
             });
         }
     }

@@ -1,7 +1,7 @@
 //! The gradient of each operator through the tape.
 
 use unsloth_autograd::{
-    GradStore, Matrix, Tape, Var, Vector,
+    GradStore, Matrix, Parameter, Tape, Var, Vector,
     ops::{self, AttentionSequences, LoraAdapter, LoraDropout, NormOptions, RopeAngles},
 };
 use unsloth_core::{
@@ -207,6 +207,40 @@ fn rms_norm() {
         |l| {
             let sum = oracle::elementwise::add(&Exact, &l[0], &l[1]);
             vec![reference::rms_norm(&sum, &l[2], NORM), sum]
+        },
+    );
+}
+
+#[test]
+fn layer_norm() {
+    let (device, mut data) = (device(), Data::new(17));
+    let (x, residual) = (leaf(&mut data, [3, 6], 1.0), leaf(&mut data, [3, 6], 1.0));
+    let (w, b) = (leaf(&mut data, [6], 1.0), leaf(&mut data, [6], 1.0));
+    let norm = |p: &[Parameter]| ops::LayerNorm {
+        weight: Vector::Trainable(p[0].clone()),
+        bias: p.get(1).cloned().map(Vector::Trainable),
+        eps: 0.1,
+    };
+    case("layer_norm", std::slice::from_ref(&x), &[w.clone(), b.clone()]).check(
+        &device,
+        |tape, v, p| Ok(vec![ops::layer_norm(tape, &v[0], &norm(p))?]),
+        |l| vec![reference::layer_norm(&l[0], (&l[1], Some(&l[2])), 0.1)],
+    );
+    case("layer_norm without a bias", std::slice::from_ref(&x), std::slice::from_ref(&w)).check(
+        &device,
+        |tape, v, p| Ok(vec![ops::layer_norm(tape, &v[0], &norm(p))?]),
+        |l| vec![reference::layer_norm(&l[0], (&l[1], None), 0.1)],
+    );
+    // Each of the two outputs alone and both: the harness seeds every choice.
+    case("add_layer_norm", &[x, residual], &[w, b]).check(
+        &device,
+        |tape, v, p| {
+            let (out, sum) = ops::add_layer_norm(tape, v[0].clone(), &v[1], &norm(p))?;
+            Ok(vec![out, sum])
+        },
+        |l| {
+            let sum = oracle::elementwise::add(&Exact, &l[0], &l[1]);
+            vec![reference::layer_norm(&sum, (&l[2], Some(&l[3])), 0.1), sum]
         },
     );
 }

@@ -10,6 +10,11 @@ use unsloth_testkit::{
     oracle::{self, rms_norm::Inputs, rope::Rotation},
 };
 
+pub(crate) fn layer_norm(x: &[f64], (weight, bias): (&[f64], Option<&[f64]>), eps: f64) -> Vec<f64> {
+    let inputs = oracle::layer_norm::Inputs { x, residual: None, weight, bias, eps: f64::from(eps as f32) };
+    oracle::layer_norm::forward(&Exact, inputs).out
+}
+
 pub(crate) fn rms_norm(x: &[f64], weight: &[f64], options: NormOptions) -> Vec<f64> {
     let (eps, weight_offset) = (f64::from(options.eps), f64::from(options.weight_offset));
     oracle::rms_norm::forward(&Exact, Inputs { x, residual: None, weight, eps, weight_offset }).out

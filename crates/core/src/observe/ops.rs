@@ -4,8 +4,8 @@ use super::{Call, Observed, results::Results};
 use crate::{
     Backend, DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
     ops::{
-        Cost, adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, linear,
-        linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd, stochastic_rounding,
+        Cost, adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, layer_norm,
+        linear, linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd, stochastic_rounding,
     },
 };
 
@@ -160,6 +160,40 @@ impl rms_norm::RmsNorm for Observed {
         let seen = self.begin(|| Call { name: "rms_norm backward", shape: shape(), weights: vec![weight], cost })?;
         let dx = self.backend().rms_norm_backward(spec, inputs, dweight.as_deref_mut())?;
         self.end(seen, [&dx].into_iter().chain(dweight.as_deref()))?;
+        Ok(dx)
+    }
+}
+
+impl layer_norm::LayerNorm for Observed {
+    fn layer_norm_forward(
+        &self,
+        spec: &layer_norm::Spec,
+        x: Tensor,
+        residual: Option<&Tensor>,
+        affine: layer_norm::Affine<'_>,
+    ) -> Result<layer_norm::Forward> {
+        let about = || Call {
+            name: "layer_norm forward",
+            shape: format!("{} x {}", spec.rows, spec.hidden_size),
+            weights: [affine.weight].into_iter().chain(affine.bias).collect(),
+            cost: spec.forward_cost(residual.is_some(), affine.bias.is_some()),
+        };
+        self.call(about, |backend| backend.layer_norm_forward(spec, x, residual, affine))
+    }
+    fn layer_norm_backward(
+        &self,
+        spec: &layer_norm::Spec,
+        inputs: layer_norm::Backward<'_>,
+        gradients: layer_norm::ParameterGradients<'_>,
+    ) -> Result<Tensor> {
+        let layer_norm::ParameterGradients { mut dweight, mut dbias } = gradients;
+        let num_gradients = usize::from(dweight.is_some()) + usize::from(dbias.is_some());
+        let (weight, cost) = (inputs.weight, spec.backward_cost(inputs.dsum.is_some(), num_gradients));
+        let shape = || format!("{} x {}", spec.rows, spec.hidden_size);
+        let seen = self.begin(|| Call { name: "layer_norm backward", shape: shape(), weights: vec![weight], cost })?;
+        let wanted = layer_norm::ParameterGradients { dweight: dweight.as_deref_mut(), dbias: dbias.as_deref_mut() };
+        let dx = self.backend().layer_norm_backward(spec, inputs, wanted)?;
+        self.end(seen, [&dx].into_iter().chain(dweight.as_deref()).chain(dbias.as_deref()))?;
         Ok(dx)
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     Tensor,
-    ops::{attention, cross_entropy, glu, linear_cross_entropy, lora_linear, rms_norm},
+    ops::{attention, cross_entropy, glu, layer_norm, linear_cross_entropy, lora_linear, rms_norm},
 };
 
 /// What an operator gives.
@@ -26,6 +26,12 @@ impl Results for (Tensor, Tensor) {
 impl Results for rms_norm::Forward {
     fn tensors(&self) -> Vec<&Tensor> {
         self.sum.iter().chain([&self.rstd, &self.out]).collect()
+    }
+}
+
+impl Results for layer_norm::Forward {
+    fn tensors(&self) -> Vec<&Tensor> {
+        self.sum.iter().chain([&self.mean, &self.rstd, &self.out]).collect()
     }
 }
 

@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
+pub mod layer_norm;
 pub mod rms_norm;
+mod rows;
 
 /// The CubeCL whose types this crate takes and gives.
 pub use cubecl;

@@ -4,6 +4,7 @@
 mod adamw;
 mod attention;
 mod dora;
+mod layer_norm;
 mod matrices;
 mod memory;
 mod rows;
@@ -174,6 +175,25 @@ mutations! {
         NormOverwritesDweight,
         /// What is added to dweight is 1% too large.
         NormScalesDweight;
+    layer_norm:
+        /// eps is 0, or nearly.
+        LayerNormDropsEps,
+        /// Rows are not centred.
+        LayerNormIgnoresMean,
+        /// The bias is not added.
+        LayerNormDropsBias,
+        /// The residual is not added.
+        LayerNormDropsResidual,
+        /// The gradient of the residual stream is lost.
+        LayerNormDropsDsum,
+        /// `dx` and `dweight` as if rows had the mean 0.
+        LayerNormGradientIgnoresMean,
+        /// rstd is taken for a constant.
+        LayerNormDropsProjection,
+        /// Nothing is added to dweight.
+        LayerNormForgetsDweight,
+        /// dbias is overwritten.
+        LayerNormOverwritesDbias;
     rope:
         /// `-sin`.
         RopeFlipsSin,

@@ -19,6 +19,7 @@ mod attention;
 mod dora;
 mod embedding;
 mod glu;
+mod layer_norm;
 mod linear;
 mod lora_linear;
 mod loss;
@@ -29,7 +30,7 @@ mod rope;
 type Calls = fn(&mut Caller) -> unsloth_core::Result<()>;
 
 /// Every operator.
-const OPERATORS: [(&str, Calls); 18] = [
+const OPERATORS: [(&str, Calls); 19] = [
     ("adamw", pointwise::adamw),
     ("adamw8bit", pointwise::adamw8bit),
     ("lion", pointwise::lion),
@@ -41,6 +42,7 @@ const OPERATORS: [(&str, Calls); 18] = [
     ("elementwise", pointwise::elementwise),
     ("embedding", embedding::calls),
     ("glu", glu::calls),
+    ("layer_norm", layer_norm::calls),
     ("linear", linear::calls),
     ("linear with every kernel", linear::every_kernel),
     ("linear_cross_entropy", loss::linear_cross_entropy),
