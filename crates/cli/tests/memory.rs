@@ -221,7 +221,9 @@ fn a_deep_model_holds_as_much_less_as_it_says() {
     let mut first = None;
     for (index, (options, most)) in [
         ("--checkpointing none", 1.0),
+        ("--checkpointing selective", 0.75),
         ("--checkpointing sqrt", 0.3),
+        ("--checkpointing every:1", 0.2),
         ("--checkpointing every:1 --offload host", 0.2),
         ("--checkpointing every:1 --offload disk", 0.2),
         ("--mlp-tile 512", 0.5),
