@@ -57,6 +57,9 @@ pub(crate) struct Args {
     /// Where inputs of layers that are computed again wait: none (on the device), host or disk
     #[arg(long, value_name = "PLACE", default_value = "none")]
     offload: Offload,
+    /// Where what the optimiser keeps waits between steps: none (on the device), host or disk
+    #[arg(long, value_name = "PLACE", default_value = "none")]
+    offload_optimizer: Offload,
     /// What is kept of each parameter: by adamw, adamw8bit, sgd, lion, adafactor or muon
     #[arg(long, value_name = "NAME", default_value_t)]
     optimizer: OptimizerKind,
@@ -68,7 +71,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
     /// Print {"peak_bytes", "by_category", "device"} instead of text, with --memory also {"checkpointing", "largest_seq",
-    /// "largest_batch"}, with --offload also {"offloaded_bytes"}
+    /// "largest_batch"}, with --offload or --offload-optimizer also {"offloaded_bytes"}
     #[arg(long)]
     json: bool,
 }
@@ -85,6 +88,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         checkpointing: args.checkpointing,
         mlp_tile: args.mlp_tile,
         offload: args.offload,
+        offload_optimizer: args.offload_optimizer,
         optimizer: args.optimizer.with_defaults(),
         memory_bytes: args.memory.map(|ByteSize(bytes)| bytes),
         ..TrainConfig::new(args.model, Vec::new(), PathBuf::new())
@@ -155,7 +159,7 @@ impl Found {
             peak_bytes: usage.total_peak_bytes(),
             by_category: by_category.collect(),
             device: device.to_string(),
-            offloaded_bytes: elsewhere.map(|usage| usage.peak_bytes),
+            offloaded_bytes: elsewhere.total().map(|usage| usage.peak_bytes),
             within,
         })
     }
@@ -173,7 +177,7 @@ impl Found {
             write!(text, ", fits {}", ByteSize(bytes))?;
         }
         if let Some(bytes) = self.offloaded_bytes {
-            write!(text, "\n{:<12}{:>12} offloaded to {}", "", ByteSize(bytes), config.offload)?;
+            write!(text, "\n{:<12}{:>12} offloaded{}", "", ByteSize(bytes), places(config))?;
         }
         let Some(Within { checkpointing, largest_seq, largest_batch, is_chosen }) = &self.within else {
             return Ok(text);
@@ -186,6 +190,14 @@ impl Found {
         write!(text, "\nlargest batch at --seq {seq}: {}", count(*largest_batch))?;
         Ok(text)
     }
+}
+
+/// Where something waits, as ` to host`.
+fn places(config: &TrainConfig) -> String {
+    let mut places: Vec<_> =
+        [config.offload, config.offload_optimizer].into_iter().filter(|place| *place != Offload::None).collect();
+    places.dedup();
+    places.iter().map(|place| format!(" to {place}")).collect::<Vec<_>>().join(" and")
 }
 
 fn count(largest: Option<usize>) -> String {

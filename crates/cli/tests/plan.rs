@@ -115,6 +115,8 @@ fn options_as_measured() {
         "--mlp-tile 64 --method full --checkpointing every:2 --offload disk --dtype bf16",
         "--checkpointing layers:1,2 --offload host",
         "--checkpointing selective --dtype f16",
+        "--method full --offload-optimizer host",
+        "--method full --dtype bf16 --optimizer adamw8bit --offload-optimizer disk",
         "--method full --dtype bf16",
         "--method full --dtype bf16 --stochastic-rounding",
         "--method scratch",
@@ -128,6 +130,31 @@ fn options_as_measured() {
     }
 }
 
+/// Moments that wait elsewhere are not in the device's account, but for what a step brings at a time.
+#[test]
+fn moments_elsewhere_as_measured() {
+    let model = tempfile::tempdir().unwrap();
+    SMALL.write(model.path());
+    let run = |options: &str| {
+        let options = &format!("--method full {options}");
+        let run = Run { model: model.path(), seq_len: 200, batch_size: 1, options };
+        run.check();
+        run.plan()
+    };
+    let number = |value: &Value| value.as_u64().unwrap();
+    let here = run("");
+    let [optimiser, peak] = [&here["by_category"]["optimiser"], &here["peak_bytes"]].map(number);
+    // What stays: the scalars of this step and of the one before.
+    let scalars = 2 * 256;
+    assert!(optimiser > 1 << 20, "{optimiser}");
+    for place in ["host", "disk"] {
+        let away = run(&format!("--offload-optimizer {place}"));
+        assert_eq!(number(&away["offloaded_bytes"]), optimiser - scalars, "{place}");
+        assert_eq!(number(&away["by_category"]["optimiser"]), scalars, "{place}");
+        assert_eq!(number(&away["peak_bytes"]), peak - (optimiser - scalars), "{place}");
+    }
+}
+
 /// Two models, two lengths, policies, types and methods on a device that CubeCL's kernels run on.
 #[cfg(feature = "wgpu")]
 #[test]
@@ -135,7 +162,7 @@ fn options_as_measured() {
 fn vulkan_as_measured() {
     let small = tempfile::tempdir().unwrap();
     SMALL.write(small.path());
-    let configurations: [(&Path, usize, usize, &str); 14] = [
+    let configurations: [(&Path, usize, usize, &str); 15] = [
         (&tiny(), 64, 1, ""),
         (&tiny(), 256, 2, ""),
         (&tiny(), 256, 2, "--checkpointing selective"),
@@ -145,6 +172,7 @@ fn vulkan_as_measured() {
         (&tiny(), 100, 2, "--dtype f16"),
         (&tiny(), 100, 2, "--dora"),
         (&tiny(), 100, 2, "--method full --optimizer adamw8bit"),
+        (&tiny(), 100, 2, "--method full --offload-optimizer host"),
         (small.path(), 128, 1, ""),
         (small.path(), 256, 1, "--checkpointing sqrt"),
         (small.path(), 256, 2, "--checkpointing every:1 --offload disk"),

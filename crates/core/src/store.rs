@@ -54,6 +54,23 @@ pub struct StoreUsage {
     pub taken: Transfers,
 }
 
+impl StoreUsage {
+    /// Of two stores together. Their peaks may have been at different times: the sum is no less than what both kept at once.
+    pub fn and(self, other: Self) -> Self {
+        let both = |a: Transfers, b: Transfers| Transfers {
+            num: a.num + b.num,
+            bytes: a.bytes + b.bytes,
+            time: a.time + b.time,
+        };
+        Self {
+            live_bytes: self.live_bytes + other.live_bytes,
+            peak_bytes: self.peak_bytes + other.peak_bytes,
+            put: both(self.put, other.put),
+            taken: both(self.taken, other.taken),
+        }
+    }
+}
+
 /// Copies in one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Transfers {

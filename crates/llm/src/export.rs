@@ -36,11 +36,8 @@ pub fn save(folder: &Path, model: &Decoder) -> Result<()> {
     let (Some(source), false) = (model.folder(), model.trained().is_empty()) else {
         return Err(Error::NothingTrained { path: folder.to_owned() });
     };
-    let entry = |weight: &TrainedWeight| Entry {
-        name: weight.parameter.name().to_owned(),
-        tensor: weight.parameter.value(),
-        dtype: weight.stored,
-    };
+    let entry =
+        |weight: &TrainedWeight| Entry::of(weight.parameter.name().to_owned(), weight.parameter.value(), weight.stored);
     let entries: Vec<Entry> = model.trained().iter().map(entry).collect();
     let config = config(source, &entries)?;
     let generation_config = generation_config(source)?;
@@ -75,11 +72,11 @@ pub fn save_merged(folder: &Path, model: &Decoder) -> Result<()> {
                 checkpoint.tensor(model.device(), &Wanted { name, shape, dtype, category: Category::Weights })?
             }
         };
-        entries.push(Entry { name: name.to_owned(), tensor, dtype });
+        entries.push(Entry::of(name.to_owned(), tensor, dtype));
     }
     let dtype = entries.first().map_or(DType::F32, |entry| entry.dtype);
     let is_untied = !changed.is_empty();
-    entries.extend(changed.into_iter().map(|(name, tensor)| Entry { name, tensor, dtype }));
+    entries.extend(changed.into_iter().map(|(name, tensor)| Entry::of(name, tensor, dtype)));
     let mut config = config(source, &entries)?;
     if is_untied {
         let path = source.join(CONFIG);

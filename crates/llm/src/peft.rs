@@ -115,7 +115,7 @@ pub fn save(folder: &Path, model: &Decoder) -> Result<()> {
     let config = model.adapters().ok_or_else(|| Error::NoAdapter { path: folder.to_owned() })?;
     let mut entries = Vec::new();
     let mut add = |name: String, parameter: &Parameter| {
-        entries.push(Entry { name, tensor: parameter.value(), dtype: DType::F32 });
+        entries.push(Entry::of(name, parameter.value(), DType::F32));
     };
     for linear in model.linears() {
         let Some(adapter) = &linear.adapter else { continue };

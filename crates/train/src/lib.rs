@@ -34,7 +34,7 @@ pub use loss_scale::{LossScaleConfig, LossScaleError, LossScaleState, LossScaler
 pub use model::Model;
 pub use optimizer::{
     AdafactorConfig, AdamWConfig, AdjustLr, LionConfig, MIN_8BIT_SIZE, MuonConfig, Optimizer, OptimizerConfig,
-    OptimizerKind, Rates, Role, SgdConfig,
+    OptimizerKind, Paging, Rates, Role, SgdConfig, set_value,
 };
 pub use precision::Precision;
 pub use schedule::{Schedule, ScheduleKind};

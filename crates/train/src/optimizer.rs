@@ -8,8 +8,11 @@ mod adamw;
 mod config;
 mod lion;
 mod muon;
+mod paging;
 mod rounding;
 mod sgd;
+
+use std::rc::Rc;
 
 use unsloth_autograd::{GradStore, Parameter};
 use unsloth_core::{
@@ -20,15 +23,17 @@ use unsloth_core::{
     },
 };
 
+pub(crate) use self::paging::Parked;
 pub use self::{
     adafactor::AdafactorConfig,
     adamw::{AdamWConfig, MIN_8BIT_SIZE},
     config::{OptimizerConfig, OptimizerKind},
     lion::LionConfig,
     muon::{AdjustLr, MuonConfig},
+    paging::Paging,
     sgd::SgdConfig,
 };
-use crate::{Result, StateTensor, Unscaled};
+use crate::{Result, StateTensor, Unscaled, trainer::Contents};
 
 /// What of a model a parameter belongs to, as far as it has a learning rate of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -79,6 +84,8 @@ struct Slot {
     parameter: Parameter,
     role: Role,
     parts: Vec<Part>,
+    /// The parts between steps, where they wait elsewhere.
+    parked: Vec<Rc<Parked>>,
 }
 
 impl Slot {
@@ -123,6 +130,8 @@ pub struct Optimizer {
     state: StepState,
     /// Of the run, where parameters in bf16 are rounded at random.
     rounding: Option<u64>,
+    /// Where parts wait between steps; `None`: on the device.
+    paging: Option<Paging>,
 }
 
 impl Optimizer {
@@ -132,6 +141,20 @@ impl Optimizer {
     /// As [`OptimizerConfig::validate`]; [`Error::Unsupported`] on a device that cannot take its steps;
     /// [`Error::OutOfMemory`].
     pub fn new(device: &Device, parameters: &[(Parameter, Role)], config: OptimizerConfig) -> Result<Self> {
+        Self::with_paging(device, parameters, config, None)
+    }
+
+    /// The same, where what is kept waits outside of the device's memory between steps if that is wanted: a step then brings what is kept of
+    /// some parameters at a time, and puts it back. It has the same bits.
+    ///
+    /// # Errors
+    /// As [`Optimizer::new`]; as [`unsloth_core::TensorStore::put`].
+    pub fn with_paging(
+        device: &Device,
+        parameters: &[(Parameter, Role)],
+        config: OptimizerConfig,
+        paging: Option<Paging>,
+    ) -> Result<Self> {
         config.validate()?;
         let rule = config.rule();
         rule.check_device(device)?;
@@ -144,11 +167,15 @@ impl Optimizer {
             };
             let forms = rule.parts(&parameter.value(), role);
             let parts = forms.into_iter().map(part).collect::<Result<_>>()?;
-            Ok(Slot { parameter, role, parts })
+            let mut slot = Slot { parameter, role, parts, parked: Vec::new() };
+            if let Some(Paging { store, .. }) = &paging {
+                slot.park(store)?;
+            }
+            Ok(slot)
         };
         let slots = parameters.into_iter().map(slot).collect::<Result<Vec<_>>>()?;
         drop(rule);
-        Ok(Self { config, slots, state: StepState::new(device, 0)?, rounding: None })
+        Ok(Self { config, slots, state: StepState::new(device, 0)?, rounding: None, paging })
     }
 
     /// From now on parameters in bf16 are changed in f32 and rounded up or down at random, by this seed; to nearest, without.
@@ -166,7 +193,12 @@ impl Optimizer {
         self.slots.iter().map(|slot| &slot.parameter)
     }
 
-    /// What is kept of a parameter under this name, such as `m`.
+    /// Where what is kept waits between steps; `None`: on the device.
+    pub fn paging(&self) -> Option<&Paging> {
+        self.paging.as_ref()
+    }
+
+    /// What is kept of a parameter on the device under this name, such as `m`.
     pub fn part(&self, parameter: &Parameter, name: &str) -> Option<&Tensor> {
         let index = self.slots.binary_search_by_key(&parameter.id(), |slot| slot.parameter.id()).ok()?;
         self.slots[index].parts.iter().find(|part| part.name == name).map(|part| &part.tensor)
@@ -180,9 +212,10 @@ impl Optimizer {
     /// Value and parts of every parameter, with their names; the value is [`crate::PARAMETER`].
     pub(crate) fn tensors(&self) -> Vec<StateTensor> {
         let tensors = |slot: &Slot| {
-            let value = (crate::PARAMETER, slot.parameter.value());
-            let parts = slot.parts.iter().map(|part| (part.name, part.tensor.clone()));
-            let named = |(part, tensor)| StateTensor { parameter: slot.parameter.clone(), part, tensor };
+            let value = (crate::PARAMETER, Contents::Here(slot.parameter.value()));
+            let parts = slot.parts.iter().map(|part| (part.name, Contents::Here(part.tensor.clone())));
+            let parts = parts.chain(slot.parked.iter().map(|parked| (parked.name, Contents::Away(parked.clone()))));
+            let named = |(part, contents)| StateTensor { parameter: slot.parameter.clone(), part, contents };
             std::iter::once(value).chain(parts).map(named).collect::<Vec<_>>()
         };
         self.slots.iter().flat_map(tensors).collect()
@@ -194,14 +227,16 @@ impl Optimizer {
         &mut self,
         mut tensor_of: impl FnMut(&Parameter, &'static str, (Shape, DType)) -> Result<Tensor, E>,
     ) -> Result<(), E> {
-        for Slot { parameter, parts, .. } in &mut self.slots {
-            let value = parameter.value();
-            let new = tensor_of(parameter, crate::PARAMETER, (*value.shape(), value.dtype()))?;
-            drop(value);
-            parameter.update(|value| replace(crate::PARAMETER, value, new)).map_err(crate::Error::from)?;
+        for slot in &mut self.slots {
+            slot.bring().map_err(crate::Error::from)?;
+            let Slot { parameter, parts, .. } = slot;
+            set_value(parameter, |form| tensor_of(parameter, crate::PARAMETER, form))?;
             for Part { name, tensor } in parts {
                 let new = tensor_of(parameter, name, (*tensor.shape(), tensor.dtype()))?;
                 replace(name, tensor, new).map_err(crate::Error::from)?;
+            }
+            if let Some(Paging { store, .. }) = &self.paging {
+                slot.park(store).map_err(crate::Error::from)?;
             }
         }
         Ok(())
@@ -238,10 +273,37 @@ impl Optimizer {
     /// A learning rate out of its range; a parameter without a gradient buffer; [`Error::Shared`] if someone
     /// holds on to a parameter's value.
     pub fn step(&mut self, gradients: &GradStore, rates: Rates, index: u32) -> unsloth_core::Result<()> {
-        let Self { config, slots, state, rounding } = self;
-        let rule = config.rule();
+        let Self { config, slots, state, rounding, paging } = self;
+        let step =
+            Step { rule: &*config.rule(), gradients, rates, state, rounding: rounding.map(|seed| (seed, index)) };
+        let Some(Paging { store, group_bytes }) = paging else { return step.take(slots, 0) };
+        let mut first = 0;
+        for group in paging::groups(slots, *group_bytes) {
+            group.iter_mut().try_for_each(Slot::bring)?;
+            step.take(group, first)?;
+            group.iter_mut().try_for_each(|slot| slot.park(store))?;
+            first += group.len();
+        }
+        Ok(())
+    }
+}
+
+/// What is the same for every parameter of a step.
+struct Step<'a> {
+    rule: &'a dyn Rule,
+    gradients: &'a GradStore,
+    rates: Rates,
+    state: &'a StepState,
+    /// The seed and the number of the step, where parameters in bf16 are rounded at random.
+    rounding: Option<(u64, u32)>,
+}
+
+impl Step<'_> {
+    /// Changes the parameters of slots that begin with number `first`.
+    fn take(&self, slots: &mut [Slot], first: usize) -> unsloth_core::Result<()> {
+        let &Self { rule, gradients, rates, state, rounding } = self;
         let mut changes = Vec::with_capacity(slots.len());
-        for (tensor, slot) in slots.iter_mut().enumerate() {
+        for (i, slot) in slots.iter_mut().enumerate() {
             let Some(grad) = gradients.get(&slot.parameter) else {
                 return Err(Error::InvalidSpec {
                     op: "optimizer",
@@ -253,12 +315,28 @@ impl Optimizer {
             let rate = rates.of(slot.role);
             let change = Change { slot, grad, rate };
             match rounding.filter(|_| change.slot.parameter.value().dtype() == DType::BF16) {
-                Some(seed) => rounding::step(&*rule, change, state, &rounding::spec(seed, index, tensor))?,
+                Some((seed, index)) => rounding::step(rule, change, state, &rounding::spec(seed, index, first + i))?,
                 None => changes.push(change),
             }
         }
         rule.step_all(changes, state)
     }
+}
+
+/// Sets the value of a parameter to what `tensor_of` returns for its shape and type, in the memory category that it has.
+///
+/// # Errors
+/// Those of `tensor_of`; a tensor of another shape, type or device.
+pub fn set_value<E: From<crate::Error>>(
+    parameter: &Parameter,
+    tensor_of: impl FnOnce((Shape, DType)) -> Result<Tensor, E>,
+) -> Result<(), E> {
+    let value = parameter.value();
+    let form = (*value.shape(), value.dtype());
+    // Freed as soon as the new one takes its place.
+    drop(value);
+    let new = tensor_of(form)?;
+    Ok(parameter.update(|value| replace(crate::PARAMETER, value, new)).map_err(crate::Error::from)?)
 }
 
 /// Puts `new` in the place of `current`, and into its memory category.

@@ -14,10 +14,11 @@ use unsloth_core::{
     ops::{adamw::StepState, cross_entropy::LossSpec, elementwise, reduce},
 };
 
+pub(crate) use self::state::Contents;
 pub use self::state::{PARAMETER, RunState, StateTensor};
 use crate::{
-    Batch, Draw, Error, LossScaleConfig, LossScaler, Model, NanTrace, Optimizer, OptimizerConfig, Rates, Result,
-    Schedule, error::invalid,
+    Batch, Draw, Error, LossScaleConfig, LossScaler, Model, NanTrace, Optimizer, OptimizerConfig, Paging, Rates,
+    Result, Schedule, error::invalid,
 };
 
 /// How parameters are changed.
@@ -149,13 +150,21 @@ impl<M: Model> Trainer<M> {
     /// As [`TrainerConfig::validate`]; [`Error::InvalidConfig`] if the model has no parameter to train;
     /// [`unsloth_core::Error::OutOfMemory`].
     pub fn new(model: M, config: TrainerConfig) -> Result<Self> {
+        Self::with_paging(model, config, None)
+    }
+
+    /// The same with an optimiser of [`Optimizer::with_paging`].
+    ///
+    /// # Errors
+    /// As [`Trainer::new`]; as [`Optimizer::with_paging`].
+    pub fn with_paging(model: M, config: TrainerConfig, paging: Option<Paging>) -> Result<Self> {
         config.validate()?;
         let with_role = |parameter: Parameter| {
             let role = model.role(&parameter);
             (parameter, role)
         };
         let parameters: Vec<_> = model.parameters().into_iter().map(with_role).collect();
-        let mut optimizer = Optimizer::new(model.device(), &parameters, config.optimizer)?;
+        let mut optimizer = Optimizer::with_paging(model.device(), &parameters, config.optimizer, paging)?;
         if config.stochastic_rounding {
             optimizer.round_stochastically(config.seed)?;
         }

@@ -92,6 +92,10 @@ pub(crate) struct Args {
     /// disk (files in OUTPUT that vanish with the run) [default: none]
     #[arg(long, value_name = "PLACE")]
     offload: Option<Offload>,
+    /// Where what the optimiser keeps waits between steps: none (on the device), host or disk, as for --offload
+    /// [default: none]
+    #[arg(long, value_name = "PLACE")]
+    offload_optimizer: Option<Offload>,
     /// Most memory that the run may hold on the device, such as 12GiB: one that would not fit is refused before it begins
     /// [default: what the device has]
     #[arg(long, value_name = "SIZE")]
@@ -251,6 +255,7 @@ impl Args {
             checkpointing: self.checkpointing.map(|policy| policy.to_string()),
             mlp_tile: self.mlp_tile,
             offload: self.offload,
+            offload_optimizer: self.offload_optimizer,
             memory: self.memory.map(|ByteSize(bytes)| bytes.to_string()),
             trace_nan: run.trace_nan.then_some(true),
             save_every: run.save_every,

@@ -17,7 +17,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use unsloth_autograd::Parameter;
 use unsloth_core::{Category, DType, Device, Shape, Tensor};
-use unsloth_train::{LossScaleState, Model, PARAMETER, RunState, StateTensor, Trainer};
+use unsloth_train::{LossScaleState, Model, PARAMETER, RunState, Trainer, set_value};
 
 use self::files::{remove_leftovers, retire, sync_folder, verify, write_sums};
 use super::{Best, Damage, RunError, TrainOptions, output::CHECKPOINTS};
@@ -192,18 +192,10 @@ impl Checkpoints {
         let Some(Best { step, .. }) = self.best else { return Ok(()) };
         let path = self.path(step).join(TENSORS);
         let file = weights::Checkpoint::open_file(&path)?;
-        for parameter in model.parameters() {
-            let value = parameter.value();
-            let (form, category) = ((*value.shape(), value.dtype()), value.buffer().category());
-            drop(value);
-            let new = saved_tensor(&file, &path, (&parameter, PARAMETER), form, model.device())?;
-            new.retag(category);
-            parameter.update(|value| {
-                *value = new;
-                Ok(())
-            })?;
-        }
-        Ok(())
+        let put = |parameter: Parameter| {
+            set_value(&parameter, |form| saved_tensor(&file, &path, (&parameter, PARAMETER), form, model.device()))
+        };
+        model.parameters().into_iter().try_for_each(put)
     }
 
     /// The newest checkpoint that is whole.
@@ -246,8 +238,10 @@ impl Checkpoints {
 
 fn write_files(folder: &Path, trainer: &Trainer<Decoder>, state: &State, options: &TrainOptions) -> Result<()> {
     let mut entries = Vec::new();
-    for StateTensor { parameter, part, tensor } in trainer.state()? {
-        entries.push(Entry { name: format!("{part}.{}", parameter.name()), dtype: tensor.dtype(), tensor });
+    for state in trainer.state()? {
+        let name = format!("{}.{}", state.part, state.parameter.name());
+        let (shape, dtype) = (*state.shape(), state.dtype());
+        entries.push(Entry { name, shape, dtype, tensor: Box::new(move || state.tensor()) });
     }
     tensor_file::write(&folder.join(TENSORS), entries)?;
     let path = folder.join(STATE);

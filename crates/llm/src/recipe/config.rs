@@ -123,8 +123,10 @@ pub struct TrainConfig {
     pub checkpointing: Policy,
     /// Tokens that a feed-forward part takes at a time, at least 1. `None`: all of a micro-batch.
     pub mlp_tile: Option<usize>,
-    /// Where what it keeps waits.
+    /// Where the inputs wait that it keeps.
     pub offload: Offload,
+    /// Where what the optimiser keeps waits between steps.
+    pub offload_optimizer: Offload,
     /// Most bytes that the run may hold on the device. `None`: what the device gives.
     pub memory_bytes: Option<u64>,
     /// Whether every result within a step is looked at, to tell where a first infinity or NaN comes from; slow.
@@ -176,6 +178,7 @@ impl TrainConfig {
             checkpointing: Checkpointing::None.into(),
             mlp_tile: None,
             offload: Offload::None,
+            offload_optimizer: Offload::None,
             memory_bytes: None,
             trace_nan: false,
             start: Start::New,
@@ -251,8 +254,9 @@ impl TrainConfig {
         at_least("keep_last", self.keep_last, 1)?;
         at_least("mlp_tile", self.mlp_tile.unwrap_or(1), 1)?;
         if let Policy::Given(checkpointing) = &self.checkpointing {
-            self.offload.check(checkpointing)?;
+            self.offload.check_inputs(checkpointing)?;
         }
+        self.offload_optimizer.check_optimizer(&self.optimizer)?;
         self.trainer(1).validate()?;
         Ok(())
     }
@@ -326,7 +330,7 @@ mod tests {
     #[test]
     fn every_field_is_checked() {
         type Spoil = fn(&mut TrainConfig);
-        let cases: [(&str, Spoil); 31] = [
+        let cases: [(&str, Spoil); 32] = [
             ("data", |c| c.data.clear()),
             ("rank", |c| c.adapters.rank = Some(0)),
             ("alpha", |c| c.adapters.alpha = Some(f32::NAN)),
@@ -353,6 +357,10 @@ mod tests {
             ("keep_last", |c| c.keep_last = 0),
             ("mlp_tile", |c| c.mlp_tile = Some(0)),
             ("offload", |c| c.offload = Offload::Disk),
+            ("offload_optimizer", |c| {
+                c.offload_optimizer = Offload::Host;
+                c.optimizer = OptimizerConfig::Sgd(SgdConfig { momentum: 0.0, ..SgdConfig::default() });
+            }),
             ("checkpointing", |c| c.checkpointing = Policy::Auto),
             ("eval_data", |c| c.eval = Some(EvalSource::Files(vec![]))),
             ("eval_split", |c| c.eval = Some(EvalSource::Split(1.0))),

@@ -8,7 +8,9 @@ use unsloth_core::{ByteSize, Category, DType, Device};
 use unsloth_plan::{PlanBackend, PlanOptions, Target};
 use unsloth_train::{Checkpointing, OptimizerConfig, OptimizerKind};
 
-use super::{MemoryPlan, Method, Offload, Policy, RunError, TrainConfig, max_seq_len, plan};
+use super::{
+    MemoryPlan, Method, Offload, Offloaded, Policy, RunError, TrainConfig, max_seq_len, offload::keeps_something, plan,
+};
 use crate::{
     Result,
     config::DecoderConfig,
@@ -118,9 +120,11 @@ impl Planner {
 
     /// What of a plan must be within a limit on the device's memory: what waits in host memory too where that is the device's.
     pub fn needed_bytes(&self, config: &TrainConfig, plan: &MemoryPlan) -> u64 {
-        let shared = matches!(self.target, Target::Cpu { .. }) && config.offload == Offload::Host;
-        let elsewhere = plan.elsewhere.filter(|_| shared).map_or(0, |usage| usage.peak_bytes);
-        plan.usage.total_peak_bytes() + elsewhere
+        let is_shared = |place| place == Offload::Host && matches!(self.target, Target::Cpu { .. });
+        let Offloaded { inputs, optimizer } = plan.elsewhere;
+        let stores =
+            [inputs.filter(|_| is_shared(config.offload)), optimizer.filter(|_| is_shared(config.offload_optimizer))];
+        plan.usage.total_peak_bytes() + stores.iter().flatten().map(|usage| usage.peak_bytes).sum::<u64>()
     }
 
     fn needs(&self, config: &TrainConfig) -> Result<u64> {
@@ -253,6 +257,9 @@ impl Planner {
             let pure = TrainConfig { stochastic_rounding: true, ..config.clone() };
             changes.push(("--stochastic-rounding".to_owned(), pure));
         }
+        if let Some((option, moved)) = self.with_optimizer_elsewhere(config) {
+            changes.push((option, moved));
+        }
         if config.method == Method::Full {
             let options = if config.stochastic_rounding {
                 "--method lora without --stochastic-rounding"
@@ -282,6 +289,12 @@ impl Planner {
             options += &format!(" --mlp-tile {MLP_TILE}");
             config = tiled;
         }
+        if let Some((option, moved)) = self.with_optimizer_elsewhere(&config)
+            && self.needs(&config)? > budget_bytes
+        {
+            options = format!("{options} {option}");
+            config = moved;
+        }
         if self.needs(&config)? > budget_bytes {
             let Some(seq_len) = self.largest_seq_len(&config, budget_bytes)? else { return Ok(None) };
             options = format!("{options} {}", self.seq_option(seq_len));
@@ -290,7 +303,16 @@ impl Planner {
         Ok(Some(Suggestion { options, needed_bytes: self.needs(&config)?, fits: true }))
     }
 
-    /// Where inputs can wait outside the device's memory.
+    /// What the optimiser keeps outside the device's memory, if it is not already and there is anything.
+    fn with_optimizer_elsewhere(&self, config: &TrainConfig) -> Option<(String, TrainConfig)> {
+        let offload_optimizer = self.place();
+        let is_here = config.offload_optimizer == Offload::None && keeps_something(&config.optimizer);
+        is_here.then(|| {
+            (format!("--offload-optimizer {offload_optimizer}"), TrainConfig { offload_optimizer, ..config.clone() })
+        })
+    }
+
+    /// Where something can wait outside the device's memory.
     fn place(&self) -> Offload {
         match self.target {
             Target::Cpu { .. } => Offload::Disk,

@@ -30,7 +30,7 @@ pub use fit::{Command, Fitted, OverBudget, Planner, Suggestion};
 pub use merge::{MergeConfig, merge};
 pub use method::Method;
 pub use metrics::{Best, EvalRecord, StepRecord};
-pub use offload::Offload;
+pub use offload::{Offload, Offloaded};
 pub use options::{OneOrMany, TrainOptions};
 pub use plan::{MemoryPlan, plan};
 pub use policy::Policy;

@@ -1,15 +1,16 @@
-//! Where kept inputs wait for the backward pass.
+//! What waits outside of the device's memory until it is needed.
 
 use std::{fmt, path::Path, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
-use unsloth_core::{Device, Place, TensorStore};
-use unsloth_train::Checkpointing;
+use unsloth_core::{Device, Place, StoreUsage, TensorStore};
+use unsloth_train::{Checkpointing, OptimizerConfig, SgdConfig, Trainer};
 
 use super::config::invalid;
-use crate::{Error, Result};
+use crate::{Error, Result, decoder::Decoder};
 
-/// Where the inputs of segments that are computed again wait for the backward pass.
+/// Where something waits: inputs of segments that are computed again, for the backward pass, or what the optimiser keeps, for the next
+/// step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Offload {
@@ -35,13 +36,22 @@ impl Offload {
 
     /// # Errors
     /// [`Error::InvalidOption`] under a policy that keeps no inputs.
-    pub(super) fn check(self, checkpointing: &Checkpointing) -> Result<()> {
+    pub(super) fn check_inputs(self, checkpointing: &Checkpointing) -> Result<()> {
         if self != Offload::None && !checkpointing.keeps_inputs() {
             return invalid(
                 "offload",
                 self,
                 &format!("none with checkpointing {checkpointing}, which keeps no inputs"),
             );
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// [`Error::InvalidOption`] with an optimiser that keeps nothing.
+    pub(super) fn check_optimizer(self, optimizer: &OptimizerConfig) -> Result<()> {
+        if self != Offload::None && !keeps_something(optimizer) {
+            return invalid("offload_optimizer", self, "none with sgd without momentum, which keeps nothing");
         }
         Ok(())
     }
@@ -57,6 +67,32 @@ impl Offload {
             Offload::Disk => Place::Disk { folder: folder.to_owned() },
         };
         Ok(Some(device.store(&place)?))
+    }
+}
+
+/// Whether an optimiser needs to know more than the last gradient.
+pub(super) fn keeps_something(optimizer: &OptimizerConfig) -> bool {
+    !matches!(optimizer, OptimizerConfig::Sgd(SgdConfig { momentum: 0.0, .. }))
+}
+
+/// What waits outside of the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Offloaded {
+    /// Inputs of segments that are computed again.
+    pub inputs: Option<StoreUsage>,
+    /// What the optimiser keeps.
+    pub optimizer: Option<StoreUsage>,
+}
+
+impl Offloaded {
+    pub(super) fn of(trainer: &Trainer<Decoder>) -> Self {
+        let inputs = trainer.model().offload().map(TensorStore::usage);
+        Self { inputs, optimizer: trainer.optimizer().paging().map(|paging| paging.store.usage()) }
+    }
+
+    /// Both together, if anything was to wait.
+    pub fn total(&self) -> Option<StoreUsage> {
+        [self.inputs, self.optimizer].into_iter().flatten().reduce(StoreUsage::and)
     }
 }
 

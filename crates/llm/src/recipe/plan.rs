@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use unsloth_core::{Device, StoreUsage, TensorStore, Usage, ops::cross_entropy::IGNORE_INDEX};
-use unsloth_train::{Batch, Document, Trainer};
+use unsloth_core::{Device, Usage, ops::cross_entropy::IGNORE_INDEX};
+use unsloth_train::{Batch, Document};
 
 use super::{
-    TrainConfig,
+    Offloaded, TrainConfig,
     config::invalid,
     max_seq_len,
-    train::{Loading, prepare_model},
+    train::{Loading, prepare_model, prepare_trainer},
 };
 use crate::{
     Error, Result,
@@ -28,8 +28,8 @@ const NUM_STEPS: usize = 2;
 pub struct MemoryPlan {
     /// On the device.
     pub usage: Usage,
-    /// Outside of it, where something is to wait there.
-    pub elsewhere: Option<StoreUsage>,
+    /// Outside of it.
+    pub elsewhere: Offloaded,
 }
 
 /// Loads the model, makes ready what is trained, takes two steps and tells what was held: everything is done as by [`super::train`]. Of
@@ -46,12 +46,12 @@ pub fn plan(device: &Device, config: &TrainConfig) -> Result<MemoryPlan> {
     let config = &TrainConfig { model, output: std::env::temp_dir(), ..config.clone() };
     let model = prepare_model(device, config, Loading::Shapes)?;
     let documents = Documents::new(config, model.config())?;
-    let mut trainer = Trainer::new(model, config.trainer(NUM_STEPS))?;
+    let mut trainer = prepare_trainer(model, config, NUM_STEPS)?;
     for _ in 0..NUM_STEPS {
         trainer.step(&[documents.batch(device)?])?;
     }
     trainer.finish()?;
-    Ok(MemoryPlan { usage: device.usage(), elsewhere: trainer.model().offload().map(TensorStore::usage) })
+    Ok(MemoryPlan { usage: device.usage(), elsewhere: Offloaded::of(&trainer) })
 }
 
 /// A micro-batch.

@@ -13,13 +13,13 @@ use std::{
     time::Duration,
 };
 
-use unsloth_core::{Device, TensorStore};
-use unsloth_train::{Model, NanTrace, Trainer};
+use unsloth_core::Device;
+use unsloth_train::{Model, NanTrace, Paging, Trainer};
 
 pub use self::event::{End, EvalReport, Event, Prepared, Resumed, Summary};
 use self::{data::Data, run::Run};
 use super::{
-    Best, Damage, EvalRecord, Method, Planner, RunError, Start, TrainOptions,
+    Best, Damage, EvalRecord, Method, Offloaded, Planner, RunError, Start, TrainOptions,
     checkpoint::{Checkpoints, Progress, Saved, State, VERSION},
     config::TrainConfig,
     metrics::Metrics,
@@ -38,7 +38,7 @@ use crate::{
 
 /// Options that a resumed run may have otherwise: they change nothing of what it computes. Model and data files are compared
 /// by what is in them.
-const MAY_CHANGE: [&str; 12] = [
+const MAY_CHANGE: [&str; 13] = [
     "model",
     "output",
     "data",
@@ -49,6 +49,7 @@ const MAY_CHANGE: [&str; 12] = [
     "eval_data",
     "checkpointing",
     "offload",
+    "offload_optimizer",
     "memory",
     "trace_nan",
 ];
@@ -141,9 +142,7 @@ fn begin_training(
     config: &TrainConfig,
     total_steps: usize,
 ) -> Result<(Trainer<Decoder>, Option<Arc<NanTrace>>)> {
-    let trainer = |device| {
-        Ok::<_, Error>(Trainer::new(prepare_model(device, config, Loading::Weights)?, config.trainer(total_steps))?)
-    };
+    let trainer = |device| prepare_trainer(prepare_model(device, config, Loading::Weights)?, config, total_steps);
     if !config.trace_nan {
         return Ok((trainer(device)?, None));
     }
@@ -311,7 +310,7 @@ fn summary(
         elapsed: Duration::from_secs_f64(progress.seconds),
         peak_bytes: device.usage().total_peak_bytes(),
         reserved_bytes: device.pool_usage()?.reserved_bytes,
-        offloaded: trainer.model().offload().map(TensorStore::usage),
+        offloaded: Offloaded::of(trainer).total(),
         output: config.output.clone(),
         end,
     })
@@ -362,6 +361,12 @@ pub(super) fn prepare_model(device: &Device, config: &TrainConfig, loading: Load
     model.set_mlp_tile(config.mlp_tile)?;
     model.set_offload(config.offload.open(device, &config.output)?);
     Ok(model)
+}
+
+/// The trainer of a model that [`prepare_model`] gave.
+pub(super) fn prepare_trainer(model: Decoder, config: &TrainConfig, total_steps: usize) -> Result<Trainer<Decoder>> {
+    let store = config.offload_optimizer.open(model.device(), &config.output)?;
+    Ok(Trainer::with_paging(model, config.trainer(total_steps), store.map(Paging::new))?)
 }
 
 fn adapted_model(device: &Device, config: &TrainConfig, loading: Loading) -> Result<Decoder> {

@@ -31,7 +31,7 @@ pub(super) fn step(
     let wide = elementwise::cast(&slot.parameter.value(), DType::F32)?;
     wide.retag(Category::Workspace);
     let parameter = Parameter::new(slot.parameter.name(), wide);
-    let mut in_f32 = Slot { parameter, role: slot.role, parts: std::mem::take(&mut slot.parts) };
+    let mut in_f32 = Slot { parameter, role: slot.role, parts: std::mem::take(&mut slot.parts), parked: Vec::new() };
     let stepped = rule.step(&mut in_f32, grad, (rate, state));
     slot.parts = in_f32.parts;
     stepped?;

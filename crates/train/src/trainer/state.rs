@@ -1,23 +1,61 @@
 //! What of a run changes from step to step, taken out of one trainer and put into another.
 
+use std::rc::Rc;
+
 use unsloth_autograd::Parameter;
 use unsloth_core::{DType, Shape, Tensor};
 
 use super::Trainer;
-use crate::{Error, LossScaleState, Model, Result, error::invalid};
+use crate::{Error, LossScaleState, Model, Result, error::invalid, optimizer::Parked};
 
 /// Name of a parameter's value among its tensors.
 pub const PARAMETER: &str = "parameter";
 
+/// Where a trainer has a tensor.
+#[derive(Clone)]
+pub(crate) enum Contents {
+    Here(Tensor),
+    Away(Rc<Parked>),
+}
+
 /// A tensor that changes from step to step.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct StateTensor {
     /// The parameter that it belongs to.
     pub parameter: Parameter,
     /// What it is of it: [`PARAMETER`], its value, or what the optimiser keeps under this name.
     pub part: &'static str,
-    /// Its contents.
-    pub tensor: Tensor,
+    pub(crate) contents: Contents,
+}
+
+impl StateTensor {
+    /// Its shape.
+    pub fn shape(&self) -> &Shape {
+        match &self.contents {
+            Contents::Here(tensor) => tensor.shape(),
+            Contents::Away(parked) => parked.shape(),
+        }
+    }
+
+    /// Its type.
+    pub fn dtype(&self) -> DType {
+        match &self.contents {
+            Contents::Here(tensor) => tensor.dtype(),
+            Contents::Away(parked) => parked.dtype(),
+        }
+    }
+
+    /// Its contents on the device: the trainer's own buffer, or a copy of what waits elsewhere.
+    ///
+    /// # Errors
+    /// As [`unsloth_core::StoredTensor::take`] and [`unsloth_core::TensorStore::put`]; [`unsloth_core::Error::InvalidSpec`] for what a later
+    /// step has changed where it waited elsewhere.
+    pub fn tensor(&self) -> unsloth_core::Result<Tensor> {
+        match &self.contents {
+            Contents::Here(tensor) => Ok(tensor.clone()),
+            Contents::Away(parked) => parked.read(),
+        }
+    }
 }
 
 /// Where a run is, but for its tensors.

@@ -412,7 +412,7 @@ fn a_scaled_run_that_is_restored_has_the_same_bits() {
         let mut second = trainer();
         let copy = |parameter: &Parameter, part: &'static str, _: (Shape, DType)| {
             let own = |saved: &&StateTensor| saved.parameter.name() == parameter.name() && saved.part == part;
-            Ok(elementwise::copy(&tensors.iter().find(own).unwrap().tensor)?)
+            Ok(elementwise::copy(&tensors.iter().find(own).unwrap().tensor()?)?)
         };
         second.restore::<Error>(state, copy).unwrap();
         drop(tensors);

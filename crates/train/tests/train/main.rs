@@ -10,6 +10,7 @@ mod loss_scale;
 mod model;
 mod optimizer;
 mod optimizers;
+mod paging;
 mod pytorch;
 mod resume;
 mod rounding;

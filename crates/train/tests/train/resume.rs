@@ -9,7 +9,7 @@ use unsloth_train::{
 use crate::model::{Sizes, TINY, TinyModel, config, micro_batches};
 
 /// Table and head have enough elements for moments in 8 bits, the rest has not.
-const LARGER: Sizes = Sizes { vocab_size: 96, hidden_size: 64, inner_size: 48, rank: 2 };
+pub(crate) const LARGER: Sizes = Sizes { vocab_size: 96, hidden_size: 64, inner_size: 48, rank: 2 };
 
 fn larger(device: &Device, optimizer: OptimizerConfig) -> Trainer<TinyModel> {
     Trainer::new(TinyModel::new(device, LARGER), TrainerConfig { optimizer, ..config() }).unwrap()
@@ -20,7 +20,7 @@ fn trainer(device: &Device) -> Trainer<TinyModel> {
 }
 
 /// Metrics of these steps, and all that the run holds behind them.
-fn run(trainer: &mut Trainer<TinyModel>, steps: std::ops::Range<usize>) -> Vec<StepMetrics> {
+pub(crate) fn run(trainer: &mut Trainer<TinyModel>, steps: std::ops::Range<usize>) -> Vec<StepMetrics> {
     let device = trainer.model().device().clone();
     let mut metrics = Vec::new();
     for step in steps {
@@ -32,17 +32,17 @@ fn run(trainer: &mut Trainer<TinyModel>, steps: std::ops::Range<usize>) -> Vec<S
 
 /// A host copy of a tensor of a trainer's state, as a file would hold it.
 #[derive(Clone, PartialEq)]
-struct Saved {
+pub(crate) struct Saved {
     parameter: String,
     part: &'static str,
     dtype: DType,
     bytes: Vec<u8>,
 }
 
-fn saved(trainer: &Trainer<TinyModel>) -> Vec<Saved> {
-    let host = |StateTensor { parameter, part, tensor }: StateTensor| {
-        let (parameter, bytes) = (parameter.name().to_owned(), tensor.to_bytes().unwrap());
-        Saved { parameter, part, dtype: tensor.dtype(), bytes }
+pub(crate) fn saved(trainer: &Trainer<TinyModel>) -> Vec<Saved> {
+    let host = |state: StateTensor| {
+        let (parameter, bytes) = (state.parameter.name().to_owned(), state.tensor().unwrap().to_bytes().unwrap());
+        Saved { parameter, part: state.part, dtype: state.dtype(), bytes }
     };
     trainer.state().unwrap().into_iter().map(host).collect()
 }
@@ -93,7 +93,7 @@ fn a_restored_run_draws_the_same_numbers() {
 }
 
 /// Twelve steps of a trainer, in one run and in two.
-fn goes_on(what: &str, make: impl Fn() -> Trainer<TinyModel>) {
+pub(crate) fn goes_on(what: &str, make: impl Fn() -> Trainer<TinyModel>) {
     let mut whole = make();
     let expected = run(&mut whole, 0..12);
     for interruption in [1, 5, 11] {

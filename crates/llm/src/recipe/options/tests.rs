@@ -41,6 +41,7 @@ fn every_option() -> TrainConfig {
         checkpointing: "every:3".parse().unwrap(),
         mlp_tile: Some(512),
         offload: Offload::Disk,
+        offload_optimizer: Offload::Host,
         memory_bytes: Some(12 << 30),
         trace_nan: true,
         start: Start::New,
