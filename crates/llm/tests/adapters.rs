@@ -99,11 +99,11 @@ fn gradients(decoder: &Decoder, batch: &Batch) -> BTreeMap<String, Vec<f32>> {
     gradients.into_iter().map(|(name, gradient)| (peft_name(decoder, &name), gradient)).collect()
 }
 
-fn compare(actual: &BTreeMap<String, Vec<f32>>, expected: &BTreeMap<String, Vec<f32>>, limit: f32) {
+fn compare(actual: &BTreeMap<String, Vec<f32>>, expected: &BTreeMap<String, Vec<f32>>, limit_of: impl Fn(&str) -> f32) {
     assert!(actual.keys().eq(expected.keys()), "{:?}, expected {:?}", actual.keys(), expected.keys());
     for (name, actual) in actual {
         let difference = relative_difference(actual, &expected[name]);
-        assert!(difference <= limit, "{name}: max|difference| / max|value| = {difference}");
+        assert!(difference <= limit_of(name), "{name}: max|difference| / max|value| = {difference}");
     }
 }
 
@@ -112,7 +112,7 @@ fn loss_and_gradients(case: Case) {
     let (decoder, batch) = (case.load(&device), case.batch(&device));
     let (loss, expected) = (loss(&decoder, &batch), case.number("loss"));
     assert!((loss - expected).abs() <= 1e-5, "loss {loss}, expected {expected}");
-    compare(&gradients(&decoder, &batch), &case.numbers("grad."), 1e-4);
+    compare(&gradients(&decoder, &batch), &case.numbers("grad."), |_| 1e-4);
 }
 
 fn training_curve(case: Case) {
@@ -122,13 +122,10 @@ fn training_curve(case: Case) {
     let value = |parameter: &unsloth_autograd::Parameter| parameter.value().to_vec().unwrap();
     let values: BTreeMap<String, Vec<f32>> =
         model.parameters().iter().map(|p| (peft_name(model, p.name()), value(p))).collect();
-    let (mut values, mut expected) = (values, case.numbers("final."));
     // A bias of all keys shifts the scores of a row nearly alike: of its small gradient, which AdamW makes a whole step of, more is
     // rounding.
-    for numbers in [&mut values, &mut expected] {
-        numbers.retain(|name, _| !(name.contains("k_proj") && name.ends_with(".bias")));
-    }
-    compare(&values, &expected, 1e-3);
+    let limit_of = |name: &str| if name.contains("k_proj") && name.ends_with(".bias") { 1e-2 } else { 1e-3 };
+    compare(&values, &case.numbers("final."), limit_of);
 }
 
 /// The trainer after the steps that PEFT's model took.
