@@ -2,7 +2,8 @@
 //!
 //! Files are memory-mapped. A tensor that is wanted in the type it is stored in is adopted from the mapping without a copy
 //! where the device can; any other is converted on its own, so that at most one tensor exists twice. A device that lacks the
-//! stored type gets its tensors in f32.
+//! stored type gets its tensors in f32. The pages of what was copied are given back, so that a checkpoint which is converted as a
+//! whole is never in memory twice.
 
 use std::{
     cell::RefCell,
@@ -16,9 +17,11 @@ use std::{
 
 use half::{bf16, f16};
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
-use unsloth_core::{Category, DType, Device, HostBytes, Shape, Tensor, ops::elementwise};
+use unsloth_core::{Category, DType, Device, Shape, Tensor, ops::elementwise};
 
 use crate::{Error, Result, digest::Digest, fields::read_object};
 
@@ -92,7 +95,22 @@ struct Entry {
 
 struct MappedFile {
     path: PathBuf,
-    bytes: HostBytes,
+    map: Arc<Mmap>,
+}
+
+impl MappedFile {
+    /// Gives back the pages of bytes that were copied. Who reads them again gets them from the file.
+    #[cfg(unix)]
+    #[allow(unsafe_code, reason = "memmap2 has no other way to give back a part of a mapping")]
+    fn release(&self, bytes: Range<usize>) {
+        // SAFETY: what is dropped is a clean copy of the file, which nobody changes, as the documentation of `Checkpoint` asks.
+        // Where the system refuses, the pages stay until the file is closed: nothing but memory is lost.
+        let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
+    }
+
+    /// Pages stay until the file is closed.
+    #[cfg(not(unix))]
+    fn release(&self, _bytes: Range<usize>) {}
 }
 
 /// Memory-mapped tensors by name. The files must not be changed while tensors taken from them are alive.
@@ -193,14 +211,31 @@ impl Checkpoint {
         }
         let bytes = entry.bytes.clone();
         let tensor = if device.supports(dtype) {
-            device.adopt(file.bytes.clone(), bytes, wanted.shape, dtype, wanted.category)
+            device.adopt(file.map.clone(), bytes, wanted.shape, dtype, wanted.category)
         } else {
-            let values = widened(dtype, &(*file.bytes).as_ref()[bytes]);
+            let values = widened(dtype, &file.map[bytes]);
             device.from_slice(&values, wanted.shape, wanted.category)
         };
         let tensor = self.place(wanted.name, tensor)?;
         self.used.borrow_mut().insert(wanted.name.to_owned());
         Ok(tensor)
+    }
+
+    /// What is made of a stored tensor, whose pages are not kept unless it reads them itself.
+    fn taken(
+        &self,
+        device: &Device,
+        wanted: &Wanted<'_>,
+        make: impl FnOnce(&Tensor) -> unsloth_core::Result<Tensor>,
+    ) -> Result<Tensor> {
+        let entry = self.entry(wanted.name)?;
+        let file = &self.files[entry.file];
+        let readers = Arc::strong_count(&file.map);
+        let made = self.place(wanted.name, make(&self.stored(device, wanted)?))?;
+        if Arc::strong_count(&file.map) == readers {
+            file.release(entry.bytes.clone());
+        }
+        Ok(made)
     }
 
     /// The tensor at fault for an error of the device.
@@ -248,20 +283,17 @@ impl WeightSource for Checkpoint {
     /// As [`Checkpoint::stored_dtype`]; [`Error::TensorShape`]; [`Error::PlaceTensor`] if the device has no room for it, or
     /// lacks its type.
     fn tensor(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
-        self.place(wanted.name, elementwise::cast(&self.stored(device, wanted)?, wanted.dtype))
+        self.taken(device, wanted, |stored| elementwise::cast(stored, wanted.dtype))
     }
 
     /// # Errors
     /// As [`WeightSource::tensor`] of a checkpoint.
     fn tensor_copy(&self, device: &Device, wanted: &Wanted<'_>) -> Result<Tensor> {
-        let stored = self.stored(device, wanted)?;
-        // A cast to the same type would share the mapping.
-        let copy = if stored.dtype() == wanted.dtype {
-            elementwise::copy(&stored)
-        } else {
-            elementwise::cast(&stored, wanted.dtype)
-        };
-        self.place(wanted.name, copy)
+        self.taken(device, wanted, |stored| match stored.dtype() == wanted.dtype {
+            // A cast to the same type would share the mapping.
+            true => elementwise::copy(stored),
+            false => elementwise::cast(stored, wanted.dtype),
+        })
     }
 }
 
@@ -290,7 +322,7 @@ fn map_file(path: &Path, index: usize) -> Result<(MappedFile, BTreeMap<String, E
         (name, Entry { file: index, dtype: info.dtype, shape: info.shape.clone(), bytes })
     };
     let entries = metadata.tensors().into_iter().map(entry).collect();
-    Ok((MappedFile { path: path.to_owned(), bytes: Arc::new(map) }, entries))
+    Ok((MappedFile { path: path.to_owned(), map: Arc::new(map) }, entries))
 }
 
 /// SHA-256 of what tells one model from another without reading its weights: `config.json`, and the size and the header of each
@@ -348,4 +380,42 @@ fn weight_map(path: &Path) -> Result<BTreeMap<String, String>> {
         }
     };
     map.iter().map(shard).collect()
+}
+
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+mod tests {
+    use super::*;
+
+    /// Bytes of a mapping that are in memory, by `/proc/self/smaps`: the first `Rss:` after the line that begins with its address.
+    fn resident(map: &Mmap) -> usize {
+        let (all, address) =
+            (std::fs::read_to_string("/proc/self/smaps").unwrap(), format!("{:x}-", map.as_ptr() as usize));
+        let rss = all.lines().skip_while(|line| !line.starts_with(&address)).find_map(|line| line.strip_prefix("Rss:"));
+        rss.unwrap().trim().trim_end_matches(" kB").parse::<usize>().unwrap() << 10
+    }
+
+    #[test]
+    fn pages_of_what_was_copied_are_given_back() {
+        const ROWS: usize = 1024;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(SINGLE);
+        let bytes = vec![0x40u8; ROWS * ROWS * 4];
+        let view = safetensors::tensor::TensorView::new(Dtype::F32, vec![ROWS, ROWS], &bytes).unwrap();
+        let no_metadata = None;
+        safetensors::serialize_to_file([("a", view.clone()), ("b", view)], no_metadata, &path).unwrap();
+        let (checkpoint, cpu) = (Checkpoint::open(folder.path()).unwrap(), unsloth_cpu::device());
+        let map = &checkpoint.files[0].map;
+        let shape = Shape::from([ROWS, ROWS]);
+        let wanted = |name, dtype| Wanted { name, shape, dtype, category: Category::Weights };
+        let shared = checkpoint.tensor(&cpu, &wanted("a", DType::F32)).unwrap();
+        let first = shared.to_vec::<f32>().unwrap();
+        assert!(resident(map) >= bytes.len(), "a tensor in the mapping was read: {} bytes", resident(map));
+        let converted = checkpoint.tensor(&cpu, &wanted("b", DType::BF16)).unwrap();
+        let copied = checkpoint.tensor_copy(&cpu, &wanted("b", DType::F32)).unwrap();
+        // What the two tensors have in common at their border, and what the system reads ahead, is not given back.
+        assert!(resident(map) < bytes.len() + bytes.len() / 4, "{} bytes", resident(map));
+        assert_eq!(copied.to_vec::<f32>().unwrap(), first);
+        assert_eq!(converted.to_vec::<bf16>().unwrap()[0].to_f32(), bf16::from_f32(first[0]).to_f32());
+    }
 }
