@@ -4,7 +4,7 @@
 
 use std::{arch::x86_64::*, mem::transmute};
 
-use half::bf16;
+use half::{bf16, f16};
 
 /// Whether the processor has what [`vectorised`] compiles for.
 #[inline(always)]
@@ -158,31 +158,29 @@ pub(crate) unsafe fn tile((rows, vectors): (usize, usize), pairs: bool, operands
     }
 }
 
-/// Products of a line with `N` others, each in `U` vectors of partial sums.
+/// Products of a line with `N` others, each in `U` vectors of partial sums. What a vector has of each is loaded by a closure that
+/// is given a mask and where to begin.
 macro_rules! dots {
-    ($(#[$doc:meta])* $name:ident, $element:ty, $features:literal, $masked:expr, $fused:expr) => {
+    ($(#[$doc:meta])* $name:ident, ($left:ty, $load_left:expr), ($line:ty, $load_line:expr), $features:literal, $fused:expr) => {
         $(#[$doc])*
         ///
         /// # Safety
         /// The processor has the features; lines are as long as `left`.
         #[allow(unsafe_code, reason = "intrinsics on pointers: bounds checks would double the instructions")]
         #[target_feature(enable = $features)]
-        pub(crate) unsafe fn $name<const N: usize, const U: usize>(
-            left: &[$element],
-            lines: [*const $element; N],
-        ) -> [f32; N] {
+        pub(crate) unsafe fn $name<const N: usize, const U: usize>(left: &[$left], lines: [*const $line; N]) -> [f32; N] {
             /// Elements of a vector.
-            const LEN: usize = 64 / size_of::<$element>();
+            const LEN: usize = 64 / size_of::<$left>();
             let mut sums = [[_mm512_setzero_ps(); U]; N];
             let whole = left.len() / (U * LEN) * (U * LEN);
             for at in (0..whole).step_by(U * LEN) {
                 for u in 0..U {
                     let at = at + u * LEN;
                     // SAFETY: whole vectors of the lines, of which the caller promises `left.len()` elements.
-                    let x = unsafe { _mm512_loadu_si512(left.as_ptr().wrapping_add(at).cast()) };
+                    let x = unsafe { $load_left(u64::MAX, left.as_ptr().wrapping_add(at)) };
                     for (line, sums) in lines.iter().zip(&mut sums) {
                         // SAFETY: as above.
-                        let y = unsafe { _mm512_loadu_si512(line.wrapping_add(at).cast()) };
+                        let y = unsafe { $load_line(u64::MAX, line.wrapping_add(at)) };
                         sums[u] = $fused(sums[u], x, y);
                     }
                 }
@@ -190,10 +188,10 @@ macro_rules! dots {
             for at in (whole..left.len()).step_by(LEN) {
                 let mask = u64::MAX >> (64 - (left.len() - at).min(LEN));
                 // SAFETY: only elements below the length of the lines are read.
-                let x = unsafe { $masked(mask, left.as_ptr().wrapping_add(at)) };
+                let x = unsafe { $load_left(mask, left.as_ptr().wrapping_add(at)) };
                 for (line, sums) in lines.iter().zip(&mut sums) {
                     // SAFETY: as above.
-                    let y = unsafe { $masked(mask, line.wrapping_add(at)) };
+                    let y = unsafe { $load_line(mask, line.wrapping_add(at)) };
                     sums[0] = $fused(sums[0], x, y);
                 }
             }
@@ -207,20 +205,52 @@ macro_rules! dots {
     };
 }
 
+/// Sixteen f32.
+macro_rules! load_f32 {
+    () => {
+        |mask: u64, from: *const f32| _mm512_maskz_loadu_ps(mask as __mmask16, from)
+    };
+}
+
 dots!(
     /// Products of f32.
     dots,
-    f32,
+    (f32, load_f32!()),
+    (f32, load_f32!()),
     "avx512f",
-    |mask: u64, from: *const f32| _mm512_maskz_loadu_epi32(mask as __mmask16, from.cast()),
-    |sum, a, b| _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum)
+    |sum, a, b| _mm512_fmadd_ps(a, b, sum)
 );
+dots!(
+    /// Products of f32 with bf16, which become f32 by sixteen bits of zeros behind theirs.
+    dots_f32_bf16,
+    (f32, load_f32!()),
+    (bf16, |mask: u64, from: *const bf16| {
+        let halves = _mm256_maskz_loadu_epi16(mask as __mmask16, from.cast());
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+    }),
+    "avx512f,avx512bw,avx512vl",
+    |sum, a, b| _mm512_fmadd_ps(a, b, sum)
+);
+dots!(
+    /// Products of f32 with f16.
+    dots_f32_f16,
+    (f32, load_f32!()),
+    (f16, |mask: u64, from: *const f16| _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask as __mmask16, from.cast()))),
+    "avx512f,avx512bw,avx512vl",
+    |sum, a, b| _mm512_fmadd_ps(a, b, sum)
+);
+macro_rules! load_bf16 {
+    () => {
+        |mask: u64, from: *const bf16| _mm512_maskz_loadu_epi16(mask as __mmask32, from.cast())
+    };
+}
+
 dots!(
     /// Products of bf16.
     dots_bf16,
-    bf16,
+    (bf16, load_bf16!()),
+    (bf16, load_bf16!()),
     "avx512f,avx512bw,avx512bf16",
-    |mask: u64, from: *const bf16| _mm512_maskz_loadu_epi16(mask as __mmask32, from.cast()),
     |sum, a: __m512i, b: __m512i| {
         #[allow(unsafe_code, reason = "no intrinsic converts between these two views of a register")]
         // SAFETY: both are 64 bytes for which every pattern is valid.

@@ -1,7 +1,7 @@
 //! Products with few rows on the left and whole rows on the right, as in generation: each row of the weight passes by once and
 //! meets every row of the left factor, so the memory's bandwidth is the limit.
 
-use std::ops::Range;
+use std::{array, ops::Range};
 
 use half::bf16;
 use unsloth_core::{FloatElement, Result};
@@ -139,30 +139,52 @@ impl Wide<'_> {
 
     /// [`Self::add_columns`] on AVX-512, where there are products for the types.
     #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
     fn add_vectors(&self, cols: &Range<usize>, sums: &mut [[f32; GROUP]]) -> bool {
-        let Mat { data, row_stride, cols: k, .. } = self.right;
-        match (data, self.pairs, sums) {
-            (Elements::F32(right), _, sums) if k >= LONG && cols.len() == GROUP => {
-                let lines = [0, 1, 2, 3].map(|j| right[(cols.start + j) * row_stride..][..k].as_ptr());
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
-                    // SAFETY: `Isa::choose` gives only what the processor has; `row` and the lines have `k` elements.
-                    let products = unsafe { avx512::dots::<GROUP, 2>(self.row(i), lines) };
-                    sums.iter_mut().zip(products).for_each(|(sum, product)| *sum += self.factor * product);
-                }
+        macro_rules! add {
+            ($right:ident, $left:expr, $sums:expr, $dots:ident) => {
+                self.add_lines(
+                    ($right, cols),
+                    $sums,
+                    // SAFETY: `Isa::choose` gives only what the processor has, and there are pairs only for one that multiplies
+                    // them; `row`, `pairs` and the lines have `right.cols` elements.
+                    |lines| unsafe { avx512::$dots::<GROUP, 2>($left, lines) },
+                    // SAFETY: as above.
+                    |line| unsafe { avx512::$dots::<1, 4>($left, line) },
+                )
+            };
+        }
+        match (self.right.data, self.pairs, sums) {
+            // Short lines of f32 pass by faster as the compiler has them.
+            (Elements::F32(right), _, sums) if self.right.cols >= LONG => {
+                sums.iter_mut().enumerate().for_each(|(i, sums)| add!(right, self.row(i), sums, dots));
             }
-            (Elements::BF16(right), Some(left), [sums]) => {
-                for (sum, col) in sums.iter_mut().zip(cols.clone()) {
-                    let line = right[col * row_stride..][..k].as_ptr();
-                    #[allow(unsafe_code, reason = "as above")]
-                    // SAFETY: as above; there are pairs only for a processor that multiplies them, and of `k` elements.
-                    let [product] = unsafe { avx512::dots_bf16::<1, 4>(left, [line]) };
-                    *sum += self.factor * product;
-                }
-            }
+            (Elements::BF16(right), Some(left), [sums]) => add!(right, left, sums, dots_bf16),
+            (Elements::BF16(right), None, [sums]) => add!(right, self.row(0), sums, dots_f32_bf16),
+            (Elements::F16(right), _, [sums]) => add!(right, self.row(0), sums, dots_f32_f16),
             _ => return false,
         }
         true
+    }
+
+    /// Adds what `group` makes of as many lines of the right factor where they are long, or `one` of each.
+    #[cfg(target_arch = "x86_64")]
+    fn add_lines<T>(
+        &self,
+        (right, cols): (&[T], &Range<usize>),
+        sums: &mut [f32; GROUP],
+        group: impl Fn([*const T; GROUP]) -> [f32; GROUP],
+        one: impl Fn([*const T; 1]) -> [f32; 1],
+    ) {
+        let Mat { row_stride, cols: k, .. } = self.right;
+        let line = |col: usize| right[col * row_stride..][..k].as_ptr();
+        let mut add = |j: usize, product: f32| sums[j] += self.factor * product;
+        if k >= LONG && cols.len() == GROUP {
+            let products = group(array::from_fn(|j| line(cols.start + j)));
+            products.into_iter().enumerate().for_each(|(j, product)| add(j, product));
+        } else {
+            cols.clone().enumerate().for_each(|(j, col)| add(j, one([line(col)])[0]));
+        }
     }
 
     /// Adds the products of row `col` of the right factor with the rows of the left one.
