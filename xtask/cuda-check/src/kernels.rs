@@ -8,8 +8,8 @@ use std::{
 
 use anyhow::{Context, Result};
 
-/// Name of a kernel as `norm::rms_norm::forward_kernel`, from the type that CubeCL's macro makes for it:
-/// `unsloth_norm::rms_norm::forward_kernel::ForwardKernel<..>`.
+/// Name of a kernel as `norm::rows::forward_kernel`, from the type that CubeCL's macro makes for it:
+/// `unsloth_norm::rows::forward_kernel::ForwardKernel<..>`.
 pub(crate) fn name_of(type_name: &str) -> String {
     let path = type_name.split('<').next().unwrap_or(type_name);
     let path = path.rsplit_once("::").map_or(path, |(module, _)| module);
@@ -67,8 +67,8 @@ mod tests {
 
     #[test]
     fn names_are_the_same_from_type_and_source() {
-        let from_type = name_of("unsloth_norm::rms_norm::forward_kernel::ForwardKernel<f32, half::bf16, offline::R>");
-        assert_eq!(from_type, "norm::rms_norm::forward_kernel");
+        let from_type = name_of("unsloth_norm::rows::forward_kernel::ForwardKernel<f32, half::bf16, offline::R>");
+        assert_eq!(from_type, "norm::rows::forward_kernel");
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
         assert!(declared(&root).unwrap().contains(&from_type));
     }
