@@ -15,7 +15,8 @@ pub enum Checkpointing {
     None,
     /// Segments of this many layers, 1 or more (0 counts as 1), of which only the input is kept.
     Every(usize),
-    /// Segments of about the square root of the number of layers: fewest inputs for one extra forward pass.
+    /// Segments of about the square root of the number of layers, of which only the input is kept, and all of the last one: fewest
+    /// inputs for at most one extra forward pass.
     Sqrt,
     /// These layers, from 0, each a segment of its own; all others keep everything.
     Layers(Vec<usize>),
@@ -46,7 +47,14 @@ impl Checkpointing {
         match self {
             Checkpointing::None | Checkpointing::Selective(_) => vec![Segment { layers: 0..num_layers, again: false }],
             Checkpointing::Every(length) => every(*length),
-            Checkpointing::Sqrt => every((num_layers as f64).sqrt().ceil() as usize),
+            Checkpointing::Sqrt => {
+                let mut segments: Vec<Segment> = every((num_layers as f64).sqrt().ceil() as usize);
+                // The backward pass would begin with computing it again, and hold as much.
+                if let Some(last) = segments.last_mut() {
+                    last.again = false;
+                }
+                segments
+            }
             Checkpointing::Layers(chosen) => {
                 let mut segments: Vec<Segment> = Vec::new();
                 for layer in 0..num_layers {
@@ -176,8 +184,9 @@ mod tests {
         assert_eq!(segments("selective", 5), [(5, false)]);
         assert_eq!(segments("every:2", 5), [(2, true), (2, true), (1, true)]);
         assert_eq!(segments(&format!("every:{}", usize::MAX), 3), [(3, true)]);
-        assert_eq!(segments("sqrt", 9), [(3, true), (3, true), (3, true)]);
-        assert_eq!(segments("sqrt", 10), [(4, true), (4, true), (2, true)]);
+        assert_eq!(segments("sqrt", 9), [(3, true), (3, true), (3, false)]);
+        assert_eq!(segments("sqrt", 10), [(4, true), (4, true), (2, false)]);
+        assert_eq!(segments("sqrt", 1), [(1, false)]);
         assert_eq!(segments("layers:4,2,3,2", 8), [(2, false), (1, true), (1, true), (1, true), (3, false)]);
         assert_eq!(segments("layers:0", 1), [(1, true)]);
     }
