@@ -239,6 +239,8 @@ dots!(
     "avx512f,avx512bw,avx512vl",
     |sum, a, b| _mm512_fmadd_ps(a, b, sum)
 );
+
+/// Thirty-two bf16.
 macro_rules! load_bf16 {
     () => {
         |mask: u64, from: *const bf16| _mm512_maskz_loadu_epi16(mask as __mmask32, from.cast())

@@ -49,7 +49,7 @@ impl Checkpointing {
             Checkpointing::Every(length) => every(*length),
             Checkpointing::Sqrt => {
                 let mut segments: Vec<Segment> = every((num_layers as f64).sqrt().ceil() as usize);
-                // The backward pass would begin with computing it again, and hold as much.
+                // The backward pass begins with it: computed again at once, it would take nearly as much.
                 if let Some(last) = segments.last_mut() {
                     last.again = false;
                 }
