@@ -36,6 +36,21 @@ pub struct PoolUsage {
     pub idle_bytes: u64,
 }
 
+/// Blocks of one size in the pool of a backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClassUsage {
+    /// Size of each.
+    pub block_bytes: u64,
+    /// Lent now.
+    pub num_lent: u64,
+    /// Waiting to be lent again.
+    pub num_idle: u64,
+    /// How often one was taken from the system.
+    pub num_fresh: u64,
+    /// How often one that had been released was lent again.
+    pub num_reused: u64,
+}
+
 /// Buffers of a device and their accounting.
 pub trait Memory {
     /// Name as the command line spells it.
@@ -88,6 +103,10 @@ pub trait Memory {
     /// # Errors
     /// [`crate::Error::Launch`] if pending work failed.
     fn pool_usage(&self) -> Result<PoolUsage>;
+    /// Every size of block that was ever lent, the smallest first; none where the backend's pool does not tell.
+    fn pool_classes(&self) -> Vec<ClassUsage> {
+        Vec::new()
+    }
     /// Gives back what no buffer has.
     ///
     /// # Errors

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::{
-    Backend, Buffer, Category, DType, Element, Error, HostBytes, Init, Place, PoolUsage, Result, Shape, Tensor,
-    TensorStore, Usage, Weight,
+    Backend, Buffer, Category, ClassUsage, DType, Element, Error, HostBytes, Init, Place, PoolUsage, Result, Shape,
+    Tensor, TensorStore, Usage, Weight,
 };
 
 /// A handle on a backend; cheap to clone. Two handles are equal when they share one backend.
@@ -136,6 +136,12 @@ impl Device {
     /// [`Error::Launch`] if pending work failed.
     pub fn pool_usage(&self) -> Result<PoolUsage> {
         self.0.pool_usage()
+    }
+
+    /// Every size of block that the device's pool has ever lent, the smallest first, and how often: on the CPU. CubeCL does not tell, and
+    /// there it is none.
+    pub fn pool_classes(&self) -> Vec<ClassUsage> {
+        self.0.pool_classes()
     }
 
     /// Gives back to the system or driver what no buffer has.

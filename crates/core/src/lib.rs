@@ -21,7 +21,7 @@ mod store;
 mod tensor;
 mod weight;
 
-pub use backend::{AllocationCounts, Backend, Init, Memory, PoolUsage};
+pub use backend::{AllocationCounts, Backend, ClassUsage, Init, Memory, PoolUsage};
 pub use buffer::{Buffer, BufferId, HostBytes};
 pub use byte_size::ByteSize;
 pub use category::{Category, Usage};

@@ -3,8 +3,8 @@
 use std::{any::Any, ops::Range, sync::Arc};
 
 use unsloth_core::{
-    AllocationCounts, Buffer, Category, DType, Error, HostBytes, Init, Memory, Place, PoolUsage, Result, TensorStore,
-    Usage,
+    AllocationCounts, Buffer, Category, ClassUsage, DType, Error, HostBytes, Init, Memory, Place, PoolUsage, Result,
+    TensorStore, Usage,
 };
 use unsloth_memory::{Charge, HostBlock, HostPool, Ledger};
 
@@ -237,6 +237,10 @@ impl Memory for CpuBackend {
 
     fn pool_usage(&self) -> Result<PoolUsage> {
         Ok(self.pool.usage())
+    }
+
+    fn pool_classes(&self) -> Vec<ClassUsage> {
+        self.pool.classes()
     }
 
     fn trim(&self) -> Result<()> {

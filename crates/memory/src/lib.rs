@@ -8,7 +8,7 @@ mod staging;
 mod store;
 
 pub use ledger::{Charge, Ledger};
-pub use pool::{ClassUsage, HostBlock, HostPool};
+pub use pool::{HostBlock, HostPool};
 pub use staging::{Layout, Staging};
 pub use store::open_store;
 

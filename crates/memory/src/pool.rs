@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use unsloth_core::{AllocationCounts, Category, Error, Init, PoolUsage, Result};
+use unsloth_core::{AllocationCounts, Category, ClassUsage, Error, Init, PoolUsage, Result};
 
 use crate::ledger::{Charge, Ledger};
 
@@ -36,21 +36,6 @@ struct State {
     counts: AllocationCounts,
     /// By capacity in lines; of blocks that wait, `idle` knows.
     classes: BTreeMap<usize, ClassUsage>,
-}
-
-/// Blocks of one size.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ClassUsage {
-    /// Size of each.
-    pub block_bytes: u64,
-    /// Lent now.
-    pub num_lent: u64,
-    /// Waiting to be lent again.
-    pub num_idle: u64,
-    /// How often one was taken from the system.
-    pub num_fresh: u64,
-    /// How often one that had been released was lent again.
-    pub num_reused: u64,
 }
 
 /// Lines of the blocks that serve a request for so many: 16 sizes between a power of two and the next, so that lengths that

@@ -16,8 +16,8 @@ use std::{
 
 use self::results::Results;
 use crate::{
-    AllocationCounts, Backend, Buffer, Category, DType, Device, HostBytes, Init, Memory, Place, PoolUsage, Result,
-    Tensor, TensorStore, Usage, ops::Cost,
+    AllocationCounts, Backend, Buffer, Category, ClassUsage, DType, Device, HostBytes, Init, Memory, Place, PoolUsage,
+    Result, Tensor, TensorStore, Usage, ops::Cost,
 };
 
 /// One call of an operator.
@@ -182,6 +182,10 @@ impl Memory for Observed {
 
     fn pool_usage(&self) -> Result<PoolUsage> {
         self.inner.pool_usage()
+    }
+
+    fn pool_classes(&self) -> Vec<ClassUsage> {
+        self.inner.pool_classes()
     }
 
     fn trim(&self) -> Result<()> {

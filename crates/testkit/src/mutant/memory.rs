@@ -3,8 +3,8 @@
 use std::{ops::Range, sync::Arc};
 
 use unsloth_core::{
-    AllocationCounts, Backend, Buffer, Category, DType, HostBytes, Init, Memory, Place, PoolUsage, Result, TensorStore,
-    Usage,
+    AllocationCounts, Backend, Buffer, Category, ClassUsage, DType, HostBytes, Init, Memory, Place, PoolUsage, Result,
+    TensorStore, Usage,
 };
 
 use super::MutantBackend;
@@ -71,6 +71,10 @@ impl<B: Backend> Memory for MutantBackend<B> {
 
     fn pool_usage(&self) -> Result<PoolUsage> {
         self.inner.pool_usage()
+    }
+
+    fn pool_classes(&self) -> Vec<ClassUsage> {
+        self.inner.pool_classes()
     }
 
     fn trim(&self) -> Result<()> {
