@@ -91,7 +91,11 @@ fn describe_summary(summary: &Summary) -> String {
     text += &format!(", {tokens} tokens in {seconds:.1} s, peak {peak}, {reserved} taken from the system");
     if let Some(usage) = offloaded {
         let waited = (usage.put.time + usage.taken.time).as_secs_f64();
-        text += &format!(" and {} elsewhere, moved in {waited:.1} s", ByteSize(usage.peak_bytes));
+        text += &format!(" and {} elsewhere, ", ByteSize(usage.peak_bytes));
+        if usage.pinned_peak_bytes > 0 {
+            text += &format!("{} of it pinned, ", ByteSize(usage.pinned_peak_bytes));
+        }
+        text += &format!("moved in {waited:.1} s");
     }
     text + &format!("; saved in {}", output.display())
 }

@@ -19,13 +19,22 @@ pub enum Place {
 
 /// Keeps the contents of tensors in a [`Place`].
 pub trait TensorStore: Send + Sync {
-    /// Copies a tensor's contents away. Waits for the device to have written them; its memory is free once the tensor and its
+    /// Copies a tensor's contents away, as they are now. Where the device goes on computing meanwhile, the store keeps the tensor until the
+    /// copy is complete: at the second put after this one, or at [`TensorStore::settle`]. Its memory is free once the tensor and its
     /// clones are dropped.
     ///
     /// # Errors
-    /// [`crate::Error::Launch`] if pending work failed; [`crate::Error::OutOfMemory`] if the host has no room;
+    /// [`crate::Error::Launch`] if pending work failed, or an earlier copy; [`crate::Error::OutOfMemory`] if the host has no room;
     /// [`crate::Error::Storage`].
     fn put(&self, tensor: &Tensor) -> Result<Box<dyn StoredTensor>>;
+
+    /// Waits until everything that was put has left its device.
+    ///
+    /// # Errors
+    /// [`crate::Error::Launch`] if a copy failed.
+    fn settle(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// What is kept, and what was moved.
     fn usage(&self) -> StoreUsage;
@@ -33,7 +42,8 @@ pub trait TensorStore: Send + Sync {
 
 /// A tensor in a [`TensorStore`]; what it takes there is freed when it is dropped.
 pub trait StoredTensor {
-    /// A new tensor with the same bits on the device that the first one was on.
+    /// A tensor with the same bits on the device that the first one was on: a new one, or the first one itself where it has not left
+    /// and nobody else has it.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`]; [`crate::Error::Storage`]; [`crate::Error::Damaged`] for contents that are not those that
@@ -48,9 +58,11 @@ pub struct StoreUsage {
     pub live_bytes: u64,
     /// Most bytes kept at once.
     pub peak_bytes: u64,
+    /// Most bytes kept at once in memory that the system does not move, as far as the runtime tells.
+    pub pinned_peak_bytes: u64,
     /// From devices to the store.
     pub put: Transfers,
-    /// From the store to devices.
+    /// From the store to devices; what had not left its device is not among it.
     pub taken: Transfers,
 }
 
@@ -65,6 +77,7 @@ impl StoreUsage {
         Self {
             live_bytes: self.live_bytes + other.live_bytes,
             peak_bytes: self.peak_bytes + other.peak_bytes,
+            pinned_peak_bytes: self.pinned_peak_bytes + other.pinned_peak_bytes,
             put: both(self.put, other.put),
             taken: both(self.taken, other.taken),
         }

@@ -9,7 +9,8 @@ use crate::{CubeBackend, CubeOptions, info::Described};
 /// The device `cuda:index`.
 ///
 /// # Errors
-/// [`Error::InvalidSpec`] if the driver, NVRTC or the device is missing; [`Error::Launch`] if the device cannot be opened.
+/// [`Error::InvalidSpec`] if the driver, NVRTC or the device is missing; [`Error::Launch`] if the device cannot be opened;
+/// [`Error::Unsupported`] for a choice of [`Pools`](crate::Pools).
 pub fn cuda(index: usize, options: CubeOptions) -> Result<Device> {
     let name = DeviceName::Cuda(index);
     let missing = |rule| Error::InvalidSpec { op: "device", field: "name", value: name.to_string(), rule };

@@ -11,6 +11,7 @@ mod adamw8bit;
 mod attention;
 mod backend;
 mod choices;
+mod copies;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -27,6 +28,8 @@ mod lion;
 mod lora_linear;
 mod muon;
 mod poison;
+mod pools;
+mod queue;
 mod reduce;
 mod rms_norm;
 mod rope;
@@ -41,6 +44,7 @@ pub use choices::{Card, Choosing};
 pub use cuda::cuda;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub use info::devices;
+pub use pools::Pools;
 /// The names of all kernels for products, as [`Choosing`] knows them.
 pub use unsloth_linear::strategies as product_kernels;
 #[cfg(feature = "wgpu")]

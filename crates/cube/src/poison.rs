@@ -6,8 +6,11 @@
 
 use std::{
     collections::HashMap,
+    panic::AssertUnwindSafe,
     sync::{Mutex, Once, PoisonError},
 };
+
+use unsloth_core::{Error, Result};
 
 static FAILURES: Mutex<Option<HashMap<String, String>>> = Mutex::new(None);
 static HOOK: Once = Once::new();
@@ -39,6 +42,19 @@ pub(crate) fn watch() {
             }
         }));
     });
+}
+
+/// What `open` gives; CubeCL panics where a device cannot be opened.
+///
+/// # Errors
+/// [`Error::Launch`] with what it said.
+pub(crate) fn opened<T>(device: &str, open: impl FnOnce() -> T) -> Result<T> {
+    std::panic::catch_unwind(AssertUnwindSafe(open)).map_err(|panic| {
+        let message = panic.downcast_ref::<String>().cloned();
+        let message = message.or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
+        let source = message.unwrap_or_else(|| "no message".to_owned()).into();
+        Error::Launch { op: "open device", device: device.to_owned(), source }
+    })
 }
 
 /// CubeCL names its threads `DSD-<type>-<index>` (and `DSU-..` for the stage before).

@@ -1,9 +1,14 @@
 //! Vulkan devices, and the device that wgpu prefers.
 
-use cubecl_wgpu::{AutoGraphicsApi, GraphicsApi, WgpuDevice, WgpuRuntime};
+use std::{
+    mem::discriminant,
+    sync::{Mutex, PoisonError},
+};
+
+use cubecl_wgpu::{AutoGraphicsApi, GraphicsApi, RuntimeOptions, WgpuDevice, WgpuRuntime};
 use unsloth_core::{Device, DeviceInfo, DeviceName, Error, Result};
 
-use crate::{CubeBackend, CubeOptions, info::Described};
+use crate::{CubeBackend, CubeOptions, Pools, info::Described, poison};
 
 /// A Vulkan device of this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,13 +75,36 @@ fn memory_bytes(adapter: &wgpu::Adapter) -> Option<u64> {
 }
 
 fn open(device: &WgpuDevice, name: DeviceName, options: CubeOptions) -> Result<CubeBackend<WgpuRuntime>> {
-    CubeBackend::new(device, name.to_string(), options)
+    let name = name.to_string();
+    divide(device, &name, options.pools)?;
+    CubeBackend::new(device, name, CubeOptions { pools: Pools::Runtime, ..options })
+}
+
+/// Sees to it that the memory of a device is divided in this way. CubeCL opens a device once in a process.
+fn divide(device: &WgpuDevice, name: &str, pools: Pools) -> Result<()> {
+    static OPENED: Mutex<Vec<(WgpuDevice, Pools)>> = Mutex::new(Vec::new());
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(&(_, before)) = opened.iter().find(|(known, _)| known == device) {
+        let kind = |pools: Pools| discriminant(&pools.configuration().unwrap_or_default());
+        if pools == Pools::Runtime || kind(pools) == kind(before) {
+            return Ok(());
+        }
+        let (value, rule) = (format!("{pools:?}"), "as this process has opened the device first");
+        return Err(Error::InvalidSpec { op: "open device", field: "pools", value, rule });
+    }
+    if let Some(memory_config) = pools.configuration() {
+        let options = RuntimeOptions { memory_config, ..RuntimeOptions::default() };
+        poison::opened(name, || cubecl_wgpu::init_setup::<AutoGraphicsApi>(device, options))?;
+    }
+    opened.push((device.clone(), pools));
+    Ok(())
 }
 
 /// The device `vulkan:index`.
 ///
 /// # Errors
-/// [`Error::InvalidSpec`] if this machine has no such device; [`Error::Launch`] if it cannot be opened.
+/// [`Error::InvalidSpec`] if this machine has no such device, or this process has opened it with other [`Pools`]; [`Error::Launch`] if it
+/// cannot be opened.
 pub fn vulkan(index: usize, options: CubeOptions) -> Result<Device> {
     let name = DeviceName::Vulkan(index);
     let adapters = adapters();
@@ -100,7 +128,8 @@ fn on_card(options: CubeOptions, (model, driver): (&str, &str)) -> CubeOptions {
 /// The device that wgpu prefers on this system: through Metal on a Mac, through Vulkan on Linux.
 ///
 /// # Errors
-/// [`Error::InvalidSpec`] if there is none; [`Error::Launch`] if it cannot be opened.
+/// [`Error::InvalidSpec`] if there is none, or this process has opened it with other [`Pools`]; [`Error::Launch`] if it cannot be
+/// opened.
 pub fn wgpu(options: CubeOptions) -> Result<Device> {
     let adapters = enumerate(AutoGraphicsApi::backend());
     if adapters.is_empty() {

@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 use cubecl_wgpu::{WgpuDevice, WgpuRuntime};
 use half::bf16;
 use unsloth_common::Launch;
-use unsloth_core::{Category, Error, Init, Memory, Result};
+use unsloth_core::{Category, DType, Device, Error, Init, Memory, Place, Result};
 use unsloth_cube::{CubeBackend, CubeOptions};
 
 /// A kernel like any other, launched below with a type that WGSL does not have.
@@ -38,6 +38,14 @@ fn a_panic_on_the_device_thread_is_an_error_of_every_later_call() {
     backend.read(&*buffer, &mut bytes).unwrap();
     assert_eq!(bytes, [0; 256]);
 
+    // Copies of another backend of this device: one has left when the device fails, two are on their way.
+    let other =
+        CubeBackend::<WgpuRuntime>::new(&WgpuDevice::DefaultDevice, "vulkan:0", CubeOptions::default()).unwrap();
+    let other = Device::new(other);
+    let store = other.store(&Place::Host).unwrap();
+    let tensor = other.zeros([64], DType::F32, Category::Activations).unwrap();
+    let stored = [(); 3].map(|()| store.put(&tensor).unwrap());
+
     // The check of the element type is what a kernel of this repository does first, and what is left out here.
     let launched = backend.launch("double", |client| {
         assert!(Launch::new(client, "double").element::<bf16>().is_err());
@@ -64,6 +72,13 @@ fn a_panic_on_the_device_thread_is_an_error_of_every_later_call() {
         assert_names_the_kernel("next", next);
         assert!(!ran, "nothing is launched on a device that failed");
     }
+    assert!(matches!(store.put(&tensor), Err(Error::Launch { op: "put", .. })));
+    let refused = stored.map(|stored| match stored.take() {
+        Err(Error::Launch { op, .. }) => op,
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(refused, ["take", "take", "put"]);
+    assert_eq!((other.usage().total_live_bytes(), store.usage().live_bytes), (256, 0));
     // Opening the same device again does not hide the failure.
     let again = CubeBackend::<WgpuRuntime>::new(&WgpuDevice::DefaultDevice, "vulkan:0", CubeOptions::default());
     assert!(matches!(again.map(drop), Err(Error::Launch { op: "open device", .. })));

@@ -1,6 +1,6 @@
 //! Memory of a device: who holds how much ([`Ledger`]), how much may be held (its budget), host buffers that are reused from step
 //! to step ([`HostPool`]), copies between devices and the host ([`Staging`]), and places where tensors wait outside their device
-//! ([`open_store`]).
+//! ([`open_store`], and [`DoubleBuffer`] for devices that compute while they copy).
 
 mod ledger;
 mod pool;
@@ -10,7 +10,7 @@ mod store;
 pub use ledger::{Charge, Ledger};
 pub use pool::{HostBlock, HostPool};
 pub use staging::{Layout, Staging};
-pub use store::open_store;
+pub use store::{Copies, DoubleBuffer, open_store};
 
 /// Buffer sizes are counted in multiples of this many bytes.
 pub const GRANULARITY_BYTES: usize = 256;

@@ -35,8 +35,8 @@ impl Layout {
 /// Host buffers that contents of tensors pass through or wait in, reused from copy to copy. They have an account of their own:
 /// the host's column beside a device's.
 ///
-/// No runtime that is used here lends page-locked memory that both ends may keep: it is ordinary memory, and a call returns when
-/// its bytes have arrived.
+/// It is ordinary memory, and a call returns when its bytes have arrived. Tensors that are to wait for long leave a device that computes
+/// meanwhile through a [`DoubleBuffer`](crate::DoubleBuffer).
 pub struct Staging {
     pool: Arc<HostPool>,
     /// From devices, and to them.

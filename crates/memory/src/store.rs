@@ -1,15 +1,18 @@
 //! Tensors that wait outside their device: in host memory or in files.
 
 mod disk;
+mod double_buffer;
 
 use std::sync::Arc;
 
 use unsloth_core::{Place, Result, StoreUsage, StoredTensor, Tensor, TensorStore, Transfers};
 
 use self::disk::DiskStore;
+pub use self::double_buffer::{Copies, DoubleBuffer};
 use crate::{HostBlock, Layout, Ledger, Staging};
 
-/// A store for any device whose memory the host can read and write.
+/// A store for any device whose memory the host can read and write. Copies to the host are waited for; [`DoubleBuffer`] is the store of
+/// a device that goes on computing.
 ///
 /// # Errors
 /// [`unsloth_core::Error::Storage`] if no file can be made in the folder of [`Place::Disk`].
@@ -37,7 +40,8 @@ impl TensorStore for HostStore {
 
 fn usage(ledger: &Ledger, [put, taken]: [Transfers; 2]) -> StoreUsage {
     let usage = ledger.usage();
-    StoreUsage { live_bytes: usage.total_live_bytes(), peak_bytes: usage.total_peak_bytes(), put, taken }
+    let (live_bytes, peak_bytes) = (usage.total_live_bytes(), usage.total_peak_bytes());
+    StoreUsage { live_bytes, peak_bytes, pinned_peak_bytes: 0, put, taken }
 }
 
 struct InHostMemory {

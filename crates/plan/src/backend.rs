@@ -6,9 +6,9 @@ use unsloth_core::{
     AllocationCounts, Buffer, Category, DType, Device, Error, HostBytes, Init, Memory, Place, PoolUsage, Result, Shape,
     Tensor, TensorStore, Usage,
 };
-use unsloth_memory::{Charge, Ledger};
+use unsloth_memory::{Charge, DoubleBuffer, Ledger};
 
-use crate::store::PlanStore;
+use crate::store::{NoCopies, PlanStore};
 
 /// What operators take besides their results depends on what runs them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,9 +193,11 @@ impl Memory for PlanBackend {
     }
 
     fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {
-        let name = match place {
-            Place::Host => "host",
-            Place::Disk { .. } => "disk",
+        let name = match (place, self.target) {
+            // Kernels run while their device copies, and what it reads is held until then.
+            (Place::Host, Target::Kernels) => return Ok(Arc::new(DoubleBuffer::new(NoCopies))),
+            (Place::Host, Target::Cpu { .. }) => "host",
+            (Place::Disk { .. }, _) => "disk",
         };
         Ok(Arc::new(PlanStore { ledger: Ledger::new(name, None), transfers: Arc::default() }))
     }

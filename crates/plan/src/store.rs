@@ -6,7 +6,7 @@ use std::{
 };
 
 use unsloth_core::{Category, DType, Device, Result, Shape, StoreUsage, StoredTensor, Tensor, TensorStore, Transfers};
-use unsloth_memory::{Charge, Ledger};
+use unsloth_memory::{Charge, Copies, Layout, Ledger};
 
 /// Copies to the store, and back.
 type Counts = Mutex<[Transfers; 2]>;
@@ -27,7 +27,32 @@ impl TensorStore for PlanStore {
 
     fn usage(&self) -> StoreUsage {
         let (usage, [put, taken]) = (self.ledger.usage(), *lock(&self.transfers));
-        StoreUsage { live_bytes: usage.total_live_bytes(), peak_bytes: usage.total_peak_bytes(), put, taken }
+        let (live_bytes, peak_bytes) = (usage.total_live_bytes(), usage.total_peak_bytes());
+        StoreUsage { live_bytes, peak_bytes, pinned_peak_bytes: 0, put, taken }
+    }
+}
+
+/// The copies of a device that goes on computing, for a store that has their order alone.
+pub(crate) struct NoCopies;
+
+impl Copies for NoCopies {
+    type Copy = ();
+    type Contents = ();
+
+    fn begin(&self, _tensor: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    fn finish(&self, (): ()) -> Result<()> {
+        Ok(())
+    }
+
+    fn pinned_bytes(&self, (): &()) -> usize {
+        0
+    }
+
+    fn restore(&self, (): (), layout: &Layout) -> Result<Tensor> {
+        layout.device.empty(layout.shape, layout.dtype, Category::Activations)
     }
 }
 

@@ -174,6 +174,7 @@ impl Optimizer {
             Ok(slot)
         };
         let slots = parameters.into_iter().map(slot).collect::<Result<Vec<_>>>()?;
+        paging.iter().try_for_each(Paging::settle)?;
         drop(rule);
         Ok(Self { config, slots, state: StepState::new(device, 0)?, rounding: None, paging })
     }
@@ -239,7 +240,7 @@ impl Optimizer {
                 slot.park(store).map_err(crate::Error::from)?;
             }
         }
-        Ok(())
+        Ok(self.paging.iter().try_for_each(Paging::settle).map_err(crate::Error::from)?)
     }
 
     /// Counts from this many completed steps on.
@@ -276,15 +277,15 @@ impl Optimizer {
         let Self { config, slots, state, rounding, paging } = self;
         let step =
             Step { rule: &*config.rule(), gradients, rates, state, rounding: rounding.map(|seed| (seed, index)) };
-        let Some(Paging { store, group_bytes }) = paging else { return step.take(slots, 0) };
+        let Some(paging) = paging else { return step.take(slots, 0) };
         let mut first = 0;
-        for group in paging::groups(slots, *group_bytes) {
+        for group in paging::groups(slots, paging.group_bytes) {
             group.iter_mut().try_for_each(Slot::bring)?;
             step.take(group, first)?;
-            group.iter_mut().try_for_each(|slot| slot.park(store))?;
+            group.iter_mut().try_for_each(|slot| slot.park(&paging.store))?;
             first += group.len();
         }
-        Ok(())
+        paging.settle()
     }
 }
 

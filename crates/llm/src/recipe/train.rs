@@ -164,7 +164,7 @@ fn fitted(
     let largest = TrainConfig { max_seq_len: Some(seq_len), batch_size, ..config.clone() };
     let fitted = Planner::of(device).fit(&largest, budget_bytes)?;
     let checkpointing = fitted.checkpointing.clone().into();
-    on_event(Event::Fitted(fitted));
+    on_event(Event::Fitted(Box::new(fitted)));
     Ok(TrainConfig { checkpointing, ..config.clone() })
 }
 

@@ -11,7 +11,8 @@ use super::{Part, Slot};
 pub struct Paging {
     /// The place outside of the device's memory.
     pub store: Arc<dyn TensorStore>,
-    /// Most bytes that a step brings to the device at a time, unless one parameter's alone are more.
+    /// Most bytes that a step brings to the device at a time, unless one parameter's alone are more. Besides, what was put last may not have
+    /// left it.
     pub group_bytes: usize,
 }
 
@@ -19,6 +20,11 @@ impl Paging {
     /// 64 MiB at a time: much against what a copy costs to begin, little against a device's memory.
     pub fn new(store: Arc<dyn TensorStore>) -> Self {
         Self { store, group_bytes: 64 << 20 }
+    }
+
+    /// Waits until nothing of it is on the device any more.
+    pub(super) fn settle(&self) -> Result<()> {
+        self.store.settle()
     }
 }
 
@@ -67,6 +73,7 @@ impl Parked {
     pub(crate) fn read(&self) -> Result<Tensor> {
         let tensor = self.take()?;
         *self.stored.borrow_mut() = Some(self.store.put(&tensor)?);
+        self.store.settle()?;
         Ok(tensor)
     }
 }

@@ -15,7 +15,7 @@ use crate::{
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The run fits the limit on memory that it was given.
-    Fitted(Fitted),
+    Fitted(Box<Fitted>),
     /// Model and data are loaded; training begins.
     Prepared(Prepared),
     /// The run goes on from a checkpoint; follows [`Event::Prepared`].
