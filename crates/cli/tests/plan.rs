@@ -162,7 +162,7 @@ fn moments_elsewhere_as_measured() {
 fn vulkan_as_measured() {
     let small = tempfile::tempdir().unwrap();
     SMALL.write(small.path());
-    let configurations: [(&Path, usize, usize, &str); 15] = [
+    let configurations: [(&Path, usize, usize, &str); 16] = [
         (&tiny(), 64, 1, ""),
         (&tiny(), 256, 2, ""),
         (&tiny(), 256, 2, "--checkpointing selective"),
@@ -172,6 +172,7 @@ fn vulkan_as_measured() {
         (&tiny(), 100, 2, "--dtype f16"),
         (&tiny(), 100, 2, "--dora"),
         (&tiny(), 100, 2, "--method full --optimizer adamw8bit"),
+        (&tiny(), 100, 2, "--method full --optimizer adafactor"),
         (&tiny(), 100, 2, "--method full --offload-optimizer host"),
         (small.path(), 128, 1, ""),
         (small.path(), 256, 1, "--checkpointing sqrt"),
@@ -257,14 +258,21 @@ fn bad_input() {
     unsloth(line("plan --model {} --seq 8", &[&nowhere])).failed_with(&["cannot read", "nowhere/config.json"]);
 }
 
-/// As by the run itself.
+/// What an optimiser keeps is the same everywhere; only scratch depends on the device.
 #[test]
-fn an_optimiser_without_a_kernel_is_refused() {
-    let plan = |device| format!("plan --model {{}} --seq 8 --optimizer adafactor --device {device}");
-    unsloth(line(&plan("cpu"), &[&tiny()])).succeeded();
-    let rounding = plan("cuda:0").replace("--optimizer adafactor", "--method full --dtype bf16 --stochastic-rounding");
-    let refused = "stochastic_rounding: the operator is not supported on devices of CubeCL";
-    unsloth(line(&rounding, &[&tiny()])).failed_with(&[refused]);
-    unsloth(line(&plan("cuda:0"), &[&tiny()]))
-        .failed_with(&["adafactor: the operator is not supported on devices of CubeCL"]);
+fn every_optimiser_on_every_device() {
+    let plan = |options: &str, device| {
+        let text = format!("plan --model {{}} --seq 8 --method full {options} --device {device} --json");
+        unsloth(line(&text, &[&tiny()])).succeeded().json()
+    };
+    let optimizers = ["adamw", "adamw8bit", "sgd", "lion", "adafactor", "muon"];
+    let mut variants: Vec<_> = optimizers.iter().map(|name| format!("--optimizer {name}")).collect();
+    variants.push("--dtype bf16 --stochastic-rounding".to_owned());
+    for options in &variants {
+        let [cpu, card] = ["cpu", "cuda:0"].map(|device| plan(options, device)["by_category"].take());
+        for category in ["weights", "gradients", "optimiser"] {
+            assert!(cpu[category].as_u64().unwrap() > 0, "{options}: {category}");
+            assert_eq!(cpu[category], card[category], "{options}: {category}");
+        }
+    }
 }

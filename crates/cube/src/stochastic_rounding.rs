@@ -1,17 +1,24 @@
-//! Stochastic rounding has no kernel yet.
+//! Stochastic rounding on the kernel of `unsloth-pointwise`.
 
 use cubecl::prelude::Runtime;
 use unsloth_core::{
-    Error, Memory, Result, Tensor,
+    Result, Tensor,
     ops::stochastic_rounding::{Spec, StochasticRounding},
 };
+use unsloth_pointwise::stochastic_rounding as kernels;
 
-use crate::backend::CubeBackend;
+use crate::{
+    access::{handle, handle_mut},
+    backend::CubeBackend,
+};
+
+const OP: &str = "stochastic_rounding";
 
 impl<R: Runtime> StochasticRounding for CubeBackend<R> {
-    /// # Errors
-    /// [`Error::Unsupported`].
-    fn round_stochastically(&self, _spec: &Spec, _x: &Tensor, _out: &mut Tensor) -> Result<()> {
-        Err(Error::Unsupported { op: "stochastic_rounding", what: "the operator", device: self.name() })
+    fn round_stochastically(&self, spec: &Spec, x: &Tensor, out: &mut Tensor) -> Result<()> {
+        let &Spec { stream, step, tensor } = spec;
+        let draw = kernels::Draw { key: stream.key(), step, tensor };
+        let buffers = (handle(x), handle_mut(OP, "out", out)?);
+        self.launch(OP, |client| kernels::round(client, draw, x.num_elements(), buffers))
     }
 }

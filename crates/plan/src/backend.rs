@@ -79,17 +79,6 @@ impl PlanBackend {
         }
     }
 
-    /// Refuses an operator that has no kernel, where kernels are planned for.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`].
-    pub(crate) fn require_cpu(&self, op: &'static str) -> Result<()> {
-        match self.target {
-            Target::Cpu { .. } => Ok(()),
-            Target::Kernels => Err(Error::Unsupported { op, what: "the operator", device: "devices of CubeCL".into() }),
-        }
-    }
-
     /// The same where kernels are planned for.
     pub(crate) fn on_kernels<const N: usize>(&self, lens: impl FnOnce() -> [usize; N]) -> Result<Vec<Charge>> {
         match self.target {

@@ -214,7 +214,7 @@ pub(crate) fn loss_chunk(spec: &ops::linear_cross_entropy::Spec, with_dweight: b
 }
 
 /// Sums over the columns of each part of a matrix.
-pub(crate) fn adafactor(rows: usize, columns: usize) -> usize {
+pub(crate) fn adafactor([rows, columns]: [usize; 2]) -> usize {
     const MAX_PARTS: usize = 16;
     if rows * columns == 0 { 0 } else { rows.div_ceil(rows.div_ceil(MAX_PARTS)) * columns }
 }

@@ -1,4 +1,4 @@
-//! Exponentials and their kin, good to a few units in the last place on every device: those of a shading language may be off by
+//! Exponentials, logarithms and their kin, good to a few units in the last place on every device: those of a shading language may be off by
 //! as many as their argument is large. Each takes any finite argument without an infinite or subnormal number on the way, which
 //! devices may take for anything or for zero.
 
@@ -46,6 +46,32 @@ pub fn scaled_exp(x: f32, factor: f32) -> f32 {
 #[cube]
 pub fn exp(x: f32) -> f32 {
     scaled_exp(x, 1.0)
+}
+
+/// Natural logarithm of a positive normal number (Cephes' `logf`): of `x = m 2^n`, a polynomial in `m - 1`, and `n ln 2` in two parts,
+/// of which the first is exact.
+#[cube]
+pub fn ln(x: f32) -> f32 {
+    let bits = u32::reinterpret(x);
+    let exponent = i32::cast_from(bits >> 23u32) - 127;
+    let m = f32::reinterpret((bits & 0x007F_FFFFu32) | 0x3F80_0000u32);
+    // Between the roots of 1/2 and 2.
+    let is_above = m > f32::new(std::f32::consts::SQRT_2);
+    let m = select(is_above, m * 0.5, m);
+    let n = f32::cast_from(select(is_above, exponent + 1, exponent));
+    let z = m - 1.0;
+    let mut p = f32::new(7.037_683_6e-2);
+    p = p * z - 1.151_461e-1;
+    p = p * z + 1.167_699_87e-1;
+    p = p * z - 1.242_014_1e-1;
+    p = p * z + 1.424_932_3e-1;
+    p = p * z - 1.666_805_8e-1;
+    p = p * z + 2.000_071_5e-1;
+    p = p * z - 2.499_999_4e-1;
+    p = p * z + 3.333_333e-1;
+    let square = z * z;
+    let small = p * z * square - n * 2.121_944_4e-4_f32 - square * 0.5;
+    z + small + n * 0.693_359_4_f32
 }
 
 /// Hyperbolic tangent: a polynomial near zero (Cephes' `tanhf`), `1 - 2 / (e^2x + 1)` elsewhere.

@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+pub mod adafactor;
 pub mod adamw;
 pub mod adamw8bit;
 pub mod elementwise;
@@ -9,6 +10,7 @@ pub mod lion;
 pub mod muon;
 pub mod reduce;
 pub mod sgd;
+pub mod stochastic_rounding;
 
 /// The CubeCL whose types this crate takes and gives.
 pub use cubecl;

@@ -380,7 +380,13 @@ pub fn fold<R: Runtime>(
 
 /// Sum of the partial results `offset`, `offset + stride`, ... up to `len`, the same on every unit.
 #[cube]
-fn fold_strided(workspace: &Array<f32>, len: usize, stride: usize, offset: usize, #[comptime] units: usize) -> f32 {
+pub(crate) fn fold_strided(
+    workspace: &Array<f32>,
+    len: usize,
+    stride: usize,
+    offset: usize,
+    #[comptime] units: usize,
+) -> f32 {
     let mut sum = 0.0f32;
     let mut i = UNIT_POS as usize * stride + offset;
     while i < len {

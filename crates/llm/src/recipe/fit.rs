@@ -252,8 +252,7 @@ impl Planner {
                 TrainConfig { optimizer, ..config.clone() },
             ));
         }
-        let can_round = config.dtype == DType::BF16 && matches!(self.target, Target::Cpu { .. });
-        if can_round && config.method != Method::Lora && !config.stochastic_rounding {
+        if config.dtype == DType::BF16 && config.method != Method::Lora && !config.stochastic_rounding {
             let pure = TrainConfig { stochastic_rounding: true, ..config.clone() };
             changes.push(("--stochastic-rounding".to_owned(), pure));
         }

@@ -111,6 +111,9 @@ impl OnDevice {
     }
 }
 
+/// Steps that averages are checked in, whose length depends on their number: the first, a prime, and one of many.
+const STEPS: [u32; 3] = [1, 7, 1003];
+
 /// Three steps against the formula, each from what the device holds, with gradients that are to be divided by four.
 fn three_steps(device: &Device, case: &Case, spec: &Spec, (shape, dtype): (&[usize], DType)) -> Checked {
     let mut data = Data::new(97);
@@ -119,9 +122,9 @@ fn three_steps(device: &Device, case: &Case, spec: &Spec, (shape, dtype): (&[usi
     let mut actual = OnDevice::new(device, &start, (shape, dtype))?;
     let mut again = OnDevice::new(device, &start, (shape, dtype))?;
     let columns = (shape.len() == 2).then(|| shape[1]);
-    // `control` counts from three completed steps.
-    let (step_state, scaled) = (update::control(device, 4.0, true)?, State { gradient_scale: 0.25, ..State::new(4) });
-    for index in 0..3 {
+    for steps in STEPS {
+        let step_state = update::control_after(device, steps - 1, (4.0, true))?;
+        let scaled = State { gradient_scale: 0.25, ..State::new(steps) };
         let grad = data.normal(length, 1.0, DType::F32);
         let exact = reference(&Exact, spec, (&actual, dtype), (&grad, &scaled), columns)?;
         let naive = reference(&Rounded(dtype), spec, (&actual, dtype), (&grad, &scaled), columns)?;
@@ -132,7 +135,7 @@ fn three_steps(device: &Device, case: &Case, spec: &Spec, (shape, dtype): (&[usi
         for (i, (tensor, (exact, naive))) in tensors.zip(exact.iter().zip(&naive)).enumerate() {
             let (name, dtype) = if i == 0 { ("param", dtype) } else { ("averages", DType::F32) };
             let expected = Expected { exact, naive, floor: Floor::Stored(dtype) };
-            check_tensor(case, &format!("{name} {i} after step {}", index + 1), tensor, expected)?;
+            check_tensor(case, &format!("{name} {i} after step {steps}"), tensor, expected)?;
         }
     }
     actual.same_bits(case, "deterministic", &again)

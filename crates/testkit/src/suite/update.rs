@@ -59,9 +59,14 @@ impl OnDevice {
     }
 }
 
-/// The state of a step whose gradients have this norm, or are not finite.
+/// The state of a step behind three, whose gradients are to be divided by `scale`, or are not finite.
 pub(super) fn control(device: &Device, scale: f32, good: bool) -> Result<StepState> {
-    let mut state = StepState::new(device, 3)?;
+    control_after(device, 3, (scale, good))
+}
+
+/// The same behind so many completed steps.
+pub(super) fn control_after(device: &Device, steps: u32, (scale, good): (f32, bool)) -> Result<StepState> {
+    let mut state = StepState::new(device, steps)?;
     let scalar = |value: f32| device.from_slice(&[value], [1], Category::Activations);
     let spec = ControlSpec { max_grad_norm: None, loss_scale: scale, sticky: false };
     adamw::control(&spec, &scalar(1.0)?, &scalar(f32::from(u8::from(good)))?, &mut state)?;

@@ -30,7 +30,8 @@ mod rope;
 type Calls = fn(&mut Caller) -> unsloth_core::Result<()>;
 
 /// Every operator.
-const OPERATORS: [(&str, Calls); 19] = [
+const OPERATORS: [(&str, Calls); 21] = [
+    ("adafactor", pointwise::adafactor),
     ("adamw", pointwise::adamw),
     ("adamw8bit", pointwise::adamw8bit),
     ("lion", pointwise::lion),
@@ -50,6 +51,7 @@ const OPERATORS: [(&str, Calls); 19] = [
     ("reduce", pointwise::reduce),
     ("rms_norm", rms_norm::calls),
     ("rope", rope::calls),
+    ("stochastic_rounding", pointwise::stochastic_rounding),
 ];
 
 /// A launch and the call that led to it.

@@ -1,12 +1,14 @@
 //! Elementwise operators, reductions and the optimiser: a length that vectors divide, and an odd one.
 
 use unsloth_core::{
-    DType, Result,
+    DType, Result, Shape,
     ops::{
+        adafactor as factored,
         adamw::{self as optimiser, Buffers, ControlSpec, Spec, StepState},
         adamw8bit as eight_bits, elementwise as ops, lion as sign, muon as orthogonal, reduce as reductions,
-        sgd as descent,
+        sgd as descent, stochastic_rounding as rounding,
     },
+    rng::Philox,
 };
 
 use super::{Caller, dtype_pairs};
@@ -78,6 +80,46 @@ pub(super) fn adamw(caller: &mut Caller) -> Result<()> {
                 caller.call(detail, || optimiser::step(&SPEC, &mut all, &state));
             }
         }
+    }
+    Ok(())
+}
+
+pub(super) fn adafactor(caller: &mut Caller) -> Result<()> {
+    for shape in [&[1024, 1024][..], &[17, 241], &[1 << 20], &[4099]] {
+        for dtype in DType::FLOATS {
+            for parameter_scale in [None, Some(1e-3)] {
+                let spec = factored::Spec {
+                    learning_rate: 1e-3,
+                    decay_rate: -0.8,
+                    eps: 1e-30,
+                    clip_threshold: 1.0,
+                    parameter_scale,
+                    weight_decay: 0.01,
+                };
+                let state = StepState::new(&caller.device, 0)?;
+                let tensor = |dtype| Shape::try_from(shape).and_then(|shape| caller.tensor(dtype, shape));
+                let (mut param, grad, mut v) = (tensor(dtype)?, tensor(DType::F32)?, tensor(DType::F32)?);
+                let mut row = caller.tensor(DType::F32, [shape[0]])?;
+                let mut col = caller.tensor(DType::F32, [shape[shape.len() - 1]])?;
+                let averages = match shape.len() {
+                    2 => factored::Averages::Factored { row: &mut row, col: &mut col },
+                    _ => factored::Averages::Whole(&mut v),
+                };
+                let buffers = factored::Buffers { param: &mut param, grad: &grad, averages };
+                let detail = format!("step, scale {parameter_scale:?} {shape:?} {dtype}");
+                caller.call(detail, || factored::step(&spec, buffers, &state));
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn stochastic_rounding(caller: &mut Caller) -> Result<()> {
+    let spec = rounding::Spec { stream: Philox::new(0, 0), step: 0, tensor: 0 };
+    // The third is even where its words are not.
+    for length in [LENGTHS[0], LENGTHS[1], 4098] {
+        let (x, mut out) = (caller.tensor(DType::F32, [length])?, caller.tensor(DType::BF16, [length])?);
+        caller.call(format!("[{length}]"), || rounding::round(&spec, &x, &mut out));
     }
     Ok(())
 }

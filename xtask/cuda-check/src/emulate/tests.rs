@@ -1,4 +1,5 @@
-//! Suites of the operators that have kernels for tensor cores, on the emulated card.
+//! Suites of the operators that have kernels for tensor cores, and of those that want bf16, which software devices lack, on the
+//! emulated card.
 
 use unsloth_core::Device;
 use unsloth_cube::{CubeBackend, CubeOptions};
@@ -26,7 +27,7 @@ fn on_card(number: u16, run: fn(&Device)) {
 fn has_compiler() -> bool {
     let found = compiler().is_some();
     if !found {
-        println!("kernels for tensor cores: not run (no C++ compiler: none in CXX, and no `c++`)");
+        println!("emulated card: not run (no C++ compiler: none in CXX, and no `c++`)");
     }
     found
 }
@@ -39,6 +40,17 @@ fn attention() {
 #[test]
 fn linear() {
     on_card(1, suite::linear::run_on_tensor_cores);
+}
+
+#[test]
+#[ignore = "full: a compiler run for each of a hundred kernels"]
+fn adafactor() {
+    on_card(4, suite::adafactor::run);
+}
+
+#[test]
+fn stochastic_rounding() {
+    on_card(3, suite::stochastic_rounding::run);
 }
 
 /// A suite that passes on a wrong kernel proves nothing.
