@@ -11,7 +11,7 @@ use crate::note;
 /// Options of `unsloth devices`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Print a list of {"name", "model", "memory_bytes", "driver", "dtypes", "features"} instead of text
+    /// Print a list of {"name", "model", "memory_bytes", "driver", "dtypes", "features", "lacks"} instead of text
     #[arg(long)]
     json: bool,
 }
@@ -27,13 +27,14 @@ struct Found {
     driver: Option<String>,
     dtypes: Vec<String>,
     features: Vec<String>,
+    lacks: Vec<String>,
 }
 
 impl From<DeviceInfo> for Found {
     fn from(info: DeviceInfo) -> Self {
-        let DeviceInfo { name, model, memory_bytes, driver, dtypes, features } = info;
+        let DeviceInfo { name, model, memory_bytes, driver, dtypes, tensor_cores: _, features, lacks } = info;
         let dtypes = dtypes.iter().map(ToString::to_string).collect();
-        Self { name: name.to_string(), model, memory_bytes, driver, dtypes, features }
+        Self { name: name.to_string(), model, memory_bytes, driver, dtypes, features, lacks }
     }
 }
 
@@ -55,7 +56,7 @@ fn all() -> Vec<Found> {
 }
 
 fn describe(device: &Found) -> Result<String> {
-    let Found { name, model, memory_bytes, driver, dtypes, features } = device;
+    let Found { name, model, memory_bytes, driver, dtypes, features, lacks } = device;
     let mut text = format!("{name}  {model}\n");
     if let Some(bytes) = memory_bytes {
         writeln!(text, "    memory    {}", ByteSize(*bytes))?;
@@ -65,6 +66,9 @@ fn describe(device: &Found) -> Result<String> {
     }
     writeln!(text, "    types     {}", if dtypes.is_empty() { "none".to_owned() } else { dtypes.join(", ") })?;
     writeln!(text, "    features  {}", features.join(", "))?;
+    if !lacks.is_empty() {
+        writeln!(text, "    lacks     {}", lacks.join(", "))?;
+    }
     Ok(text)
 }
 

@@ -17,7 +17,7 @@ fn lists_the_processor_first() {
     for device in found.as_array().unwrap() {
         let mut keys: Vec<_> = device.as_object().unwrap().keys().map(String::as_str).collect();
         keys.sort_unstable();
-        assert_eq!(keys, ["driver", "dtypes", "features", "memory_bytes", "model", "name"]);
+        assert_eq!(keys, ["driver", "dtypes", "features", "lacks", "memory_bytes", "model", "name"]);
     }
 }
 
@@ -39,4 +39,17 @@ fn lists_vulkan_devices_with_what_they_offer() {
     assert!(!vulkan["driver"].as_str().unwrap().is_empty() && !vulkan["model"].as_str().unwrap().is_empty());
     assert_eq!(vulkan["dtypes"][0], "f32");
     assert!(vulkan["features"][0].as_str().unwrap().starts_with("buffers up to "));
+    let strings = |key: &str| {
+        let list = vulkan[key].as_array().unwrap().iter();
+        list.map(|text| text.as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let (dtypes, lacks) = (strings("dtypes"), strings("lacks"));
+    for dtype in ["f32", "f16", "bf16"].map(str::to_owned) {
+        assert_ne!(dtypes.contains(&dtype), lacks.contains(&dtype), "{dtype}: {vulkan}");
+    }
+    // Shaders in WGSL have none of these.
+    assert!(lacks.ends_with(&["bf16", "tensor cores", "copy engine"].map(str::to_owned)), "{lacks:?}");
+    let text = unsloth(["devices"]).succeeded().stdout;
+    let of_vulkan = text.split_once("vulkan:0  ").expect("the same device in the text").1;
+    assert!(of_vulkan.contains(&format!("\n    lacks     {}\n", lacks.join(", "))), "{of_vulkan}");
 }

@@ -64,8 +64,12 @@ pub struct DeviceInfo {
     pub driver: Option<String>,
     /// Float types that it stores and computes with, widest first.
     pub dtypes: Vec<DType>,
+    /// Half-precision types that its tensor cores multiply for the kernels of this library.
+    pub tensor_cores: Vec<DType>,
     /// What else it offers, a short phrase each.
     pub features: Vec<String>,
+    /// What other devices of its kind offer and the library makes use of, but this one does not have, a short phrase each.
+    pub lacks: Vec<String>,
 }
 
 #[cfg(test)]

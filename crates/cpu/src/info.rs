@@ -12,26 +12,28 @@ pub fn info() -> DeviceInfo {
     let model = first.map(|cpu| cpu.brand().trim()).filter(|model| !model.is_empty()).unwrap_or("unknown model");
     let memory_bytes = system.as_ref().map(System::total_memory).filter(|&bytes| bytes > 0);
     let mut features = vec![format!("{} threads", rayon::current_num_threads())];
-    features.extend(instruction_sets().into_iter().map(str::to_owned));
+    let (there, missing): (Vec<_>, Vec<_>) = instruction_sets().into_iter().partition(|(_, there)| *there);
+    let names = |sets: Vec<(&str, bool)>| -> Vec<String> { sets.iter().map(|(name, _)| (*name).to_owned()).collect() };
+    features.extend(names(there));
     let (name, model, dtypes) = (DeviceName::Cpu, model.to_owned(), DType::FLOATS.to_vec());
-    DeviceInfo { name, model, memory_bytes, driver: None, dtypes, features }
+    let (tensor_cores, lacks) = (Vec::new(), names(missing));
+    DeviceInfo { name, model, memory_bytes, driver: None, dtypes, tensor_cores, features, lacks }
 }
 
-/// Those that the operators make use of.
+/// Those that the operators make use of, and whether this processor has them.
 #[cfg(target_arch = "x86_64")]
-fn instruction_sets() -> Vec<&'static str> {
-    let sets = [
+fn instruction_sets() -> Vec<(&'static str, bool)> {
+    vec![
         ("avx2", is_x86_feature_detected!("avx2")),
         ("fma", is_x86_feature_detected!("fma")),
         ("f16c", is_x86_feature_detected!("f16c")),
         ("avx512f", is_x86_feature_detected!("avx512f")),
         ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
-    ];
-    sets.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
+    ]
 }
 
-/// Those that the operators make use of.
+/// Those that the operators make use of, and whether this processor has them.
 #[cfg(not(target_arch = "x86_64"))]
-fn instruction_sets() -> Vec<&'static str> {
-    if cfg!(target_arch = "aarch64") { vec!["neon"] } else { Vec::new() }
+fn instruction_sets() -> Vec<(&'static str, bool)> {
+    if cfg!(target_arch = "aarch64") { vec![("neon", true)] } else { Vec::new() }
 }

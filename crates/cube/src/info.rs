@@ -1,6 +1,10 @@
 //! What the devices of this machine are, and what they offer.
 
-use cubecl::{ir::features::Plane, prelude::Runtime};
+use cubecl::{
+    ir::features::{Plane, Tma},
+    prelude::*,
+};
+use unsloth_common::mma;
 use unsloth_core::{DType, DeviceInfo, DeviceName, Memory};
 
 use crate::CubeBackend;
@@ -17,20 +21,48 @@ impl Described {
     /// With what the opened device offers. One that does not open offers nothing, and says why.
     pub(crate) fn with<R: Runtime>(self, backend: unsloth_core::Result<CubeBackend<R>>) -> DeviceInfo {
         let Self { name, model, memory_bytes, driver } = self;
-        let (dtypes, features) = match backend {
+        let driver = Some(driver);
+        match backend {
             Ok(backend) => {
-                let dtypes = DType::FLOATS.into_iter().filter(|&dtype| backend.supports(dtype)).collect();
-                (dtypes, backend.features())
+                let dtypes: Vec<_> = DType::FLOATS.into_iter().filter(|&dtype| backend.supports(dtype)).collect();
+                let (tensor_cores, features) = (backend.tensor_cores(), backend.features());
+                let lacks = backend.lacks(&dtypes, &tensor_cores);
+                DeviceInfo { name, model, memory_bytes, driver, dtypes, tensor_cores, features, lacks }
             }
-            Err(error) => (Vec::new(), vec![format!("does not open: {error}")]),
-        };
-        DeviceInfo { name, model, memory_bytes, driver: Some(driver), dtypes, features }
+            Err(error) => {
+                let features = vec![format!("does not open: {error}")];
+                let (dtypes, tensor_cores, lacks) = (Vec::new(), Vec::new(), Vec::new());
+                DeviceInfo { name, model, memory_bytes, driver, dtypes, tensor_cores, features, lacks }
+            }
+        }
     }
 }
 
 const MEBIBYTE: u64 = 1 << 20;
 
 impl<R: Runtime> CubeBackend<R> {
+    /// Types that are multiplied on tensor cores, in sizes that allow it.
+    fn tensor_cores(&self) -> Vec<DType> {
+        let elements =
+            [(DType::F16, half::f16::as_type_native_unchecked()), (DType::BF16, half::bf16::as_type_native_unchecked())];
+        let multiplied =
+            elements.into_iter().filter(|(_, element)| mma::is_supported(self.client(), element.storage_type()));
+        multiplied.map(|(dtype, _)| dtype).collect()
+    }
+
+    /// What kernels of this library would use if it were there.
+    fn lacks(&self, dtypes: &[DType], tensor_cores: &[DType]) -> Vec<String> {
+        let missing = DType::FLOATS.into_iter().filter(|dtype| !dtypes.contains(dtype));
+        let mut lacks: Vec<String> = missing.map(|dtype| dtype.to_string()).collect();
+        if tensor_cores.is_empty() {
+            lacks.push("tensor cores".to_owned());
+        }
+        if !self.properties().features.tma.contains(Tma::Base) {
+            lacks.push("copy engine".to_owned());
+        }
+        lacks
+    }
+
     /// What the device offers besides element types, a short phrase each.
     fn features(&self) -> Vec<String> {
         let properties = self.properties();
