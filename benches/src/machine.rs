@@ -31,9 +31,7 @@ pub struct Machine {
 impl Machine {
     /// Of this device.
     pub fn of(device: &Device) -> Self {
-        let processor = cpu::info();
-        let found = devices().into_iter().find(|info| info.name.to_string() == device.name());
-        let info = found.unwrap_or_else(|| processor.clone());
+        let (processor, info) = (cpu::info(), info(device));
         Self {
             device: device.name(),
             model: info.model,
@@ -46,6 +44,12 @@ impl Machine {
             system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
         }
     }
+}
+
+/// What is known of a device; of one that is in no list, what is known of the processor.
+pub fn info(device: &Device) -> DeviceInfo {
+    let found = devices().into_iter().find(|info| info.name.to_string() == device.name());
+    found.unwrap_or_else(cpu::info)
 }
 
 /// The devices that this build finds.

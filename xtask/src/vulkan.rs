@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::cargo;
 
 /// The feature that builds the suites, and the program with the devices that they run on.
-pub(crate) const FEATURE: &str = "unsloth-cli/wgpu";
+pub(crate) const FEATURE: &str = "unsloth-cli/wgpu,unsloth-benches/wgpu";
 
 /// Older drivers are passed over where this one can be had: see crates/cube/tests/drivers.rs.
 const MESA_MAJOR: u32 = 25;

@@ -30,7 +30,7 @@ const RULES: [(&str, Rule); 7] = [
 
 /// Every feature at once, on the crates that have them and on what those are built on.
 const FEATURES: &str = "clippy --workspace --all-targets --features \
-    unsloth-cli/hub,unsloth-cli/parquet,unsloth-cli/wgpu,unsloth-cli/cuda -- -D warnings";
+    unsloth-cli/hub,unsloth-cli/parquet,unsloth-cli/wgpu,unsloth-cli/cuda,unsloth-benches/wgpu,unsloth-benches/cuda -- -D warnings";
 
 pub(crate) fn run(root: &Path) -> Result<()> {
     let mut num_violations = 0;

@@ -66,30 +66,35 @@ const SHAPES_OF_CHUNKS: [(usize, usize, usize); 7] =
 /// Products of so many rows and columns that a large device is full with large blocks: forward, the input's gradient, the weight's.
 const LARGE_SHAPES: [(usize, usize, usize); 3] = [(1031, 24, 1664), (1031, 1664, 24), (24, 1664, 1032)];
 
-/// The part of the suite that tensor cores may run: half-precision types, in sizes of whole chunks.
+/// Runs the part of the suite that tensor cores may run.
 ///
 /// # Panics
 /// If the device fails it.
 pub fn run_on_tensor_cores(device: &Device) {
-    let check = || -> Checked {
-        for (dtype, weight_dtype) in [(DType::BF16, DType::F32), (DType::F32, DType::BF16)] {
-            for shape in SHAPES_OF_CHUNKS {
-                on_shape(device, shape, (dtype, weight_dtype))?;
-            }
+    report::finish(OP, device, check_on_tensor_cores(device));
+}
+
+/// The part of the suite that tensor cores may run: half-precision types, in sizes of whole chunks.
+///
+/// # Errors
+/// The first failure.
+pub fn check_on_tensor_cores(device: &Device) -> Checked {
+    for (dtype, weight_dtype) in [(DType::BF16, DType::F32), (DType::F32, DType::BF16)] {
+        for shape in SHAPES_OF_CHUNKS {
+            on_shape(device, shape, (dtype, weight_dtype))?;
         }
-        for shape in LARGE_SHAPES {
-            on_shape(device, shape, (DType::BF16, DType::BF16))?;
+    }
+    for shape in LARGE_SHAPES {
+        on_shape(device, shape, (DType::BF16, DType::BF16))?;
+    }
+    for dtype in device.float_dtypes().into_iter().filter(|&dtype| dtype != DType::F32) {
+        for shape in SHAPES_OF_CHUNKS {
+            on_shape(device, shape, (dtype, dtype))?;
         }
-        for dtype in device.float_dtypes().into_iter().filter(|&dtype| dtype != DType::F32) {
-            for shape in SHAPES_OF_CHUNKS {
-                on_shape(device, shape, (dtype, dtype))?;
-            }
-            let case = Case::new(device, OP, format!("sums_in_f32, {dtype}"));
-            sums_in_f32(device, &case, dtype).map_err(|failure| failure.within(&case))?;
-        }
-        Ok(())
-    };
-    report::finish(OP, device, check());
+        let case = Case::new(device, OP, format!("sums_in_f32, {dtype}"));
+        sums_in_f32(device, &case, dtype).map_err(|failure| failure.within(&case))?;
+    }
+    Ok(())
 }
 
 fn on_shape(
