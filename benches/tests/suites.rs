@@ -21,7 +21,10 @@ fn suites(filter: &str) -> (Option<i32>, String, Value) {
 fn a_suite_that_passes() {
     let (status, text, report) = suites("reduce");
     assert_eq!(status, Some(0), "{text}");
-    assert!(text.contains("reduce: passed on vulkan:0 in ") && text.contains("1 passed, 0 failed, 0 not run"), "{text}");
+    assert!(
+        text.contains("reduce: passed on vulkan:0 in ") && text.contains("1 passed, 0 failed, 0 not run"),
+        "{text}"
+    );
     assert_eq!(report["machine"]["device"], "vulkan:0");
     assert!(report["dtypes"].as_array().unwrap().contains(&json!("f32")), "{report}");
     let [suite] = report["suites"].as_array().unwrap().as_slice() else { panic!("{report}") };
@@ -34,7 +37,10 @@ fn a_suite_that_passes() {
 #[test]
 fn a_suite_that_needs_what_the_device_lacks() {
     let (status, text, report) = suites("stochastic_rounding");
-    assert!(text.contains("stochastic_rounding: not run (") && text.contains("0 passed, 0 failed, 1 not run"), "{text}");
+    assert!(
+        text.contains("stochastic_rounding: not run (") && text.contains("0 passed, 0 failed, 1 not run"),
+        "{text}"
+    );
     let suite = &report["suites"][0];
     assert_eq!((&suite["passed"], &suite["failure"]), (&json!(false), &Value::Null));
     assert!(suite["not_run"].as_str().unwrap().contains("bf16"), "{suite}");

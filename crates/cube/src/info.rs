@@ -43,8 +43,10 @@ const MEBIBYTE: u64 = 1 << 20;
 impl<R: Runtime> CubeBackend<R> {
     /// Types that are multiplied on tensor cores, in sizes that allow it.
     fn tensor_cores(&self) -> Vec<DType> {
-        let elements =
-            [(DType::F16, half::f16::as_type_native_unchecked()), (DType::BF16, half::bf16::as_type_native_unchecked())];
+        let elements = [
+            (DType::F16, half::f16::as_type_native_unchecked()),
+            (DType::BF16, half::bf16::as_type_native_unchecked()),
+        ];
         let multiplied =
             elements.into_iter().filter(|(_, element)| mma::is_supported(self.client(), element.storage_type()));
         multiplied.map(|(dtype, _)| dtype).collect()

@@ -17,6 +17,12 @@ fn device() -> Device {
     vulkan(0, options).unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// Suites check the types that a device has: were f16 missing, half of what they check would be gone without a word.
+#[test]
+fn a_software_device_has_f16() {
+    assert!(device().supports(DType::F16) || !adapters()[0].is_cpu);
+}
+
 #[test]
 fn adafactor() {
     suite::adafactor::run(&device());
