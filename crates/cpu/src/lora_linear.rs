@@ -82,6 +82,11 @@ impl CpuBackend {
 }
 
 impl LoraLinear for CpuBackend {
+    fn lora_linear_hidden(&self, _spec: &Spec, x: &Tensor, adapter: Adapter<'_>) -> Result<Tensor> {
+        let mask = adapter.dropout.as_ref().map(Mask::new);
+        self.to_rank(x, mask.as_ref(), Mat::of(adapter.lora_a), 1.0)
+    }
+
     fn lora_linear_forward(
         &self,
         spec: &Spec,
@@ -91,8 +96,7 @@ impl LoraLinear for CpuBackend {
         adapter: Adapter<'_>,
     ) -> Result<Forward> {
         let weight = dense("lora_linear", weight)?;
-        let mask = adapter.dropout.as_ref().map(Mask::new);
-        let h = self.to_rank(x, mask.as_ref(), Mat::of(adapter.lora_a), 1.0)?;
+        let h = self.lora_linear_hidden(spec, x, adapter)?;
         let low_rank = Term { factor: spec.scale, left: Mat::of(&h), right: Mat::of(adapter.lora_b) };
         let y = self.project(x, weight, bias, Some(low_rank))?;
         Ok(Forward { y, h })

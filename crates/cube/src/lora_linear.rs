@@ -68,6 +68,24 @@ impl<R: Runtime> CubeBackend<R> {
 }
 
 impl<R: Runtime> LoraLinear for CubeBackend<R> {
+    fn lora_linear_hidden(&self, spec: &Spec, x: &Tensor, adapter: Adapter<'_>) -> Result<Tensor> {
+        const OP: &str = "lora_linear_hidden";
+        let mut h = output(OP, x, DType::F32, [spec.base.rows, spec.rank])?;
+        let workspace = rows_at_work(OP, spec, x)?;
+        let args = kernels::Hidden {
+            x: handle(x),
+            lora_a: handle(adapter.lora_a),
+            dropout: adapter.dropout.as_ref().map(dropout),
+            h: handle_mut(OP, "h", &mut h)?,
+            workspace: handle(&workspace),
+        };
+        self.launch(OP, |client| {
+            dispatch_float!(spec.base.dtype, X => dispatch_float!(spec.adapter_dtype, L =>
+                kernels::hidden::<R, X, L>(self.target(client), shape(spec), args)))
+        })?;
+        Ok(h)
+    }
+
     fn lora_linear_forward(
         &self,
         spec: &Spec,

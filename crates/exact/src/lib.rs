@@ -6,6 +6,7 @@
 //! gradients are those of the oracles, which `unsloth-testkit` holds to central differences operator by operator.
 
 mod backend;
+mod linears;
 mod ops;
 mod optimizers;
 

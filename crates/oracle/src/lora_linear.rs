@@ -54,9 +54,9 @@ pub struct Gradients {
     pub dlora_b: Vec<f64>,
 }
 
-/// `y = x W^T + bias + scale * (drop(x) A^T) B^T` and `h = drop(x) A^T`.
-pub fn forward(a: &impl Arith, layer: Layer<'_>, x: &[f64]) -> Forward {
-    let Dims { rows, in_features, out_features } = layer.dims;
+/// `h = drop(x) A^T`.
+pub fn hidden(a: &impl Arith, layer: Layer<'_>, x: &[f64]) -> Vec<f64> {
+    let Dims { rows, in_features, .. } = layer.dims;
     let rank = layer.rank;
     let mut h = vec![0.0; rows * rank];
     let dropped = layer.drop(a, x);
@@ -66,6 +66,14 @@ pub fn forward(a: &impl Arith, layer: Layer<'_>, x: &[f64]) -> Forward {
             h[t * rank + r] = a.stat(a.sum(terms));
         }
     }
+    h
+}
+
+/// `y = x W^T + bias + scale * (drop(x) A^T) B^T` and `h = drop(x) A^T`.
+pub fn forward(a: &impl Arith, layer: Layer<'_>, x: &[f64]) -> Forward {
+    let Dims { rows, out_features, .. } = layer.dims;
+    let rank = layer.rank;
+    let h = hidden(a, layer, x);
     let mut y = super::linear::forward(a, layer.dims, x, layer.weight, layer.bias);
     for t in 0..rows {
         for o in 0..out_features {

@@ -225,6 +225,17 @@ impl PlanBackend {
 }
 
 impl lora_linear::LoraLinear for PlanBackend {
+    fn lora_linear_hidden(
+        &self,
+        spec: &lora_linear::Spec,
+        x: &Tensor,
+        _adapter: lora_linear::Adapter<'_>,
+    ) -> Result<Tensor> {
+        let h = output(x, DType::F32, [spec.base.rows, spec.rank])?;
+        self.on_cpu(|threads| scratch::lora_input(spec, threads))?;
+        self.on_kernels(|| [kernels::lora(spec)])?;
+        Ok(h)
+    }
     fn lora_linear_forward(
         &self,
         spec: &lora_linear::Spec,

@@ -4,6 +4,7 @@
 //! else.
 
 mod ops;
+mod optimizers;
 mod results;
 
 use std::{

@@ -1,16 +1,16 @@
-//! Every operator: what a call is, and the call itself handed on.
+//! Every operator of a model: what a call is, and the call itself handed on.
 
 use super::{Call, Observed, results::Results};
 use crate::{
     Backend, DType, KvView, Lengths, Result, Sequences, Tensor, Weight,
     ops::{
-        Cost, adafactor, adamw, adamw8bit, attention, cross_entropy, dora, elementwise, embedding, glu, layer_norm,
-        linear, linear_cross_entropy, lion, lora_linear, muon, reduce, rms_norm, rope, sgd, stochastic_rounding,
+        Cost, attention, cross_entropy, dora, elementwise, embedding, glu, layer_norm, linear, linear_cross_entropy,
+        lora_linear, reduce, rms_norm, rope,
     },
 };
 
 /// A call whose sizes are those of a tensor.
-fn like<'a>(name: &'static str, tensor: &Tensor, cost: Cost) -> Call<'a> {
+pub(super) fn like<'a>(name: &'static str, tensor: &Tensor, cost: Cost) -> Call<'a> {
     Call { name, shape: tensor.shape().to_string(), weights: vec![], cost }
 }
 
@@ -80,7 +80,7 @@ impl elementwise::Elementwise for Observed {
 
 impl Observed {
     /// A call of an optimiser.
-    fn update<'a>(
+    pub(super) fn update<'a>(
         &'a self,
         about: impl FnOnce() -> Call<'a>,
         work: impl FnOnce(&dyn Backend) -> Result<()>,
@@ -305,6 +305,15 @@ impl linear::Linear for Observed {
 }
 
 impl lora_linear::LoraLinear for Observed {
+    fn lora_linear_hidden(
+        &self,
+        spec: &lora_linear::Spec,
+        x: &Tensor,
+        adapter: lora_linear::Adapter<'_>,
+    ) -> Result<Tensor> {
+        let about = || product("lora_linear hidden", &spec.base, vec![adapter.lora_a], spec.hidden_cost());
+        self.call(about, |backend| backend.lora_linear_hidden(spec, x, adapter))
+    }
     fn lora_linear_forward(
         &self,
         spec: &lora_linear::Spec,
@@ -420,69 +429,5 @@ impl linear_cross_entropy::LinearCrossEntropy for Observed {
         let forward = self.backend().linear_cross_entropy(spec, x, weight, targets, dweight.as_deref_mut())?;
         self.end(seen, forward.tensors().into_iter().chain(dweight.as_deref()))?;
         Ok(forward)
-    }
-}
-
-impl adamw::AdamW for Observed {
-    fn step_control(
-        &self,
-        spec: &adamw::ControlSpec,
-        norm: &Tensor,
-        finite: &Tensor,
-        state: &mut Tensor,
-    ) -> Result<()> {
-        let cost = reduce::cost(&[norm, finite]);
-        self.update(|| like("step_control", norm, cost), |backend| backend.step_control(spec, norm, finite, state))
-    }
-    fn adamw(&self, spec: &adamw::Spec, parameters: &mut [adamw::Buffers<'_>], state: &Tensor) -> Result<()> {
-        let (shape, cost) = (format!("{} parameters", parameters.len()), parameters.iter().map(|p| p.cost()).sum());
-        let about = || Call { name: "adamw step", shape, weights: vec![], cost };
-        self.update(about, |backend| backend.adamw(spec, parameters, state))
-    }
-}
-
-impl adamw8bit::AdamW8bit for Observed {
-    fn adamw8bit(&self, spec: &adamw::Spec, buffers: adamw8bit::Buffers<'_>, state: &Tensor) -> Result<()> {
-        let (grad, cost) = (buffers.grad, buffers.cost());
-        self.update(|| like("adamw8bit step", grad, cost), |backend| backend.adamw8bit(spec, buffers, state))
-    }
-}
-
-impl lion::Lion for Observed {
-    fn lion(&self, spec: &lion::Spec, buffers: lion::Buffers<'_>, state: &Tensor) -> Result<()> {
-        let (grad, cost) = (buffers.grad, buffers.cost());
-        self.update(|| like("lion step", grad, cost), |backend| backend.lion(spec, buffers, state))
-    }
-}
-
-impl adafactor::Adafactor for Observed {
-    fn adafactor(&self, spec: &adafactor::Spec, buffers: adafactor::Buffers<'_>, state: &Tensor) -> Result<()> {
-        let (grad, cost) = (buffers.grad, buffers.cost());
-        self.update(|| like("adafactor step", grad, cost), |backend| backend.adafactor(spec, buffers, state))
-    }
-}
-
-impl muon::Muon for Observed {
-    fn muon_direction(&self, spec: &muon::Spec, grad: &Tensor, buf: &mut Tensor, state: &Tensor) -> Result<Tensor> {
-        let cost = muon::direction_cost(grad, buf);
-        self.call(|| like("muon direction", grad, cost), |backend| backend.muon_direction(spec, grad, buf, state))
-    }
-    fn muon_apply(&self, spec: &muon::Spec, param: &mut Tensor, direction: &Tensor, state: &Tensor) -> Result<()> {
-        let cost = muon::apply_cost(param, direction);
-        self.update(|| like("muon apply", direction, cost), |backend| backend.muon_apply(spec, param, direction, state))
-    }
-}
-
-impl stochastic_rounding::StochasticRounding for Observed {
-    fn round_stochastically(&self, spec: &stochastic_rounding::Spec, x: &Tensor, out: &mut Tensor) -> Result<()> {
-        let cost = stochastic_rounding::cost(x, out);
-        self.update(|| like("stochastic_rounding", x, cost), |backend| backend.round_stochastically(spec, x, out))
-    }
-}
-
-impl sgd::Sgd for Observed {
-    fn sgd(&self, spec: &sgd::Spec, buffers: sgd::Buffers<'_>, state: &Tensor) -> Result<()> {
-        let (grad, cost) = (buffers.grad, buffers.cost());
-        self.update(|| like("sgd step", grad, cost), |backend| backend.sgd(spec, buffers, state))
     }
 }

@@ -36,6 +36,13 @@ impl Spec {
         self.base.forward_cost() + self.low_rank(1, 1) + Cost::bytes(self.adapter() + self.h())
     }
 
+    /// Of `h` alone: `x` and `A` in, `h` out.
+    pub fn hidden_cost(&self) -> Cost {
+        let [x, _] = self.base.activations();
+        let a = stored(self.rank * self.base.in_features, self.adapter_dtype);
+        self.low_rank(1, 0) + Cost::bytes(x + a + self.h())
+    }
+
     /// `dy` in, `h` and `x` where something reads them, `B` except for `dB` alone; with `dx` the base layer's matrix and `A` in;
     /// `dA` and `dB` in and out where they are wanted.
     pub fn backward_cost(&self, needs_dx: bool, needs_dlora_a: bool, needs_dlora_b: bool) -> Cost {
@@ -146,6 +153,8 @@ pub struct ParameterGradients<'a> {
 
 /// LoRA layers of a backend.
 pub trait LoraLinear {
+    /// `h` alone, with the bits that [`LoraLinear::lora_linear_forward`] gives it.
+    fn lora_linear_hidden(&self, spec: &Spec, x: &Tensor, adapter: Adapter<'_>) -> Result<Tensor>;
     /// `y` and `h`.
     fn lora_linear_forward(
         &self,
@@ -210,6 +219,15 @@ pub fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, adapter: Adap
         check::tensor("lora_linear", "bias", bias, (&[weight.out_features()], bias.dtype(), x.device()))?;
     }
     x.device().backend().lora_linear_forward(&spec, x, weight, bias, adapter)
+}
+
+/// `h` of [`forward`] alone, with the same bits: what the backward pass reads where nothing reads `y`.
+///
+/// # Errors
+/// As [`forward`].
+pub fn hidden(x: &Tensor, weight: &Weight, adapter: Adapter<'_>) -> Result<Tensor> {
+    let spec = spec(x, weight, &adapter)?;
+    x.device().backend().lora_linear_hidden(&spec, x, adapter)
 }
 
 /// `dx` if wanted; adds to the parameter gradients that are given.

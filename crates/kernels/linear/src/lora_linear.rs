@@ -94,6 +94,54 @@ fn update_input<R: Runtime, X: Float>(
     Ok((left, dropout.dropout.kept_scale()))
 }
 
+/// Buffers of `h`.
+#[derive(Clone, Copy, Debug)]
+pub struct Hidden<'a> {
+    /// `[rows, in_features]` of `X`
+    pub x: &'a Handle,
+    /// `[rank, in_features]` of `L`
+    pub lora_a: &'a Handle,
+    /// What is dropped of `x`.
+    pub dropout: Option<RowDropout<'a>>,
+    /// f32 `[rows, rank]`, overwritten: `drop(x) A^T`.
+    pub h: &'a Handle,
+    /// f32 `[Shape::workspace_len]`, overwritten; any buffer where that is 0.
+    pub workspace: &'a Handle,
+}
+
+/// Launches `h = drop(x) A^T`: the part of [`forward`] that its backward pass reads, with the same bits.
+///
+/// # Errors
+/// As [`forward`].
+pub fn hidden<'t, R: Runtime, X: Float, L: Float>(
+    target: impl Into<Target<'t, R>>,
+    shape: Shape,
+    args: Hidden<'_>,
+) -> Result<(), LaunchError> {
+    let launch = Launch::on(target.into(), "lora_linear_hidden");
+    let mut chunks = shape.chunks(is_narrow::<X>() || args.dropout.is_some());
+    chunks.try_for_each(|rows| hidden_rows::<R, X, L>(&launch, shape, args, &rows))
+}
+
+/// Some rows of `h`.
+fn hidden_rows<R: Runtime, X: Float, L: Float>(
+    launch: &Launch<'_, R>,
+    Shape { base: linear::Shape { in_features, .. }, rank, .. }: Shape,
+    args: Hidden<'_>,
+    rows: &Range<usize>,
+) -> Result<(), LaunchError> {
+    let (a, scale) = update_input::<R, X>(launch, (args.x, in_features), rows, (args.dropout, args.workspace))?;
+    let b = Matrix::new::<L>(launch, "lora_a", args.lora_a, rank * in_features)?;
+    let out = rows_of::<R, f32>(launch, ("h", args.h), rows, rank)?;
+    let form = Form { a_transposed: false, b_transposed: true, accumulate: false };
+    product(
+        launch,
+        Size { rows: rows.len(), cols: rank, depth: in_features },
+        form,
+        Args { a, b, bias: None, out, scale },
+    )
+}
+
 /// Buffers of the forward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Forward<'a> {
@@ -123,13 +171,11 @@ pub fn forward<'t, R: Runtime, X: Float, W: Float, B: Float, L: Float>(
     let launch = Launch::on(target.into(), "lora_linear_forward");
     let Shape { base: linear::Shape { in_features, out_features, .. }, rank, scale } = shape;
     let by_columns = Form { a_transposed: false, b_transposed: true, accumulate: false };
+    let hidden =
+        Hidden { x: args.base.x, lora_a: args.lora_a, dropout: args.dropout, h: args.h, workspace: args.workspace };
     for rows in shape.chunks(is_narrow::<X>() || args.dropout.is_some()) {
         let h = || rows_of::<R, f32>(&launch, ("h", args.h), &rows, rank);
-        let (input, kept_scale) =
-            update_input::<R, X>(&launch, (args.base.x, in_features), &rows, (args.dropout, args.workspace))?;
-        let lora_a = Matrix::new::<L>(&launch, "lora_a", args.lora_a, rank * in_features)?;
-        let matrices = Args { a: input, b: lora_a, bias: None, out: h()?, scale: kept_scale };
-        product(&launch, Size { rows: rows.len(), cols: rank, depth: in_features }, by_columns, matrices)?;
+        hidden_rows::<R, X, L>(&launch, shape, hidden, &rows)?;
 
         // The base layer first: no kernel but ours adds to what is there.
         let sums = Sums::<R, X>::new(&launch, ("y", args.base.y), (&rows, out_features), args.workspace);

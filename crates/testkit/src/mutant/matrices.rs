@@ -92,6 +92,14 @@ impl<B: Backend> MutantBackend<B> {
 }
 
 impl<B: Backend> LoraLinear for MutantBackend<B> {
+    fn lora_linear_hidden(&self, spec: &lora_linear::Spec, x: &Tensor, mut adapter: Adapter<'_>) -> Result<Tensor> {
+        let mut spec = *spec;
+        if self.has(Mutation::LoraHiddenIgnoresDropout) {
+            (spec.dropout, adapter.dropout) = (None, None);
+        }
+        self.inner.lora_linear_hidden(&spec, x, adapter)
+    }
+
     fn lora_linear_forward(
         &self,
         spec: &lora_linear::Spec,

@@ -274,6 +274,8 @@ mutations! {
         LoraForwardIgnoresDropout,
         /// Nothing is dropped in the backward pass.
         LoraBackwardIgnoresDropout,
+        /// Nothing is dropped where `h` is all that is asked for.
+        LoraHiddenIgnoresDropout,
         /// Every step drops the same elements.
         LoraDropoutIgnoresStep,
         /// Every sequence drops the same elements.

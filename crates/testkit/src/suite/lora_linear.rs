@@ -139,6 +139,8 @@ pub(super) struct Tensors {
 pub(super) struct Results {
     pub(super) y: Tensor,
     pub(super) h: Tensor,
+    /// Asked for alone.
+    hidden: Tensor,
     pub(super) dx: Tensor,
     pub(super) dlora_a: Tensor,
     pub(super) dlora_b: Tensor,
@@ -242,9 +244,10 @@ impl Problem {
         let adapter = tensors.adapter(self.scale);
         let lora_linear::Forward { y, h } =
             lora_linear::forward(&tensors.x, &tensors.weight, Some(&tensors.bias), adapter)?;
+        let hidden = lora_linear::hidden(&tensors.x, &tensors.weight, adapter)?;
         let gradients = ParameterGradients { dlora_a: Some(&mut dlora_a), dlora_b: Some(&mut dlora_b) };
         match lora_linear::backward(tensors.backward(&h, self.scale), gradients)? {
-            Some(dx) => Ok(Results { y, h, dx, dlora_a, dlora_b }),
+            Some(dx) => Ok(Results { y, h, hidden, dx, dlora_a, dlora_b }),
             None => Err(Case::new(device, OP, "needs_dx").hazard("gives no dx where it is wanted")),
         }
     }
@@ -279,6 +282,7 @@ pub(super) fn layer(device: &Device, case: &Case, problem: &Problem) -> Checked 
     let (a, b) = (&[rank, in_features], &[out_features, rank]);
     check_sums(case, ("dlora_a", &results.dlora_a), (a, DType::F32), of(|r| &r.gradients.dlora_a))?;
     check_sums(case, ("dlora_b", &results.dlora_b), (b, DType::F32), of(|r| &r.gradients.dlora_b))?;
+    expect::same_bits(case, "h alone", &results.h, &results.hidden)?;
     let again = problem.run(device)?;
     expect::same_bits(case, "y", &results.y, &again.y)?;
     expect::same_bits(case, "h", &results.h, &again.h)?;
