@@ -6,19 +6,19 @@
 
 use unsloth_core::{Error, Result, StoredTensor, Tensor, TensorStore};
 
-use crate::{Tape, Var, backward::Context, var::Source};
+use crate::{Deferred, Tape, Var, backward::Context, var::Source};
 
-/// Runs `f` keeping only `inputs`, and runs it again in the backward pass.
+/// Runs `f` keeping only `inputs`, and runs it again in the backward pass; outputs that are [`Deferred`] are not computed then.
 ///
 /// `f` must compute the same each time, and must use the tape it is given. A value on another tape that it has captured is an
 /// error: pass it in `inputs`. Parameters may be captured.
 ///
 /// # Errors
 /// Those of `f`; [`Error::InvalidSpec`] for an input of another tape; [`Error::Unsupported`] if `f` makes variables.
-pub fn checkpoint(
+pub fn checkpoint<V: Into<Deferred>>(
     tape: &Tape,
     inputs: &[&Var],
-    f: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>> + 'static,
+    f: impl Fn(&Tape, &[Var]) -> Result<Vec<V>> + 'static,
 ) -> Result<Vec<Var>> {
     checkpoint_in(None, tape, inputs, f)
 }
@@ -27,15 +27,16 @@ pub fn checkpoint(
 ///
 /// # Errors
 /// As [`checkpoint`]; those of the store.
-pub fn checkpoint_in(
+pub fn checkpoint_in<V: Into<Deferred>>(
     store: Option<&dyn TensorStore>,
     tape: &Tape,
     inputs: &[&Var],
-    f: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>> + 'static,
+    f: impl Fn(&Tape, &[Var]) -> Result<Vec<V>> + 'static,
 ) -> Result<Vec<Var>> {
+    let computed = |outputs: Vec<V>| outputs.into_iter().map(|output| output.into().compute()).collect();
     if !tape.is_recording() {
         let inputs: Vec<Var> = inputs.iter().map(|&input| input.clone()).collect();
-        return f(tape, &inputs);
+        return computed(f(tape, &inputs)?);
     }
     for source in inputs.iter().filter_map(|input| input.source()) {
         tape.check_owner(OP, source)?;
@@ -43,7 +44,7 @@ pub fn checkpoint_in(
     let kept = Inputs::new(inputs);
     let trace = Tape::tracing();
     let entered = kept.enter(&trace, inputs.iter().map(|input| input.tensor().clone()), |_| true);
-    let outputs = f(&trace, &entered.vars)?;
+    let outputs: Vec<Var> = computed(f(&trace, &entered.vars)?)?;
     if trace.num_variables() != kept.sources.len() {
         let device = inputs.first().map_or_else(String::new, |input| input.tensor().device().name());
         return Err(Error::Unsupported { op: OP, what: "a variable made inside the function", device });
@@ -198,9 +199,9 @@ struct Segment {
 }
 
 impl Segment {
-    fn backward(
+    fn backward<V: Into<Deferred>>(
         self,
-        f: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>>,
+        f: impl Fn(&Tape, &[Var]) -> Result<Vec<V>>,
         context: &mut Context<'_>,
         gradients: Vec<Option<Tensor>>,
     ) -> Result<()> {
@@ -209,7 +210,7 @@ impl Segment {
         let values = values.into_iter().map(Value::take).collect::<Result<Vec<_>>>()?;
         let Entered { vars, variables } = inputs.enter(&tape, values, |source| context.wants(Some(source)));
         let Inputs { sources, .. } = inputs;
-        let outputs = f(&tape, &vars)?;
+        let outputs: Vec<Deferred> = f(&tape, &vars)?.into_iter().map(V::into).collect();
         drop(vars);
         if outputs.len() != num_outputs {
             let (field, value) = ("outputs", outputs.len().to_string());

@@ -6,6 +6,7 @@
 //! it has been used, and adds parameter gradients straight into the [`GradStore`]. [`checkpoint`] keeps only the inputs of a
 //! function and runs it again in the backward pass, [`checkpoint_in`] keeps them outside the device, [`tiled`] does so tile by
 //! tile of a function's rows, and [`Tape::set_recompute`] names cheap operators whose results no node keeps; the gradients have the same bits.
+//! What a checkpointed function gives as [`Deferred`] is not computed by its second run.
 //!
 //! ```
 //! use unsloth_autograd::{GradStore, Matrix, Parameter, Result, Tape, Var, ops};
@@ -31,6 +32,7 @@
 
 mod backward;
 mod checkpoint;
+mod deferred;
 mod grad_store;
 pub mod ops;
 mod parameter;
@@ -41,6 +43,7 @@ mod var;
 
 pub use backward::InputGradients;
 pub use checkpoint::{checkpoint, checkpoint_in};
+pub use deferred::Deferred;
 pub use grad_store::GradStore;
 pub use parameter::{Matrix, Parameter, ParameterId, Vector};
 pub use saved::Recompute;

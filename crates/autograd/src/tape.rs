@@ -9,7 +9,7 @@ use std::{
 use unsloth_core::{Error, Result, Tensor};
 
 use crate::{
-    Parameter, ParameterId, Recompute, Var,
+    Deferred, Parameter, ParameterId, Recompute, Var,
     backward::{Backward, Context},
     var::Source,
 };
@@ -160,11 +160,21 @@ impl Tape {
         inputs: &[&Var],
         parameters: &[Option<&Parameter>],
     ) -> Result<Link<'_>> {
+        self.link_sources(op, inputs.iter().map(|input| input.source()), parameters)
+    }
+
+    /// As [`Tape::link`], by where the inputs were recorded.
+    pub(crate) fn link_sources(
+        &self,
+        op: &'static str,
+        inputs: impl IntoIterator<Item = Option<Source>>,
+        parameters: &[Option<&Parameter>],
+    ) -> Result<Link<'_>> {
         let mut link = Link { tape: self, inputs: Vec::new(), parameters: Vec::new() };
         if self.mode == Mode::Inference {
             return Ok(link);
         }
-        for source in inputs.iter().filter_map(|input| input.source()) {
+        for source in inputs.into_iter().flatten() {
             self.check_owner(op, source)?;
             link.inputs.push(source.node);
         }
@@ -214,13 +224,28 @@ impl Link<'_> {
         out: Tensor,
         backward: impl FnOnce(&mut Context<'_>, Tensor) -> Result<()> + 'static,
     ) -> Var {
+        let source = self.record_one(backward);
+        Var::new(out, source)
+    }
+
+    /// The same for an output that is computed if it is asked for.
+    pub(crate) fn deferred(
+        self,
+        compute: impl FnOnce() -> Result<Tensor> + 'static,
+        backward: impl FnOnce(&mut Context<'_>, Tensor) -> Result<()> + 'static,
+    ) -> Deferred {
+        let source = self.record_one(backward);
+        Deferred::new(compute, source)
+    }
+
+    fn record_one(self, backward: impl FnOnce(&mut Context<'_>, Tensor) -> Result<()> + 'static) -> Option<Source> {
         let backward =
             move |context: &mut Context<'_>, gradients: Vec<Option<Tensor>>| match gradients.into_iter().next() {
                 Some(Some(gradient)) => backward(context, gradient),
                 _ => Ok(()),
             };
         let node = self.node(1, Box::new(backward));
-        Var::new(out, node.map(|(tape, node)| Source { tape, node, output: 0 }))
+        node.map(|(tape, node)| Source { tape, node, output: 0 })
     }
 
     /// Records an operator with two outputs; at least one of the gradients that `backward` gets is there.

@@ -11,7 +11,7 @@ use unsloth_core::{
     ops::{attention, embedding},
 };
 
-use crate::{Parameter, Tape, Var, backward::Context, saved::Saved, var::Source};
+use crate::{Deferred, Parameter, Tape, Var, backward::Context, saved::Saved, var::Source};
 
 const OP: &str = "tiled";
 
@@ -24,18 +24,18 @@ const OP: &str = "tiled";
 /// # Errors
 /// Those of `f`; [`Error::Shape`] unless `x` and what `f` gives have two dimensions, and as many rows;
 /// [`Error::InvalidSpec`] for tiles of no rows; an input of another tape.
-pub fn tiled(
+pub fn tiled<V: Into<Deferred>>(
     tape: &Tape,
     x: &Var,
     tile_rows: usize,
-    f: impl Fn(&Tape, &Var, Range<usize>) -> Result<Var> + 'static,
+    f: impl Fn(&Tape, &Var, Range<usize>) -> Result<V> + 'static,
 ) -> Result<Var> {
     let rows = matrix("x", x.tensor(), None)?;
     if tile_rows == 0 {
         return Err(Error::InvalidSpec { op: OP, field: "tile_rows", value: 0.to_string(), rule: "1 or more" });
     }
     if rows <= tile_rows {
-        return f(tape, x, 0..rows);
+        return f(tape, x, 0..rows)?.into().compute();
     }
     let tiles = Tiles { rows, tile_rows };
     let mut out = Collected::new(tiles);
@@ -52,20 +52,21 @@ pub fn tiled(
 }
 
 /// What `f` gives of a tile, and the parameters that it uses; nothing is kept for the backward pass.
-fn first_run(
+fn first_run<V: Into<Deferred>>(
     tape: &Tape,
     x: &Var,
     range: &Range<usize>,
-    f: impl Fn(&Tape, &Var, Range<usize>) -> Result<Var>,
+    f: impl Fn(&Tape, &Var, Range<usize>) -> Result<V>,
 ) -> Result<(Tensor, Vec<Parameter>)> {
     let part = copy_rows(x.tensor(), range)?;
     if tape.is_inference() {
-        return Ok((f(tape, &Var::constant(part), range.clone())?.into_tensor(), Vec::new()));
+        let y = f(tape, &Var::constant(part), range.clone())?.into().compute()?;
+        return Ok((y.into_tensor(), Vec::new()));
     }
     let trace = Tape::tracing();
     let input = entered(&trace, part, x.source().is_some());
     let variables = trace.num_variables();
-    let y = f(&trace, &input, range.clone())?;
+    let y = f(&trace, &input, range.clone())?.into().compute()?;
     if let Some(source) = y.source() {
         trace.check_owner(OP, source)?;
     }
@@ -81,11 +82,11 @@ fn entered(tape: &Tape, part: Tensor, is_variable: bool) -> Var {
 }
 
 /// Runs every tile again, and its backward pass behind it.
-fn backward(
+fn backward<V: Into<Deferred>>(
     tiles: Tiles,
     (to, x): (Option<Source>, Tensor),
     dy: Tensor,
-    f: impl Fn(&Tape, &Var, Range<usize>) -> Result<Var>,
+    f: impl Fn(&Tape, &Var, Range<usize>) -> Result<V>,
     context: &mut Context<'_>,
 ) -> Result<()> {
     let mut dx = Collected::new(tiles);
@@ -94,7 +95,7 @@ fn backward(
         let tape = Tape::new();
         let input = entered(&tape, copy_rows(&x, &range)?, context.wants(to));
         let variable = input.source();
-        let y = f(&tape, &input, range.clone())?;
+        let y: Deferred = f(&tape, &input, range.clone())?.into();
         drop(input);
         let source = y.source();
         drop(y);

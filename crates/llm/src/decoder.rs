@@ -15,7 +15,7 @@ use std::{
     sync::Arc,
 };
 
-use unsloth_autograd::{Matrix, Parameter, Recompute, Tape, Var, Vector, checkpoint_in, ops};
+use unsloth_autograd::{Deferred, Matrix, Parameter, Recompute, Tape, Var, Vector, checkpoint_in, ops};
 use unsloth_core::{Category, DType, Device, Sequences, Tensor, TensorStore, ops::cross_entropy::LossSpec};
 use unsloth_train::{Adapter, Batch, Checkpointing, DrawRows, KvCache, KvCacheSpec, Linear, Model, Role, Segment};
 
@@ -287,18 +287,17 @@ impl Decoder {
             let is_last = range.end == self.layers.len();
             let (layers, context) = (self.layers.clone(), context.clone());
             let run = move |tape: &Tape, inputs: &[Var]| {
-                let mut stream = inputs[0].clone();
+                let mut stream = Deferred::from(inputs[0].clone());
                 for layer in &layers[range.clone()] {
-                    stream = layer.forward(tape, &stream, &context)?;
+                    stream = layer.forward(tape, &stream.compute()?, &context)?;
                 }
                 Ok(vec![stream])
             };
             let store = self.offload().filter(|_| !is_last);
-            let mut outputs = match again {
-                true => checkpoint_in(store, tape, &[&stream], run)?,
-                false => run(tape, &[stream])?,
+            stream = match again {
+                true => checkpoint_in(store, tape, &[&stream], run)?.swap_remove(0),
+                false => run(tape, &[stream])?.swap_remove(0).compute()?,
             };
-            stream = outputs.swap_remove(0);
         }
         tape.set_recompute(Recompute::default());
         ops::rms_norm(tape, &stream, &self.norm, context.dimensions.norm)

@@ -5,7 +5,7 @@
 //! add in the middle is fused with the second norm.
 
 use unsloth_autograd::{
-    Tape, Var, Vector,
+    Deferred, Tape, Var, Vector,
     ops::{self, AttentionSequences, NormOptions, RopeAngles},
     tiled,
 };
@@ -166,8 +166,9 @@ impl Layer {
         norms.into_iter().filter_map(|(name, norm)| Some((name, norm?)))
     }
 
-    /// The residual stream behind the layer, from the stream `x` before it, both `[tokens, hidden_size]`.
-    pub(crate) fn forward(&self, tape: &Tape, x: &Var, context: &Context) -> unsloth_core::Result<Var> {
+    /// The residual stream behind the layer, from the stream `x` before it, both `[tokens, hidden_size]`. Nothing of the layer's
+    /// backward pass reads it.
+    pub(crate) fn forward(&self, tape: &Tape, x: &Var, context: &Context) -> unsloth_core::Result<Deferred> {
         let Heads { q, k, v } = self.heads(tape, x, context)?;
         let (q_sequences, k_sequences) = (context.sequences.clone(), context.sequences.clone());
         let sequences = AttentionSequences { q: q_sequences, k: k_sequences };
@@ -186,7 +187,7 @@ impl Layer {
         let Heads { q, k, v } = self.heads(&tape, x, context)?;
         cache.append(index, k.tensor(), v.tensor(), &context.sequences)?;
         let out = attention::cached(q.tensor(), &context.sequences, cache.view(index)?, self.attention)?;
-        self.finish(&tape, &Var::constant(out), x, context)
+        self.finish(&tape, &Var::constant(out), x, context)?.compute()
     }
 
     fn heads(&self, tape: &Tape, x: &Var, context: &Context) -> unsloth_core::Result<Heads> {
@@ -210,7 +211,7 @@ impl Layer {
     }
 
     /// Everything behind the attention itself.
-    fn finish(&self, tape: &Tape, out: &Var, x: &Var, context: &Context) -> unsloth_core::Result<Var> {
+    fn finish(&self, tape: &Tape, out: &Var, x: &Var, context: &Context) -> unsloth_core::Result<Deferred> {
         let Dimensions { num_heads, head_dim, norm, .. } = context.dimensions;
         let draw = context.draw.as_ref();
         let tokens = x.tensor().shape().rows();
@@ -221,13 +222,14 @@ impl Layer {
             None => self.mlp.forward(tape, normed, draw, context.dimensions)?,
             Some(tile) => {
                 let (mlp, draw, dimensions) = (self.mlp.clone(), context.draw.clone(), context.dimensions);
-                tiled(tape, &normed, tile, move |tape, rows, range| {
-                    let draw = draw.as_ref().map(|draw| draw.rows(range)).transpose()?;
+                let run = move |tape: &Tape, rows: &Var, range| {
+                    let draw = draw.as_ref().map(|draw: &DrawRows| draw.rows(range)).transpose()?;
                     mlp.forward(tape, rows.clone(), draw.as_ref(), dimensions)
-                })?
+                };
+                tiled(tape, &normed, tile, run)?.into()
             }
         };
-        ops::add(tape, down, &stream)
+        down.add(tape, &stream)
     }
 }
 
@@ -239,13 +241,18 @@ impl Mlp {
         normed: Var,
         draw: Option<&DrawRows>,
         Dimensions { norm, activation, .. }: Dimensions,
-    ) -> unsloth_core::Result<Var> {
+    ) -> unsloth_core::Result<Deferred> {
         let gate = self.gate.forward(tape, &normed, draw)?;
         let up = self.up.forward(tape, &normed, draw)?;
         drop(normed);
         let activated = ops::glu(tape, &gate, &up, activation)?;
         drop((gate, up));
-        post_norm(tape, self.down.forward(tape, &activated, draw)?, self.after.as_ref(), norm)
+        let down = self.down.deferred(tape, &activated, draw)?;
+        drop(activated);
+        match &self.after {
+            None => Ok(down),
+            after => post_norm(tape, down.compute()?, after.as_ref(), norm).map(Deferred::from),
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! A linear layer that may carry a low-rank adapter.
 
-use unsloth_autograd::{Matrix, Parameter, Tape, Var, Vector, ops};
+use unsloth_autograd::{Deferred, Matrix, Parameter, Tape, Var, Vector, ops};
 use unsloth_core::{
     Category, DType, Tensor,
     ops::{dora, elementwise, linear as core_linear},
@@ -44,12 +44,21 @@ impl Linear {
     /// # Errors
     /// Shape, dtype or device mismatch; [`unsloth_core::Error::OutOfMemory`].
     pub fn forward(&self, tape: &Tape, x: &Var, draw: Option<&DrawRows>) -> unsloth_core::Result<Var> {
+        self.deferred(tape, x, draw)?.compute()
+    }
+
+    /// [`Linear::forward`], computed when it is asked for where nothing else reads it: with DoRA its gradient does.
+    ///
+    /// # Errors
+    /// As [`Linear::forward`].
+    pub fn deferred(&self, tape: &Tape, x: &Var, draw: Option<&DrawRows>) -> unsloth_core::Result<Deferred> {
+        let (weight, bias) = (&self.weight, self.bias.as_ref());
         match &self.adapter {
             Some(adapter) if let Some(magnitude) = &adapter.magnitude => {
-                ops::dora(tape, x, (&self.weight, self.bias.as_ref()), &adapter.with(draw), magnitude)
+                ops::dora(tape, x, (weight, bias), &adapter.with(draw), magnitude).map(Deferred::from)
             }
-            Some(adapter) => ops::lora_linear(tape, x, &self.weight, self.bias.as_ref(), &adapter.with(draw)),
-            None => ops::linear(tape, x, &self.weight, self.bias.as_ref()),
+            Some(adapter) => ops::deferred_lora_linear(tape, x, weight, bias, &adapter.with(draw)),
+            None => ops::deferred_linear(tape, x, weight, bias),
         }
     }
 

@@ -2,19 +2,14 @@
 
 use unsloth_core::{DType, Result, Shape, ops::elementwise as core};
 
-use crate::{Tape, Var};
+use crate::{Deferred, Tape, Var};
 
 /// `a + b` of one shape and type; `a` is reused where nothing else holds it. Keeps nothing.
 ///
 /// # Errors
 /// As [`core::add`]; an input of another tape.
 pub fn add(tape: &Tape, a: Var, b: &Var) -> Result<Var> {
-    let link = tape.link("add", &[&a, b], &[])?;
-    let (to_a, to_b) = (a.source(), b.source());
-    Ok(link.one(core::add(a.into_tensor(), b.tensor())?, move |context, dout| {
-        context.send(to_a, dout.clone())?;
-        context.send(to_b, dout)
-    }))
+    Deferred::from(a).add(tape, b)?.compute()
 }
 
 /// `a * b` of one shape and type; `a` is reused where nothing else holds it.

@@ -2,18 +2,29 @@
 
 use unsloth_core::{Result, Tensor, ops::linear as core};
 
-use crate::{Matrix, Parameter, Tape, Var, Vector, backward::Context, saved::Saved};
+use crate::{Deferred, Matrix, Parameter, Tape, Var, Vector, backward::Context, saved::Saved};
 
 /// `y = x W^T + bias`, `x`: `[rows, in_features]`. Keeps `x` only if the matrix is trained.
 ///
 /// # Errors
 /// As [`core::forward`]; an input of another tape.
 pub fn linear(tape: &Tape, x: &Var, weight: &Matrix, bias: Option<&Vector>) -> Result<Var> {
+    deferred_linear(tape, x, weight, bias)?.compute()
+}
+
+/// [`linear`], computed when it is asked for.
+///
+/// # Errors
+/// An input of another tape.
+pub fn deferred_linear(tape: &Tape, x: &Var, weight: &Matrix, bias: Option<&Vector>) -> Result<Deferred> {
     let link = tape.link("linear", &[x], &[weight.parameter(), bias.and_then(Vector::parameter)])?;
-    let y = core::forward(x.tensor(), &weight.weight()?, bias.map(Vector::tensor).as_ref())?;
+    let forward = {
+        let (x, weight, bias) = (x.tensor().clone(), weight.clone(), bias.cloned());
+        move || core::forward(&x, &weight.weight()?, bias.as_ref().map(Vector::tensor).as_ref())
+    };
     let parameters = BaseParameters::new(x, weight, bias);
     let (to, weight) = (x.source(), weight.clone());
-    Ok(link.one(y, move |context, dy| {
+    Ok(link.deferred(forward, move |context, dy| {
         parameters.backward(context, &dy)?;
         if context.wants(to) {
             let dx = core::input_gradient(&dy, &weight.weight()?)?;

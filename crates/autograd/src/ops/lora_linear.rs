@@ -1,12 +1,14 @@
 //! Linear layer with a low-rank update; formula and gradient in [`core`].
 
+use std::{cell::RefCell, rc::Rc};
+
 use unsloth_core::{
     Error, Result, Tensor,
     ops::lora_linear::{self as core, Adapter, Backward, Dropout, ParameterGradients, RowDropout},
 };
 
 use super::linear::BaseParameters;
-use crate::{Matrix, Parameter, Tape, Var, Vector, saved::Saved};
+use crate::{Deferred, Matrix, Parameter, Tape, Var, Vector, saved::Saved};
 
 /// A trained low-rank update `scale * B A`.
 #[derive(Clone, Debug)]
@@ -52,6 +54,20 @@ impl LoraAdapter {
 /// # Errors
 /// As [`core::forward`]; [`Error::InvalidSpec`] if one parameter is both `lora_a` and `lora_b`; an input of another tape.
 pub fn lora_linear(tape: &Tape, x: &Var, weight: &Matrix, bias: Option<&Vector>, adapter: &LoraAdapter) -> Result<Var> {
+    deferred_lora_linear(tape, x, weight, bias, adapter)?.compute()
+}
+
+/// [`lora_linear`], computed when it is asked for. Where it is not, the backward pass makes `drop(x) A^T` itself.
+///
+/// # Errors
+/// [`Error::InvalidSpec`] if one parameter is both `lora_a` and `lora_b`; an input of another tape.
+pub fn deferred_lora_linear(
+    tape: &Tape,
+    x: &Var,
+    weight: &Matrix,
+    bias: Option<&Vector>,
+    adapter: &LoraAdapter,
+) -> Result<Deferred> {
     const OP: &str = "lora_linear";
     let LoraAdapter { lora_a, lora_b, .. } = adapter;
     if lora_a.id() == lora_b.id() {
@@ -60,14 +76,27 @@ pub fn lora_linear(tape: &Tape, x: &Var, weight: &Matrix, bias: Option<&Vector>,
     }
     let parameters = [weight.parameter(), bias.and_then(Vector::parameter), Some(lora_a), Some(lora_b)];
     let link = tape.link(OP, &[x], &parameters)?;
-    let (matrix, bias_value) = (weight.weight()?, bias.map(Vector::tensor));
-    let core::Forward { y, h } =
-        adapter.borrowed(|adapter| core::forward(x.tensor(), &matrix, bias_value.as_ref(), adapter))?;
+    let hidden = Rc::new(RefCell::new(None));
+    let forward = {
+        let (x, weight, bias) = (x.tensor().clone(), weight.clone(), bias.cloned());
+        let (adapter, hidden) = (adapter.clone(), hidden.clone());
+        move || {
+            let (weight, bias) = (weight.weight()?, bias.as_ref().map(Vector::tensor));
+            let core::Forward { y, h } =
+                adapter.borrowed(|adapter| core::forward(&x, &weight, bias.as_ref(), adapter))?;
+            hidden.replace(Some(h));
+            Ok(y)
+        }
+    };
     let base = BaseParameters::new(x, weight, bias);
     let (to, x, weight, adapter) = (x.source(), Saved::of(x), weight.clone(), adapter.clone());
-    Ok(link.one(y, move |context, dy| {
+    Ok(link.deferred(forward, move |context, dy| {
         base.backward(context, &dy)?;
         let (weight, x, needs_dx) = (weight.weight()?, x.take()?, context.wants(to));
+        let h = match hidden.take() {
+            Some(h) => h,
+            None => adapter.borrowed(|adapter| core::hidden(&x, &weight, adapter))?,
+        };
         let (dlora_a, dlora_b) = context.gradient_pair(&adapter.lora_a, &adapter.lora_b);
         let dx = adapter.borrowed(|adapter| {
             let inputs = Backward { dy: &dy, x: &x, h: &h, weight: &weight, adapter, needs_dx };

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a helper of the tests fails the test that calls it")]
 
 mod checkpoint;
+mod deferred;
 mod harness;
 mod hooks;
 mod memory;
