@@ -17,7 +17,9 @@ use std::{
 
 use unsloth_autograd::{Deferred, Matrix, Parameter, Recompute, Tape, Var, Vector, checkpoint_in, ops};
 use unsloth_core::{Category, DType, Device, Sequences, Tensor, TensorStore, ops::cross_entropy::LossSpec};
-use unsloth_train::{Adapter, Batch, Checkpointing, DrawRows, KvCache, KvCacheSpec, Linear, Model, Role, Segment};
+use unsloth_train::{
+    Adapter, Batch, Checkpointing, DrawRows, KvCache, KvCacheSpec, Linear, Model, Precision, Role, Segment,
+};
 
 pub use self::adapters::AdapterSet;
 use self::adapters::Parts;
@@ -36,23 +38,22 @@ use crate::{
 /// How a model is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Storage type of activations, and of frozen weights where it is not f32; under f32 they stay as stored.
-    pub dtype: DType,
+    /// Types of activations and matrices. Under f32 activations frozen weights stay as they are stored; trained vectors, which are few,
+    /// have f32.
+    pub precision: Precision,
     /// Whether every weight is a parameter to train, with a copy of its own. Otherwise all are frozen, and mapped where they can be.
     pub trainable: bool,
-    /// Type of that copy of a matrix, which is read in the type of the activations; vectors, which are few, have f32.
-    pub master: DType,
 }
 
 impl LoadOptions {
     /// Frozen weights, to be used as they are or to be adapted.
     pub const fn frozen(dtype: DType) -> Self {
-        Self { dtype, trainable: false, master: DType::F32 }
+        Self { precision: Precision { storage: dtype, compute: dtype, master: DType::F32 }, trainable: false }
     }
 
     /// Weights to train, in f32.
     pub const fn trainable(dtype: DType) -> Self {
-        Self { dtype, trainable: true, master: DType::F32 }
+        Self { trainable: true, ..Self::frozen(dtype) }
     }
 }
 
@@ -162,7 +163,7 @@ impl Decoder {
         device: &Device,
         options: LoadOptions,
     ) -> Result<Self> {
-        let LoadOptions { dtype, .. } = options;
+        let dtype = options.precision.compute;
         if !dtype.is_float() {
             return Err(Error::ActivationDType { dtype });
         }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use unsloth_autograd::{Matrix, Parameter, Vector};
 use unsloth_core::{Category, DType, Device, Shape, Tensor, ops::elementwise};
-use unsloth_train::Linear;
+use unsloth_train::{Linear, Precision};
 
 use crate::{
     Result,
@@ -40,11 +40,8 @@ impl<'a> Loader<'a> {
 
     pub(crate) fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Matrix> {
         if self.options.trainable {
-            return Ok(Matrix::Trainable(self.parameter(
-                name,
-                shape.into(),
-                (self.options.master, self.options.dtype),
-            )?));
+            let Precision { storage, master, .. } = self.options.precision;
+            return Ok(Matrix::Trainable(self.parameter(name, shape.into(), (master, storage))?));
         }
         let wanted = Wanted { name, shape: shape.into(), dtype: self.frozen_dtype(name)?, category: Category::Weights };
         let tensor = self.source.tensor(self.device, &wanted)?;
@@ -76,11 +73,12 @@ impl<'a> Loader<'a> {
     }
 
     /// Under f32 activations weights stay as they are stored: sums are f32 either way, so widening them would change no
-    /// product and cost a second copy. Otherwise they get the type of the activations.
+    /// product and cost a second copy.
     fn frozen_dtype(&self, name: &str) -> Result<DType> {
         let stored = self.source.stored_dtype(name)?;
-        let keep = self.options.dtype == DType::F32 && self.device.supports(stored);
-        Ok(if keep { stored } else { self.options.dtype })
+        let Precision { storage, compute, .. } = self.options.precision;
+        let keep = compute == DType::F32 && self.device.supports(stored);
+        Ok(if keep { stored } else { storage })
     }
 }
 

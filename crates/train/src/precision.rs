@@ -18,7 +18,7 @@ pub struct Precision {
 }
 
 impl Precision {
-    /// Everything in f32.
+    /// Everything in f32, but that frozen weights may stay in fewer bits if they are stored so: operators widen what they read.
     pub const F32: Self = Self { storage: DType::F32, compute: DType::F32, master: DType::F32 };
     /// Weights and activations in bf16.
     pub const BF16: Self = Self { storage: DType::BF16, compute: DType::BF16, master: DType::F32 };

@@ -203,17 +203,15 @@ impl TrainConfig {
         self.validate_evaluation()
     }
 
-    /// The types of the run; `None` for activations of a type that has none.
-    fn precision(&self) -> Option<Precision> {
+    /// The types of the run.
+    ///
+    /// # Errors
+    /// [`Error::ActivationDType`] for a type that activations cannot have.
+    pub fn precision(&self) -> Result<Precision> {
         match self.stochastic_rounding {
-            true => Some(Precision::PURE_BF16),
-            false => Precision::with_activations(self.dtype),
+            true => Ok(Precision::PURE_BF16),
+            false => Precision::with_activations(self.dtype).ok_or(Error::ActivationDType { dtype: self.dtype }),
         }
-    }
-
-    /// Type of trained matrices as the optimiser changes them.
-    pub(super) fn master(&self) -> DType {
-        self.precision().unwrap_or(Precision::F32).master
     }
 
     fn validate_rounding(&self) -> Result<()> {
@@ -257,7 +255,7 @@ impl TrainConfig {
             self.offload.check_inputs(checkpointing)?;
         }
         self.offload_optimizer.check_optimizer(&self.optimizer)?;
-        self.trainer(1).validate()?;
+        self.trainer(1)?.validate()?;
         Ok(())
     }
 
@@ -288,23 +286,26 @@ impl TrainConfig {
         }
     }
 
-    pub(super) fn trainer(&self, total_steps: usize) -> TrainerConfig {
+    /// # Errors
+    /// As [`TrainConfig::precision`].
+    pub(super) fn trainer(&self, total_steps: usize) -> Result<TrainerConfig> {
+        let precision = self.precision()?;
         let warmup_steps = self.warmup.num_steps(total_steps);
         let &Self { schedule: kind, learning_rate, end_learning_rate, power, optimizer, max_grad_norm, seed, .. } =
             self;
         let decay_steps = self.decay_steps.unwrap_or(total_steps.div_ceil(10));
         let schedule =
             Schedule { kind, learning_rate, warmup_steps, total_steps, end_learning_rate, power, decay_steps };
-        TrainerConfig {
+        Ok(TrainerConfig {
             optimizer,
             schedule,
             embedding_learning_rate: self.embedding_learning_rate,
             loraplus_lr_ratio: self.loraplus_lr_ratio,
             max_grad_norm,
-            loss_scale: self.precision().and_then(Precision::loss_scale),
-            stochastic_rounding: self.precision().is_some_and(Precision::rounds_stochastically),
+            loss_scale: precision.loss_scale(),
+            stochastic_rounding: precision.rounds_stochastically(),
             seed,
-        }
+        })
     }
 }
 

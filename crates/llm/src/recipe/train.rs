@@ -351,7 +351,7 @@ impl Loading {
 
 /// The model with what is trained of it, as the run has it.
 pub(super) fn prepare_model(device: &Device, config: &TrainConfig, loading: Loading) -> Result<Decoder> {
-    let trained = LoadOptions { master: config.master(), ..LoadOptions::trainable(config.dtype) };
+    let trained = LoadOptions { precision: config.precision()?, trainable: true };
     let mut model = match config.method {
         Method::Lora => adapted_model(device, config, loading)?,
         Method::Full => loading.load(device, config, trained)?,
@@ -366,11 +366,11 @@ pub(super) fn prepare_model(device: &Device, config: &TrainConfig, loading: Load
 /// The trainer of a model that [`prepare_model`] gave.
 pub(super) fn prepare_trainer(model: Decoder, config: &TrainConfig, total_steps: usize) -> Result<Trainer<Decoder>> {
     let store = config.offload_optimizer.open(model.device(), &config.output)?;
-    Ok(Trainer::with_paging(model, config.trainer(total_steps), store.map(Paging::new))?)
+    Ok(Trainer::with_paging(model, config.trainer(total_steps)?, store.map(Paging::new))?)
 }
 
 fn adapted_model(device: &Device, config: &TrainConfig, loading: Loading) -> Result<Decoder> {
-    let mut model = loading.load(device, config, LoadOptions::frozen(config.dtype))?;
+    let mut model = loading.load(device, config, LoadOptions { precision: config.precision()?, trainable: false })?;
     let Some(folder) = &config.adapter else {
         model.add_adapters(&config.adapters.new_adapter(), config.seed)?;
         return Ok(model);
