@@ -2,33 +2,138 @@
 #![cfg(feature = "wgpu")]
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use unsloth_rs::{
     Category, DType, Device,
-    core::Place,
+    autograd::{GradStore, Tape},
+    core::{Place, ops::cross_entropy::LossSpec},
     device,
     llm::{
         adapter::AdapterConfig,
         decoder::{Decoder, LoadOptions, Targets},
     },
-    train::{Batch, Document, LoraConfig, Paging, Schedule, ScheduleKind, StateTensor, Trainer, TrainerConfig},
+    recipe::{
+        EvalConfig, evaluate,
+        quickstart::{QuickstartConfig, Size, quickstart},
+    },
+    train::{
+        Batch, Checkpointing, Document, LoraConfig, Model, Paging, Schedule, ScheduleKind, StateTensor, Trainer,
+        TrainerConfig,
+    },
 };
+
+/// `tiny-llama` with an adapter that drops a tenth.
+fn adapted(device: &Device, dtype: DType) -> Decoder {
+    let folder: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../llm/tests/fixtures/tiny-llama/model");
+    let mut model = Decoder::load(&folder, device, LoadOptions::frozen(dtype)).unwrap();
+    let lora = LoraConfig { dropout: 0.1, ..LoraConfig::new(4, 8.0) };
+    model.add_adapters(&AdapterConfig::new(lora, Targets::AllLinear), 0).unwrap();
+    model
+}
+
+/// Bits of the loss and of every gradient of an adapter.
+fn gradient_bits(model: &Decoder, batch: &Batch) -> Vec<Vec<u32>> {
+    let parameters = model.parameters();
+    let mut store = GradStore::new(&parameters).unwrap();
+    let tape = Tape::new();
+    let loss = model.loss(&tape, batch, LossSpec::mean(batch.num_targets)).unwrap();
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    let mut all = vec![bits(loss.tensor().to_vec().unwrap())];
+    tape.backward(&loss, &mut store).unwrap();
+    all.extend(parameters.iter().map(|parameter| bits(store.get(parameter).unwrap().to_vec().unwrap())));
+    all
+}
+
+/// With `B` not zero and with dropout, whole and in tiles, in both types that the driver has.
+#[test]
+fn gradients_have_the_same_bits_under_every_policy() {
+    const POLICIES: [&str; 9] = [
+        "every:1",
+        "every:2",
+        "every:3",
+        "sqrt",
+        "layers:0",
+        "layers:1,2",
+        "selective",
+        "selective:norm",
+        "selective:glu",
+    ];
+    let device = device("vulkan:0").unwrap();
+    let (ids, targets): (Vec<i32>, Vec<i32>) = (0..24).map(|i| (5 + i * 7 % 900, 5 + i * 11 % 900)).unzip();
+    let batch = Batch::new(&device, &[Document { ids: &ids, targets: &targets }]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let places = [None, Some(Place::Host), Some(Place::Disk { folder: folder.path().to_owned() })];
+    for dtype in [DType::F32, DType::F16] {
+        let mut model = adapted(&device, dtype);
+        for linear in model.linears() {
+            let lora_b = &linear.adapter.as_ref().unwrap().lora_b;
+            let values: Vec<f32> = (0..lora_b.value().num_elements()).map(|i| 0.02 * (i as f32).sin()).collect();
+            let value = device.from_slice(&values, *lora_b.value().shape(), Category::Adapters).unwrap();
+            lora_b
+                .update(|old| {
+                    *old = value;
+                    Ok(())
+                })
+                .unwrap();
+        }
+        for (tile, policies) in [(None, &POLICIES[..]), (Some(9), &["every:1", "sqrt", "selective"])] {
+            model.set_mlp_tile(tile).unwrap();
+            model.set_checkpointing(Checkpointing::None).unwrap();
+            model.set_offload(None);
+            let kept = gradient_bits(&model, &batch);
+            assert!(kept.iter().all(|values| values.iter().any(|&bits| f32::from_bits(bits) != 0.0)));
+            for &policy in policies {
+                model.set_checkpointing(policy.parse().unwrap()).unwrap();
+                for place in &places {
+                    let store = place.as_ref().map(|place| device.store(place).unwrap());
+                    model.set_offload(store.clone());
+                    assert!(gradient_bits(&model, &batch) == kept, "{dtype}, {policy}, {place:?}, tiles of {tile:?}");
+                    if let (Some(store), "every:1") = (store, policy) {
+                        assert!(store.usage().put.num > 0 && store.usage().live_bytes == 0, "{place:?}");
+                    }
+                }
+            }
+        }
+    }
+}
 
 /// A trainer of an adapter on the first Vulkan device, what is kept of earlier gradients in a place of its own.
 fn trainer(place: Option<Place>) -> (Device, Trainer<Decoder>) {
     let device = device("vulkan:0").unwrap();
     println!("running on {}", device.name());
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../llm/tests/fixtures/tiny-llama/model");
-    let mut model = Decoder::load(&folder, &device, LoadOptions::frozen(DType::F32)).unwrap();
-    let lora = LoraConfig { dropout: 0.1, ..LoraConfig::new(4, 8.0) };
-    model.add_adapters(&AdapterConfig::new(lora, Targets::AllLinear), 0).unwrap();
+    let model = adapted(&device, DType::F32);
     let (kind, total_steps) = (ScheduleKind::Constant, 4);
     let schedule = Schedule { kind, learning_rate: 1e-3, total_steps, ..Schedule::default() };
     let config = TrainerConfig { schedule, ..TrainerConfig::default() };
     let paging = place.map(|place| Paging::new(device.store(&place).unwrap()));
     let trainer = Trainer::with_paging(model, config, paging).unwrap();
     (device, trainer)
+}
+
+/// The README's first command on the device, and what it gives evaluated under the other name that the device has.
+#[test]
+fn the_quickstart_and_an_evaluation() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("quickstart");
+    let size = Size { num_stories: 96, num_lessons: 64, num_held_out: 4, ..Size::TINY };
+    let config = QuickstartConfig { size, ..QuickstartConfig::new(output.clone()) };
+    let report = quickstart(&device("vulkan:0").unwrap(), &config, &mut |_| ()).unwrap();
+    assert!(report.pretraining.last_loss < report.pretraining.first_loss - 0.2, "{:?}", report.pretraining);
+    assert!(report.fine_tuning.last_loss < report.fine_tuning.first_loss, "{:?}", report.fine_tuning);
+    assert_eq!(report.after.score.total, 4);
+    let held_out = EvalConfig {
+        model: output.join("model"),
+        adapter: Some(output.join("adapter")),
+        data: vec![output.join("data/held-out.jsonl")],
+        train_on: None,
+        dtype: DType::F32,
+        batch_size: 4,
+        max_seq_len: None,
+    };
+    let [here, cpu] = ["wgpu", "cpu"].map(|name| evaluate(&device(name).unwrap(), &held_out).unwrap());
+    assert_eq!(here.tokens, cpu.tokens);
+    assert!((here.loss - cpu.loss).abs() <= 1e-4, "{} and {}", here.loss, cpu.loss);
 }
 
 /// A step leaves the device alone; its loss and its state are read while the next one is under way, and nothing else ever is.
