@@ -216,7 +216,13 @@ fn adapters_are_switched() {
         let config = set.config().clone();
         decoder.put_adapters(set).unwrap();
         assert_eq!((loss(&decoder, &batch), decoder.adapters()), (adapted, Some(&config)));
+        // What is merged is the set that is on, whatever was on before; the base stays as it is.
+        let merged = tempfile::tempdir().unwrap();
+        export::save_merged(merged.path(), &decoder).unwrap();
+        let merged = loss(&Decoder::load(merged.path(), &device, F32).unwrap(), &batch);
+        assert!((merged - adapted).abs() < 0.05 * (adapted - plain).abs(), "{merged}, {adapted} of {plain}");
         let set = decoder.take_adapters().unwrap();
+        assert_eq!(loss(&decoder, &batch), plain);
         let refused = load(&device, model).put_adapters(set).unwrap_err().to_string();
         assert_eq!(refused, "adapters = of another model, must be taken off this model");
     }
