@@ -27,3 +27,5 @@ pub use cubecl;
 pub use decode::{Partial, Split, split_cached};
 pub use forward::{Cached, Forward, cached, forward};
 pub use shape::Shape;
+/// What this crate gives or takes besides.
+pub use unsloth_common::LaunchError;

@@ -284,7 +284,7 @@ pub struct MagnitudeGradient<'a> {
     pub t: &'a Handle,
     /// f32 `[out_features]`, as [`norms`] leaves it.
     pub norms: &'a Handle,
-    /// f32 `[unsloth_common::column_parts(rows), out_features]`, overwritten.
+    /// f32 `[column_parts(rows), out_features]` by [`crate::column_parts`], overwritten.
     pub workspace: &'a Handle,
     /// f32 `[out_features]`, added to.
     pub dmagnitude: &'a Handle,

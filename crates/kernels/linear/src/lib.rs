@@ -17,3 +17,5 @@ pub use strategy::names as strategies;
 
 /// The CubeCL whose types this crate takes and gives.
 pub use cubecl;
+/// What this crate gives or takes besides.
+pub use unsloth_common::{Choices, LaunchError, Target, column_parts};

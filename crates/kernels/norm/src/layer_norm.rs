@@ -108,7 +108,7 @@ pub fn backward<R: Runtime, E: Float, W: Float>(
 /// Where the gradient of a parameter goes.
 #[derive(Clone, Copy, Debug)]
 pub struct Gradient<'a> {
-    /// f32 `[unsloth_common::column_parts(rows), hidden_size]`, overwritten.
+    /// f32 `[column_parts(rows), hidden_size]` by [`crate::column_parts`], overwritten.
     pub workspace: &'a Handle,
     /// f32 `[hidden_size]`, added to.
     pub total: &'a Handle,

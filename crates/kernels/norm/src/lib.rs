@@ -6,3 +6,5 @@ mod rows;
 
 /// The CubeCL whose types this crate takes and gives.
 pub use cubecl;
+/// What this crate gives or takes besides.
+pub use unsloth_common::{LaunchError, column_parts};

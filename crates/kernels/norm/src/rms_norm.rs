@@ -100,7 +100,7 @@ pub struct WeightGradient<'a> {
     pub sum: &'a Handle,
     /// `[rows]` f32.
     pub rstd: &'a Handle,
-    /// f32 `[unsloth_common::column_parts(rows), hidden_size]`, overwritten.
+    /// f32 `[column_parts(rows), hidden_size]` by [`crate::column_parts`], overwritten.
     pub workspace: &'a Handle,
     /// `[hidden_size]` f32, added to.
     pub dweight: &'a Handle,

@@ -14,3 +14,5 @@ pub mod stochastic_rounding;
 
 /// The CubeCL whose types this crate takes and gives.
 pub use cubecl;
+/// What this crate gives or takes besides.
+pub use unsloth_common::LaunchError;
