@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-use crate::cargo;
+use crate::{cargo, vulkan::FEATURE};
 
 /// Where to look, and for what.
 #[derive(clap::Args)]
@@ -20,6 +20,9 @@ pub(crate) struct Arguments {
     /// Python whose packages hold NVRTC and CUDA's headers [default: the active one].
     #[arg(long, value_name = "PATH", conflicts_with = "nvrtc")]
     python: Option<PathBuf>,
+    /// Where there is no NVRTC, get the one that docs/cuda-kernels.md was made with: NVIDIA's wheels, by pip, into target/nvrtc.
+    #[arg(long, conflicts_with_all = ["nvrtc", "python"])]
+    install: bool,
     /// NVIDIA's disassembler [default: the one beside NVRTC, else in PATH].
     #[arg(long, value_name = "PATH")]
     nvdisasm: Option<PathBuf>,
@@ -46,21 +49,29 @@ struct Toolkit {
 }
 
 pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
-    let folders = folders(arguments);
-    let Some(toolkit) = folders.iter().find_map(|folder| Toolkit::below(folder)) else {
+    let folders = folders(root, arguments);
+    let found = || folders.iter().find_map(|folder| Toolkit::below(folder));
+    let mut reason = "no NVRTC with CUDA headers in CUDA_PATH, /usr/local/cuda, /opt/cuda, /usr, LD_LIBRARY_PATH, Python's packages or \
+                      target/nvrtc; to get it by pip: cargo xtask cuda-check --install"
+        .to_owned();
+    let mut toolkit = found();
+    if toolkit.is_none() && arguments.install {
+        match install(root) {
+            Ok(()) => toolkit = found(),
+            Err(why) => reason = why,
+        }
+    }
+    let Some(toolkit) = toolkit else {
         let asked = arguments.nvrtc.is_some() || arguments.python.is_some();
         ensure!(!asked, "no NVRTC with CUDA headers in {folders:?}");
-        println!(
-            "cuda-check: not run (no NVRTC with CUDA headers in CUDA_PATH, /usr/local/cuda, /opt/cuda, /usr, \
-             LD_LIBRARY_PATH or Python's packages; to get it: python3 -m venv ENV && ENV/bin/pip install nvidia-cuda-nvrtc \
-             nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt nvidia-cuda-nvdisasm && cargo xtask cuda-check --python ENV/bin/python)"
-        );
+        println!("cuda-check: not run ({reason})");
         return Ok(());
     };
     println!("NVRTC: {}", toolkit.library.display());
     let library = toolkit.library.display().to_string();
     let include: Vec<String> = toolkit.include.iter().map(|folder| folder.display().to_string()).collect();
-    let mut command = vec!["run", "--quiet", "--package", "cuda-check", "--", "--nvrtc", &library];
+    // With the features of the workspace's tests, so that nothing is compiled twice.
+    let mut command = vec!["run", "--quiet", "--bin", "cuda-check", "--features", FEATURE, "--", "--nvrtc", &library];
     for folder in &include {
         command.extend(["--include", folder]);
     }
@@ -80,6 +91,31 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     cargo::run(root, &command, &[])
 }
 
+/// NVIDIA's wheels of the compiler that docs/cuda-kernels.md was made with, of the headers that kernels include, and of the disassembler.
+const WHEELS: [&str; 5] = [
+    "nvidia-cuda-nvrtc==13.5.37",
+    "nvidia-cuda-runtime==13.5.37",
+    "nvidia-cuda-cccl==13.3.5.0.6",
+    "nvidia-cuda-crt==13.5.37",
+    "nvidia-cuda-nvdisasm==13.5.37",
+];
+
+/// Gets the wheels where Python and a package index are at hand.
+fn install(root: &Path) -> Result<(), String> {
+    let folder = wheels(root).display().to_string();
+    let arguments = [&["-m", "pip", "install", "--quiet", "--no-deps", "--target", &folder][..], &WHEELS].concat();
+    println!("$ python3 {}", arguments.join(" "));
+    match Command::new("python3").args(&arguments).status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("python3 -m pip install: {status}")),
+        Err(error) => Err(format!("python3: {error}")),
+    }
+}
+
+fn wheels(root: &Path) -> PathBuf {
+    root.join("target/nvrtc")
+}
+
 /// The disassembler, if it is installed as a program.
 fn in_path() -> Option<PathBuf> {
     let folders = env::var_os("PATH")?;
@@ -89,7 +125,7 @@ fn in_path() -> Option<PathBuf> {
 const NVDISASM: &str = "nvdisasm";
 
 /// Folders that may hold a toolkit, the likeliest first.
-fn folders(arguments: &Arguments) -> Vec<PathBuf> {
+fn folders(root: &Path, arguments: &Arguments) -> Vec<PathBuf> {
     if let Some(folder) = &arguments.nvrtc {
         return vec![folder.clone()];
     }
@@ -97,6 +133,8 @@ fn folders(arguments: &Arguments) -> Vec<PathBuf> {
         return python_packages(python);
     }
     let mut folders: Vec<PathBuf> = env::var_os("CUDA_PATH").map(PathBuf::from).into_iter().collect();
+    // Before what a machine happens to have, since registers and spills differ from one compiler to the next.
+    folders.push(wheels(root));
     folders.extend(["/usr/local/cuda", "/opt/cuda", "/usr"].map(PathBuf::from));
     let libraries = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
     folders.extend(env::split_paths(&libraries).filter_map(|path| Some(path.parent()?.to_path_buf())));
