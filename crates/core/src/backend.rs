@@ -115,7 +115,8 @@ pub trait Memory {
     /// Somewhere else to keep tensors of this device.
     ///
     /// # Errors
-    /// [`crate::Error::Storage`] if no file can be made in the folder.
+    /// [`crate::Error::Storage`] if no file can be made in the folder; [`crate::Error::Launch`] if the system has no thread for the
+    /// copies.
     fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>>;
     /// Waits for everything launched.
     ///

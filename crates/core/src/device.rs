@@ -155,7 +155,7 @@ impl Device {
     /// Somewhere else to keep tensors of this device.
     ///
     /// # Errors
-    /// [`Error::Storage`] if no file can be made in the folder.
+    /// [`Error::Storage`] if no file can be made in the folder; [`Error::Launch`] if the system has no thread for the copies.
     pub fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {
         self.0.store(place)
     }

@@ -25,7 +25,7 @@ pub trait TensorStore: Send + Sync {
     ///
     /// # Errors
     /// [`crate::Error::Launch`] if pending work failed, or an earlier copy; [`crate::Error::OutOfMemory`] if the host has no room;
-    /// [`crate::Error::Storage`].
+    /// [`crate::Error::Storage`]; [`crate::Error::Device`] for a tensor of a device that the store cannot copy from.
     fn put(&self, tensor: &Tensor) -> Result<Box<dyn StoredTensor>>;
 
     /// Waits until everything that was put has left its device.

@@ -10,11 +10,10 @@ use cubecl::{
     prelude::Runtime,
     server::ServerError,
 };
-use unsloth_core::{Category, Result, Tensor};
+use unsloth_core::{Category, Error, Result, Tensor};
 use unsloth_memory::{Copies, Layout};
 
 use crate::{
-    access::cube_buffer,
     backend::CubeBuffer,
     queue::{Queue, Read},
 };
@@ -51,7 +50,7 @@ fn wait(jobs: &mpsc::Receiver<Job>) {
 
 impl<R: Runtime> HostCopies<R> {
     /// # Errors
-    /// [`unsloth_core::Error::Launch`] if there is no thread to be had.
+    /// [`Error::Launch`] if there is no thread to be had.
     pub(crate) fn open(queue: Arc<Queue<R>>) -> Result<Self> {
         let (jobs, received) = mpsc::channel();
         let thread = std::thread::Builder::new().name("unsloth-copies".to_owned()).spawn(move || wait(&received));
@@ -76,7 +75,11 @@ impl<R: Runtime> Copies for HostCopies<R> {
 
     fn begin(&self, tensor: &Tensor) -> Result<Self::Copy> {
         self.queue.check("put")?;
-        let read = self.queue.begin_read(cube_buffer(tensor.buffer()).handle().clone());
+        let (expected, actual) = (self.queue.name(), tensor.device().name());
+        let buffer = tensor.buffer().as_any().downcast_ref::<CubeBuffer>().filter(|_| expected == actual);
+        let expected = || expected.to_owned();
+        let buffer = buffer.ok_or_else(|| Error::Device { op: "put", arg: "tensor", expected: expected(), actual })?;
+        let read = self.queue.begin_read(buffer.handle().clone());
         let (answer, copy) = mpsc::channel();
         let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(Job { read, answer }).is_ok());
         if sent { Ok(copy) } else { Err(self.queue.error("put", NoAnswer)) }

@@ -44,16 +44,16 @@ pub(crate) fn watch() {
     });
 }
 
-/// What `open` gives; CubeCL panics where a device cannot be opened.
+/// What `call` gives; CubeCL panics where a device cannot be opened, and where its thread did.
 ///
 /// # Errors
 /// [`Error::Launch`] with what it said.
-pub(crate) fn opened<T>(device: &str, open: impl FnOnce() -> T) -> Result<T> {
-    std::panic::catch_unwind(AssertUnwindSafe(open)).map_err(|panic| {
+pub(crate) fn caught<T>(op: &'static str, device: &str, call: impl FnOnce() -> T) -> Result<T> {
+    std::panic::catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
         let message = panic.downcast_ref::<String>().cloned();
         let message = message.or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
         let source = message.unwrap_or_else(|| "no message".to_owned()).into();
-        Error::Launch { op: "open device", device: device.to_owned(), source }
+        Error::Launch { op, device: device.to_owned(), source }
     })
 }
 

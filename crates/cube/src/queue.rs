@@ -53,7 +53,7 @@ impl<R: Runtime> Queue<R> {
         poison::watch();
         let id = device.to_id();
         let open = || (R::client(device), fresh_stream(), fresh_stream());
-        let (client, stream, copies) = poison::opened(&name, open)?;
+        let (client, stream, copies) = poison::caught("open device", &name, open)?;
         let queue = Self {
             client,
             device_id: (id.type_id, id.index_id),
@@ -193,10 +193,39 @@ impl<R: Runtime> Queue<R> {
 }
 
 impl<R: Runtime> Drop for Queue<R> {
-    /// Its streams are never used again, and CubeCL keeps the memory of a stream until the process ends.
+    /// Its streams are never used again, and CubeCL would keep their memory until the process ends.
     fn drop(&mut self) {
-        if self.check("close device").is_ok() {
-            self.trim();
+        if self.check("close device").is_err() {
+            return;
         }
+        let close = || {
+            self.trim();
+            // Nothing that was sent arrives before somebody waits.
+            self.stream.executes(|| self.client.flush())
+        };
+        // Of what goes wrong now nobody can be told.
+        let _ = poison::caught("close device", &self.name, close);
+    }
+}
+
+#[cfg(all(test, feature = "wgpu"))]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a helper of a test may panic like the test itself")]
+
+    use cubecl_wgpu::{WgpuDevice, WgpuRuntime};
+
+    use super::*;
+
+    #[test]
+    fn a_closed_device_has_given_its_memory_back() {
+        let queue = Queue::<WgpuRuntime>::open(&WgpuDevice::Cpu, "vulkan:0".to_owned(), None).unwrap();
+        let (client, stream) = (queue.client.clone(), queue.stream);
+        let reserved_bytes = || stream.executes(|| client.memory_usage()).unwrap().bytes_reserved;
+        let handle = queue.upload(&[7; 1 << 20]);
+        assert_eq!(queue.read("read", handle.clone()).unwrap()[..], [7; 1 << 20]);
+        drop(handle);
+        assert!(reserved_bytes() >= 1 << 20);
+        drop(queue);
+        assert_eq!(reserved_bytes(), 0);
     }
 }

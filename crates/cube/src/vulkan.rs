@@ -94,7 +94,7 @@ fn divide(device: &WgpuDevice, name: &str, pools: Pools) -> Result<()> {
     }
     if let Some(memory_config) = pools.configuration() {
         let options = RuntimeOptions { memory_config, ..RuntimeOptions::default() };
-        poison::opened(name, || cubecl_wgpu::init_setup::<AutoGraphicsApi>(device, options))?;
+        poison::caught("open device", name, || cubecl_wgpu::init_setup::<AutoGraphicsApi>(device, options))?;
     }
     opened.push((device.clone(), pools));
     Ok(())

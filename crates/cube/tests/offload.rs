@@ -111,6 +111,15 @@ fn types_and_lengths_that_are_no_whole_words() {
     assert_eq!(taken.each_ref().map(|tensor| (tensor.dtype(), *tensor.shape(), tensor.to_bytes().unwrap())), expected);
 }
 
+#[test]
+fn a_tensor_of_another_device_is_refused() {
+    let store = store(&device());
+    let elsewhere = unsloth_cpu::device().zeros([4], DType::F32, Category::Activations).unwrap();
+    let error = store.put(&elsewhere).map(drop).unwrap_err().to_string();
+    assert_eq!(error, "put: `tensor` is on cpu, expected vulkan:0");
+    assert_eq!((store.usage().live_bytes, store.usage().put.num), (0, 0));
+}
+
 /// Two devices of one thread have stores of their own, which outlive neither each other nor what they hold.
 #[test]
 fn what_outlives_its_store_comes_back() {

@@ -25,7 +25,7 @@ pub trait Copies: Send + Sync + 'static {
     /// Begins to copy what the tensor holds once everything launched so far has run.
     ///
     /// # Errors
-    /// [`Error::Launch`] if the device has failed.
+    /// [`Error::Launch`] if the device has failed; [`Error::Device`] for a tensor of another one.
     fn begin(&self, tensor: &Tensor) -> Result<Self::Copy>;
 
     /// Waits for a copy.
