@@ -1,5 +1,6 @@
 //! How the memory of a device is divided.
 
+#[cfg(feature = "wgpu")]
 use cubecl::MemoryConfiguration;
 use unsloth_core::{Error, Result};
 
@@ -23,6 +24,7 @@ pub enum Pools {
 
 impl Pools {
     /// What CubeCL calls it; `None` where that is left to it.
+    #[cfg(feature = "wgpu")]
     pub(crate) fn configuration(self) -> Option<MemoryConfiguration> {
         match self {
             Pools::Runtime => None,
