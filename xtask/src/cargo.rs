@@ -1,8 +1,14 @@
 //! Running cargo from a task.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::vulkan::FEATURE;
 
 /// The cargo that runs this task, at the root of the repository.
 pub(crate) fn command(root: &Path, arguments: &[&str]) -> Command {
@@ -18,6 +24,24 @@ pub(crate) fn run(root: &Path, arguments: &[&str], environment: &[(&str, &str)])
     let status = command(root, arguments).envs(environment.iter().copied()).status().context("starting cargo")?;
     ensure!(status.success(), "cargo {}: {status}", arguments.join(" "));
     Ok(())
+}
+
+/// Builds a `bin` or `example` of any package, and says where it is. As part of the workspace, with the same features as its tests: so
+/// nothing is compiled twice.
+pub(crate) fn build(root: &Path, (kind, name): (&str, &str)) -> Result<PathBuf> {
+    let option = format!("--{kind}");
+    let format = "--message-format=json-render-diagnostics";
+    let arguments = ["build", "--quiet", "--workspace", "--features", FEATURE, &option, name, format];
+    println!("$ cargo {}", arguments.join(" "));
+    let output = command(root, &arguments).stderr(Stdio::inherit()).output().context("starting cargo")?;
+    ensure!(output.status.success(), "cargo {}: {}", arguments.join(" "), output.status);
+    let messages = String::from_utf8_lossy(&output.stdout);
+    let program = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).find_map(|message| {
+        let target = &message["target"];
+        let is_it = target["name"] == name && target["kind"][0] == kind;
+        message["executable"].as_str().filter(|_| is_it).map(PathBuf::from)
+    });
+    program.with_context(|| format!("cargo built no {kind} `{name}`"))
 }
 
 /// Whether the subcommand `cargo <name>` is installed.

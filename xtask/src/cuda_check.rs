@@ -7,9 +7,9 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
-use crate::{cargo, vulkan::FEATURE};
+use crate::cargo;
 
 /// Where to look, and for what.
 #[derive(clap::Args)]
@@ -70,25 +70,28 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     println!("NVRTC: {}", toolkit.library.display());
     let library = toolkit.library.display().to_string();
     let include: Vec<String> = toolkit.include.iter().map(|folder| folder.display().to_string()).collect();
-    // With the features of the workspace's tests, so that nothing is compiled twice.
-    let mut command = vec!["run", "--quiet", "--bin", "cuda-check", "--features", FEATURE, "--", "--nvrtc", &library];
+    let mut options = vec!["--nvrtc", &library];
     for folder in &include {
-        command.extend(["--include", folder]);
+        options.extend(["--include", folder]);
     }
     let sources = arguments.sources.as_ref().map(|folder| folder.display().to_string());
     if let Some(folder) = &sources {
-        command.extend(["--sources", folder]);
+        options.extend(["--sources", folder]);
     }
     let nvdisasm = arguments.nvdisasm.clone().or(toolkit.nvdisasm).or_else(in_path);
     let nvdisasm = nvdisasm.map(|program| program.display().to_string());
     if let Some(program) = &nvdisasm {
-        command.extend(["--nvdisasm", program]);
+        options.extend(["--nvdisasm", program]);
     }
     if arguments.write {
-        command.push("--write");
+        options.push("--write");
     }
-    command.extend(["--json", &arguments.json, &arguments.filter]);
-    cargo::run(root, &command, &[])
+    options.extend(["--json", &arguments.json, &arguments.filter]);
+    let program = cargo::build(root, ("bin", "cuda-check"))?;
+    println!("$ {} {}", program.display(), options.join(" "));
+    let status = Command::new(&program).current_dir(root).args(options).status().context("starting cuda-check")?;
+    ensure!(status.success(), "cuda-check: {status}");
+    Ok(())
 }
 
 /// NVIDIA's wheels of the compiler that docs/cuda-kernels.md was made with, of the headers that kernels include, and of the disassembler.

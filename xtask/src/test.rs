@@ -27,7 +27,7 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     let vulkan = vulkan::find_or_install(root)?;
     let mut all = vec!["test", "--workspace", "--no-fail-fast"];
     if let Vulkan::Devices(_) = vulkan {
-        all.extend(["--features", vulkan::FEATURE]);
+        all.extend(["--features", vulkan::FEATURE, "--features", BENCHES]);
     }
     // Output of passing tests says which device ran a suite.
     all.extend(["--", "--show-output"]);
@@ -58,6 +58,9 @@ pub(crate) fn run(root: &Path, arguments: &Arguments) -> Result<()> {
     }
     Ok(())
 }
+
+/// Of the program that runs the suites elsewhere: its own, so nothing else is compiled anew for it.
+const BENCHES: &str = "unsloth-benches/wgpu";
 
 /// Tests of the features that the workspace is not built with, on the crates that have them. They ask no network.
 const FEATURES: &str =

@@ -3,16 +3,15 @@
 use std::{
     env, fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
-use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use anyhow::{Context, Result};
 
 use crate::cargo;
 
 /// The feature that builds the suites, and the program with the devices that they run on.
-pub(crate) const FEATURE: &str = "unsloth-cli/wgpu,unsloth-benches/wgpu";
+pub(crate) const FEATURE: &str = "unsloth-cli/wgpu";
 
 /// Older drivers are passed over where this one can be had: see crates/cube/tests/drivers.rs.
 const MESA_MAJOR: u32 = 25;
@@ -73,19 +72,9 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
 
 /// What the library finds: lines such as `vulkan:0 is llvmpipe (..)`.
 fn devices(root: &Path) -> Result<Vec<String>> {
-    // As part of the workspace, with the same features as its tests: so nothing is compiled twice.
-    let arguments = ["build", "--workspace", "--features", FEATURE, "--example", "devices", "--message-format", "json"];
-    println!("$ cargo {}", arguments.join(" "));
-    let output = cargo::command(root, &arguments).stderr(Stdio::inherit()).output().context("starting cargo")?;
-    ensure!(output.status.success(), "cargo build --example devices: {}", output.status);
-    let messages = String::from_utf8_lossy(&output.stdout);
-    let program = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).find_map(|message| {
-        let is_example = message["target"]["name"] == "devices" && message["target"]["kind"][0] == "example";
-        message["executable"].as_str().filter(|_| is_example).map(str::to_owned)
-    });
-    let program = program.context("cargo built no example `devices`")?;
+    let program = cargo::build(root, ("example", "devices"))?;
     // A driver may fail in any way that C code can: then it has no devices.
-    let listed = Command::new(&program).output().with_context(|| program.clone())?;
+    let listed = Command::new(&program).output().with_context(|| program.display().to_string())?;
     let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
     Ok(listed.lines().map(str::to_owned).collect())
 }
