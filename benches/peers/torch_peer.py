@@ -2,8 +2,9 @@
 """PyTorch as a peer of `cargo xtask bench --peer torch`: does the same tasks in turn with it.
 
 Reads a JSON object a line and answers with one:
-  {"cmd": "prepare", "task": {"op": .., "part": .., sizes .., "dtype": ..}}  ->  {"ok": true} or {"error": reason}
-  {"cmd": "sample"}                                                       ->  {"seconds": of one run}
+  {"cmd": "prepare", "name": .., "task": {"op": .., "part": .., sizes .., "dtype": ..}}  ->  {"ok": true} or {"error": reason}
+  {"cmd": "sample", "name": ..}                                                       ->  {"seconds": of one run}
+  {"cmd": "clear"}: all tasks are forgotten                                           ->  {"ok": true}
 Prints {"torch": version, ..} when it is ready. Each task is written as a user of PyTorch writes it: functional operators, autograd for
 backward passes (timed alone, on a graph that is kept), transformers + PEFT for a training step.
 """
@@ -24,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 torch.set_num_threads(arguments.threads)
 torch.manual_seed(0)
@@ -85,7 +87,14 @@ def attention(task, dtype):
     q = random(1, heads, task["seq_q"], dim, dtype=dtype, grad=True)
     k, v = (random(1, kv_heads, task["seq_k"], dim, dtype=dtype, grad=True) for _ in range(2))
     causal = task["seq_q"] == task["seq_k"]
-    function = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv_heads)
+    attend = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv_heads)
+
+    def function():
+        if task["kernel"] is None:
+            return attend()
+        with sdpa_kernel(getattr(SDPBackend, task["kernel"])):
+            return attend()
+
     part = "forward" if task["part"] == "cached" else task["part"]
     return forward_or_backward(part, function, [q, k, v])
 
@@ -258,18 +267,21 @@ def answer(message):
 
 
 answer({"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(DEVICE)})
-prepared = None
+prepared = {}
 for line in sys.stdin:
     request = json.loads(line)
     try:
         if request["cmd"] == "prepare":
-            prepared = None
             task = request["task"]
-            prepared = TASKS[task["op"]](task, TYPES[task["dtype"]])
-            prepared()
+            run = TASKS[task["op"]](task, TYPES[task["dtype"]])
+            run()
+            prepared[request["name"]] = run
+            answer({"ok": True})
+        elif request["cmd"] == "clear":
+            prepared = {}
             answer({"ok": True})
         else:
-            answer({"seconds": sample(prepared)})
+            answer({"seconds": sample(prepared[request["name"]])})
     except Exception as error:  # the other side goes on without this task
-        prepared = None
+        prepared.pop(request.get("name"), None)
         answer({"error": f"{type(error).__name__}: {error}"[:300]})

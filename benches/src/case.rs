@@ -104,13 +104,13 @@ pub struct Prepared {
     pub run: Run,
     /// candle's way to the same result, where it has one.
     pub candle: Option<Run>,
-    /// The same task for PyTorch, as `benches/peers/torch_peer.py` reads it.
-    pub torch: Option<Value>,
+    /// The same task for PyTorch, as `benches/peers/torch_peer.py` reads it, in each way that it is compared with, by the peer's name.
+    pub torch: Vec<(&'static str, Value)>,
 }
 
 impl Prepared {
     pub(crate) fn new(check: impl FnMut() -> Result<()> + 'static, run: Run) -> Self {
-        Self { check: Box::new(check), run, candle: None, torch: None }
+        Self { check: Box::new(check), run, candle: None, torch: Vec::new() }
     }
 
     pub(crate) fn with_candle(self, candle: Option<Run>) -> Self {
@@ -118,7 +118,11 @@ impl Prepared {
     }
 
     pub(crate) fn with_torch(self, torch: Value) -> Self {
-        Self { torch: Some(torch), ..self }
+        self.with_torch_as([("torch", torch)])
+    }
+
+    pub(crate) fn with_torch_as(self, torch: impl Into<Vec<(&'static str, Value)>>) -> Self {
+        Self { torch: torch.into(), ..self }
     }
 }
 

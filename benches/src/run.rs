@@ -1,6 +1,7 @@
 //! A whole run: limits, then every case checked and timed in turn with its peers.
 
 use std::{
+    cell::RefCell,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -21,7 +22,7 @@ use crate::{
     measure::{Contender, Effort, Eviction, InProcess, Timing, in_turn},
     recorder::recorded,
     report::{Entry, NotRun, PeerTiming, Report, ThreadLimits, VERSION},
-    torch::Torch,
+    torch::{Task, Torch},
 };
 
 /// Tokens of a micro-batch on the processor, and on a device: there every matrix of activations is to be larger than caches.
@@ -129,7 +130,7 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Outcome> {
     not_run.extend(left_out(options));
     let candle = format!("candle {}, in this process", machine::library_version("candle-core").unwrap_or("?"));
     let peers = machine::is_cpu(&device).then_some(candle);
-    let peers = peers.into_iter().chain(torch.iter().map(|torch| torch.version.clone())).collect();
+    let peers = peers.into_iter().chain(torch.iter().map(|torch| torch.borrow().version.clone())).collect();
     let report = Report {
         version: VERSION,
         command: options.command.clone(),
@@ -150,13 +151,13 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Outcome> {
     Ok(Outcome { report: session.report, failures: session.failures })
 }
 
-fn peer(options: &Options, threads: usize, not_run: &mut Vec<NotRun>) -> Option<Torch> {
+fn peer(options: &Options, threads: usize, not_run: &mut Vec<NotRun>) -> Option<RefCell<Torch>> {
     let Some(python) = &options.python else {
         not_run.push(NotRun::new("PyTorch", "--peer torch asks for it"));
         return None;
     };
     let torch = Torch::start(python, &options.device, threads);
-    torch.inspect_err(|error| not_run.push(NotRun::new("PyTorch", format!("{error:#}")))).ok()
+    torch.inspect_err(|error| not_run.push(NotRun::new("PyTorch", format!("{error:#}")))).ok().map(RefCell::new)
 }
 
 /// What this run leaves out by its options or its build.
@@ -182,7 +183,7 @@ struct Session<'a> {
     options: &'a Options,
     /// Threads of the main results.
     main: usize,
-    torch: Option<Torch>,
+    torch: Option<RefCell<Torch>>,
     eviction: Eviction,
     report: Report,
     failures: Vec<String>,
@@ -252,7 +253,7 @@ impl Session<'_> {
             (DType::F16, limits.f16_flops.as_mut()),
         ];
         for (dtype, rate) in rates {
-            if let (Some(rate), Some(torch)) = (rate, &mut self.torch)
+            if let (Some(rate), Some(torch)) = (rate, &self.torch)
                 && let Ok(theirs) = torch_product(torch, size.0, dtype)
                 && theirs.per_second > rate.per_second
             {
@@ -287,14 +288,17 @@ impl Session<'_> {
             names.push("candle".to_owned());
             contenders.push(Box::new(candle));
         }
-        if let (Some(peer), Some(task)) = (self.torch.as_mut().filter(|_| threads == self.main), &torch) {
-            match peer.prepare(task) {
-                Ok(()) => {
-                    names.push("torch".to_owned());
-                    contenders.push(Box::new(peer));
-                }
-                Err(error) => {
-                    self.report.not_run.push(NotRun::new(format!("PyTorch: {}", case.id), format!("{error:#}")));
+        if let Some(peer) = self.torch.as_ref().filter(|_| threads == self.main) {
+            peer.borrow_mut().clear()?;
+            for (name, task) in &torch {
+                match Task::prepare(peer, name, task) {
+                    Ok(task) => {
+                        names.push((*name).to_owned());
+                        contenders.push(Box::new(task));
+                    }
+                    Err(error) => {
+                        self.report.not_run.push(NotRun::new(format!("{name}: {}", case.id), format!("{error:#}")));
+                    }
                 }
             }
         }
@@ -327,11 +331,12 @@ impl Session<'_> {
 }
 
 /// The rate of a square product by PyTorch.
-fn torch_product(torch: &mut Torch, size: usize, dtype: DType) -> Result<Rate> {
-    torch.prepare(&json!({ "op": "linear", "part": "forward", "rows": size, "in_features": size,
-        "out_features": size, "dtype": dtype.name() }))?;
-    let mut peer = torch;
-    let times: Vec<f64> = (0..5).map(|_| (&mut peer).sample()).collect::<Result<_>>()?;
+fn torch_product(torch: &RefCell<Torch>, size: usize, dtype: DType) -> Result<Rate> {
+    torch.borrow_mut().clear()?;
+    let task = json!({ "op": "linear", "part": "forward", "rows": size, "in_features": size,
+        "out_features": size, "dtype": dtype.name() });
+    let mut peer = Task::prepare(torch, "torch", &task)?;
+    let times: Vec<f64> = (0..5).map(|_| peer.sample()).collect::<Result<_>>()?;
     let best = times.into_iter().fold(f64::INFINITY, f64::min);
     Ok(Rate {
         per_second: 2.0 * (size as f64).powi(3) / best,

@@ -1,6 +1,7 @@
 //! PyTorch as a peer: `benches/peers/torch_peer.py` in a process of its own, asked for one sample at a time.
 
 use std::{
+    cell::RefCell,
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
@@ -72,18 +73,36 @@ impl Torch {
         }
     }
 
-    /// Gets a task ready.
+    /// Forgets all tasks.
     ///
     /// # Errors
-    /// What PyTorch refuses.
-    pub fn prepare(&mut self, task: &Value) -> Result<()> {
-        self.ask(&json!({ "cmd": "prepare", "task": task })).map(drop)
+    /// If the peer has ended.
+    pub fn clear(&mut self) -> Result<()> {
+        self.ask(&json!({ "cmd": "clear" })).map(drop)
     }
 }
 
-impl Contender for &mut Torch {
+/// A task that is ready, one of several.
+pub struct Task<'a> {
+    torch: &'a RefCell<Torch>,
+    name: String,
+}
+
+impl<'a> Task<'a> {
+    /// Gets a task ready, under a name of its own.
+    ///
+    /// # Errors
+    /// What PyTorch refuses.
+    pub fn prepare(torch: &'a RefCell<Torch>, name: &str, task: &Value) -> Result<Self> {
+        torch.borrow_mut().ask(&json!({ "cmd": "prepare", "name": name, "task": task }))?;
+        Ok(Self { torch, name: name.to_owned() })
+    }
+}
+
+impl Contender for Task<'_> {
     fn sample(&mut self) -> Result<f64> {
-        self.ask(&json!({ "cmd": "sample" }))?["seconds"].as_f64().context("the peer gave no time")
+        let answer = self.torch.borrow_mut().ask(&json!({ "cmd": "sample", "name": self.name }))?;
+        answer["seconds"].as_f64().context("the peer gave no time")
     }
 }
 

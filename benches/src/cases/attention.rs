@@ -29,6 +29,8 @@ const OP: &str = "attention";
 const SAMPLE: usize = 12;
 /// Longest sequence of models that are not the smallest: one shows how cost grows.
 const LONGEST_OF_OTHERS: usize = 4096;
+/// Scores that a peer may hold at once, of 4 bytes each.
+const MOST_SCORES: usize = 1 << 28;
 
 /// Forward and backward over the lengths, and a new token against a cache of the longest.
 pub fn cases(selection: &Selection) -> Vec<Case> {
@@ -64,9 +66,27 @@ fn backward_case(model: ModelShape, seq_len: usize, dtype: DType) -> Case {
     Case::new((OP, "backward"), (model.name, shape), dtype, move |at| backward(at, model, (seq_len, dtype)))
 }
 
-fn torch(part: &str, model: &ModelShape, (seq_q, seq_k): (usize, usize), dtype: DType) -> serde_json::Value {
-    json!({ "op": OP, "part": part, "seq_q": seq_q, "seq_k": seq_k, "num_heads": model.num_heads,
-        "num_kv_heads": model.num_kv_heads, "head_dim": model.head_dim, "dtype": dtype.name() })
+/// By the kernel that PyTorch takes, and where its memory holds all scores, as separate operators that form them. On a card also by its flash
+/// attention, whatever it would take.
+fn torch(
+    device: &Device,
+    part: &str,
+    model: &ModelShape,
+    (seq_q, seq_k, dtype): (usize, usize, DType),
+) -> Vec<(&'static str, serde_json::Value)> {
+    let is_cpu = crate::machine::is_cpu(device);
+    let most_scores = if is_cpu { MOST_SCORES } else { MOST_SCORES << 3 };
+    let all = [("torch", None), ("torch unfused", Some("MATH")), ("torch flash", Some("FLASH_ATTENTION"))];
+    let task = |kernel: Option<&str>| {
+        json!({ "op": OP, "part": part, "seq_q": seq_q, "seq_k": seq_k, "num_heads": model.num_heads,
+            "num_kv_heads": model.num_kv_heads, "head_dim": model.head_dim, "dtype": dtype.name(), "kernel": kernel })
+    };
+    let is_run = |kernel: &Option<&str>| match *kernel {
+        Some("MATH") => model.num_heads * seq_q * seq_k <= most_scores,
+        Some(_) => !is_cpu && dtype != DType::F32,
+        None => true,
+    };
+    all.into_iter().filter(|(_, kernel)| is_run(kernel)).map(|(name, kernel)| (name, task(kernel))).collect()
 }
 
 /// One sequence.
@@ -190,14 +210,12 @@ fn hold_tail(tensors: &Tensors, forward: &Forward, gradients: Option<&attention:
 
 fn forward(context: &Context<'_>, model: ModelShape, (seq_len, dtype): (usize, DType)) -> Result<Prepared> {
     let tensors = Tensors::new(context.device, &model, (seq_len, dtype))?;
-    // candle holds all scores: 4 bytes times the square of the length and the heads.
-    const MOST_SCORES: usize = 1 << 28;
     let fits = model.num_heads * seq_len * seq_len <= MOST_SCORES;
     let candle = (context.with_candle && fits).then(|| peer(&tensors)).transpose()?;
     let checked = tensors.clone();
     let check = move || hold_tail(&checked, &checked.forward()?, None);
-    let torch = torch("forward", &model, (seq_len, seq_len), dtype);
-    Ok(Prepared::new(check, Run::call(move || tensors.forward())).with_candle(candle).with_torch(torch))
+    let torch = torch(context.device, "forward", &model, (seq_len, seq_len, dtype));
+    Ok(Prepared::new(check, Run::call(move || tensors.forward())).with_candle(candle).with_torch_as(torch))
 }
 
 /// As a user of candle writes it where gradients are wanted.
@@ -231,8 +249,8 @@ fn backward(context: &Context<'_>, model: ModelShape, (seq_len, dtype): (usize, 
         let forward = checked.forward()?;
         hold_tail(&checked, &forward, Some(&checked.backward(&forward)?))
     };
-    let torch = torch("backward", &model, (seq_len, seq_len), dtype);
-    Ok(Prepared::new(check, Run::call(move || tensors.backward(&forward))).with_torch(torch))
+    let torch = torch(context.device, "backward", &model, (seq_len, seq_len, dtype));
+    Ok(Prepared::new(check, Run::call(move || tensors.backward(&forward))).with_torch_as(torch))
 }
 
 /// The last query of a sequence whose keys lie in a cache.
@@ -267,6 +285,6 @@ fn cached(context: &Context<'_>, model: ModelShape, (capacity, dtype): (usize, D
         }
         Ok(())
     };
-    let torch = torch("cached", &model, (1, capacity), dtype);
-    Ok(Prepared::new(check, Run::call(run)).with_torch(torch))
+    let torch = torch(device, "cached", &model, (1, capacity, dtype));
+    Ok(Prepared::new(check, Run::call(run)).with_torch_as(torch))
 }
