@@ -52,7 +52,8 @@ pub(crate) struct Uses {
     pub(crate) usage: Usage,
     /// All shared memory of a cube.
     pub(crate) shared_bytes: usize,
-    /// Instructions of tensor cores in a kernel that is written for them; `None` for others, and where nothing disassembles.
+    /// Instructions of tensor cores in a kernel that is written for them, of the machine code, or of its source where nothing disassembles;
+    /// `None` for others.
     pub(crate) tensor_core_instructions: Option<usize>,
     #[serde(flatten)]
     pub(crate) occupancy: Occupancy,
@@ -159,10 +160,11 @@ fn compile_one(tools: &Tools<'_>, target: &Target, launched: &Launched, file_nam
     let (units, limits) = (generated.cube_dim.num_elems(), &target.properties.hardware);
     ensure!(units <= limits.max_units_per_cube, "{units} units in a cube, at most {}", limits.max_units_per_cube);
     let (code, usage) = tools.nvrtc.compile(&generated.source, target.architecture.target)?;
-    let for_tensor_cores = generated.source.contains("mma.sync");
+    let for_tensor_cores = kernels::is_for_tensor_cores(&kernels::name_of(kernel.name()));
     let tensor_core_instructions = match tools.disassembler {
-        Some(disassembler) if for_tensor_cores => Some(disassembler.tensor_core_instructions(&code, file_name)?),
-        _ => None,
+        _ if !for_tensor_cores => None,
+        Some(disassembler) => Some(disassembler.tensor_core_instructions(&code, file_name)?),
+        None => Some(generated.source.matches("mma.sync").count()),
     };
     let shared_bytes = repr.shared_memory_size() + usage.static_shared_bytes;
     let most = limits.max_shared_memory_size;

@@ -16,6 +16,11 @@ pub(crate) fn name_of(type_name: &str) -> String {
     path.strip_prefix("unsloth_").unwrap_or(path).to_owned()
 }
 
+/// Whether a kernel of this name is written for tensor cores: one in a module for them, or the library's, of which only such a one takes part.
+pub(crate) fn is_for_tensor_cores(name: &str) -> bool {
+    name.split("::").any(|module| module == "tensor") || name.starts_with("cubek_matmul::")
+}
+
 /// Names, as [`name_of`] gives them, of all functions under `crates/kernels` that can be launched.
 ///
 /// # Errors
@@ -63,7 +68,7 @@ fn launchable(text: &str) -> impl Iterator<Item = &str> {
 mod tests {
     use std::path::Path;
 
-    use super::{declared, launchable, name_of};
+    use super::{declared, is_for_tensor_cores, launchable, name_of};
 
     #[test]
     fn names_are_the_same_from_type_and_source() {
@@ -71,6 +76,18 @@ mod tests {
         assert_eq!(from_type, "norm::rows::forward_kernel");
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
         assert!(declared(&root).unwrap().contains(&from_type));
+    }
+
+    #[test]
+    fn kernels_for_tensor_cores_are_known_by_their_modules() {
+        for name in
+            ["linear::tensor::tensor_kernel", "attention::tensor::forward::forward_kernel", "cubek_matmul::a::entry"]
+        {
+            assert!(is_for_tensor_cores(name), "{name}");
+        }
+        for name in ["linear::product::tiled_kernel", "attention::forward::forward_kernel", "quant::tensors::kernel"] {
+            assert!(!is_for_tensor_cores(name), "{name}");
+        }
     }
 
     #[test]

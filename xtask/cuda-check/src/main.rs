@@ -3,7 +3,7 @@
 //! The operators run through the contract on a device that notes launches instead of running them; each noted kernel goes through
 //! CubeCL's CUDA code generator and NVRTC, for every architecture in [`architecture::ARCHITECTURES`]. A kernel that does not
 //! compile, spills registers, has a low occupancy without a reason in [`occupancy::LISTED`] or lacks the instructions of tensor cores
-//! that it is written for, a call that the library refuses, and
+//! that it is written for, by its name, a call that the library refuses, and
 //! a kernel that no call launches are failures.
 
 use std::{

@@ -75,19 +75,20 @@ pub(crate) fn problems(kernels: &[Kernel], refused: &[String], not_launched: &BT
     problems
 }
 
-/// How many kernels are known to use tensor cores, or why that is not known.
+/// How many kernels are known to use tensor cores, and by what.
 pub(crate) fn tensor_cores(kernels: &[Kernel], disassembled: bool) -> String {
-    if !disassembled {
-        return "tensor cores: not run (no nvdisasm beside NVRTC or in PATH; Python's package is nvidia-cuda-nvdisasm)"
-            .to_owned();
-    }
     let on = kernels.iter().flat_map(|kernel| kernel.on.values());
     let counts = on.filter_map(|compiled| match compiled {
         Compiled::Uses(Uses { tensor_core_instructions, .. }) => *tensor_core_instructions,
         Compiled::Fails { .. } => None,
     });
     let (all, with) = counts.fold((0, 0), |(all, with), count| (all + 1, with + usize::from(count > 0)));
-    format!("tensor cores: HMMA in {with} of {all} kernels that are written for them")
+    let what = if disassembled {
+        "HMMA"
+    } else {
+        "mma.sync in the source (no nvdisasm beside NVRTC or in PATH to look for HMMA; Python's package is nvidia-cuda-nvdisasm)"
+    };
+    format!("tensor cores: {what} in {with} of {all} kernels that are written for them")
 }
 
 /// One line per kernel and architecture: the most that an instantiation uses, and the least occupancy.
