@@ -220,7 +220,9 @@ fn adapters_are_switched() {
         let merged = tempfile::tempdir().unwrap();
         export::save_merged(merged.path(), &decoder).unwrap();
         let merged = loss(&Decoder::load(merged.path(), &device, F32).unwrap(), &batch);
-        assert!((merged - adapted).abs() < 0.05 * (adapted - plain).abs(), "{merged}, {adapted} of {plain}");
+        // The weights' type rounds what is merged; an adapter of principal parts changes nothing before it is trained.
+        let rounding = 0.05 * (adapted - plain).abs() + 1e-4;
+        assert!((merged - adapted).abs() <= rounding, "{merged}, {adapted}, {plain} without");
         let set = decoder.take_adapters().unwrap();
         assert_eq!(loss(&decoder, &batch), plain);
         let refused = load(&device, model).put_adapters(set).unwrap_err().to_string();
