@@ -56,7 +56,7 @@ impl<R: Runtime> CubeBackend<R> {
     ///
     /// # Errors
     /// [`Error::Launch`] if the device cannot be opened; [`Error::Unsupported`] for a choice of [`Pools`], which
-    /// [`vulkan`](crate::vulkan) and [`wgpu`](crate::wgpu) alone take.
+    /// `vulkan` and `wgpu` alone take.
     pub fn new(device: &R::Device, name: impl Into<String>, options: CubeOptions) -> Result<Self> {
         let CubeOptions { budget_bytes, fill_arbitrary_with_nan, choosing, pools } = options;
         let name = name.into();

@@ -7,7 +7,7 @@ use unsloth_core::{Error, Result};
 /// How CubeCL's pool divides the memory that it takes from the driver. A pool belongs to a device and lives as long as the process: the
 /// first to open the device decides.
 ///
-/// [`vulkan`](crate::vulkan) and [`wgpu`](crate::wgpu) take a choice. On CUDA there is none: CubeCL's server for it can only be made
+/// `vulkan` and `wgpu` take a choice. On CUDA there is none: CubeCL's server for it can only be made
 /// with the division that CubeCL takes by default, slices, and anything else is refused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pools {
