@@ -10,6 +10,8 @@ use std::{
 };
 
 use serde_json::json;
+#[cfg(feature = "wgpu")]
+use support::shapes::SMALL;
 use support::{shapes::DEEP, *};
 use tempfile::TempDir;
 use unsloth_rs::{
@@ -295,5 +297,33 @@ fn a_deep_model_holds_as_much_less_as_it_says() {
             "--checkpointing every:1 --offload disk" => assert!(system < every, "{system} on disk, {every} without"),
             _ => {}
         }
+    }
+}
+
+/// The same of a device whose memory is the process's: Mesa's software driver.
+#[cfg(all(target_os = "linux", feature = "wgpu"))]
+#[test]
+#[ignore = "full: a minute of a software driver"]
+fn a_software_device_holds_little_besides() {
+    /// The driver with its compiler, compiled kernels, and what waits in CubeCL's pool.
+    const BESIDES: u64 = 320 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (folder.path().join("model"), folder.path().join("data.jsonl"));
+    fs::create_dir(&model).unwrap();
+    SMALL.write(&model);
+    let document = json!({"input_ids": (0..256).map(|j| 3 * j % 1000).collect::<Vec<_>>()});
+    fs::write(&data, format!("{document}\n{document}\n")).unwrap();
+    for (index, options) in ["", "--checkpointing every:1", "--method full --checkpointing every:1"].iter().enumerate()
+    {
+        let output = folder.path().join(index.to_string());
+        let text = format!(
+            "train --model {{}} --data {{}} --output {{}} --steps 2 --packing false --max-seq-len 256 --device vulkan:0 \
+             --quiet {options}"
+        );
+        let system = resident_peak(line(&text, &[&model, &data, &output]));
+        let ledger = read_metrics(&output).last().unwrap()["peak_bytes"].as_u64().unwrap();
+        println!("{options}: system {system}, ledger {ledger}");
+        let range = ledger - ledger / 10..=ledger + ledger / 10 + BESIDES;
+        assert!(range.contains(&system), "{options}: system {system}, ledger {ledger}");
     }
 }
