@@ -216,7 +216,10 @@ impl Layer {
         let draw = context.draw.as_ref();
         let tokens = x.tensor().shape().rows();
         let out = ops::reshape(tape, out, [tokens, num_heads * head_dim])?;
-        let attended = post_norm(tape, self.o.forward(tape, &out, draw)?, self.after_attention.as_ref(), norm)?;
+        let mut attended = self.o.forward(tape, &out, draw)?;
+        if let Some(after) = &self.after_attention {
+            attended = ops::rms_norm(tape, &attended, after, norm)?;
+        }
         let (normed, stream) = ops::add_rms_norm(tape, attended, x, &self.before_mlp, norm)?;
         let down = match context.mlp_tile {
             None => self.mlp.forward(tape, normed, draw, context.dimensions)?,
@@ -251,15 +254,7 @@ impl Mlp {
         drop(activated);
         match &self.after {
             None => Ok(down),
-            after => post_norm(tape, down.compute()?, after.as_ref(), norm).map(Deferred::from),
+            Some(after) => ops::rms_norm(tape, &down.compute()?, after, norm).map(Deferred::from),
         }
-    }
-}
-
-/// The result of one part of a layer, normed where there is a norm.
-fn post_norm(tape: &Tape, x: Var, weight: Option<&Vector>, options: NormOptions) -> unsloth_core::Result<Var> {
-    match weight {
-        None => Ok(x),
-        Some(weight) => ops::rms_norm(tape, &x, weight, options),
     }
 }
