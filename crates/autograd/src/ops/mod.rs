@@ -1,7 +1,7 @@
 //! Differentiable operators: one file each, with the formula and gradient of the operator of the same name in
 //! [`unsloth_core::ops`].
 //!
-//! Every function computes at once and records only where an input or a trained parameter needs a gradient. What it records
+//! Every function computes at once, but for those that give a [`crate::Deferred`], and records only where an input or a trained parameter needs a gradient. What it records
 //! is what the backward pass reads, no more: a frozen weight costs neither time nor memory. A function that takes a [`crate::Var`]
 //! by value may reuse its buffer, if nothing else holds it.
 //!
