@@ -20,6 +20,7 @@ use crate::{
     limits::{self, Limits, Rate},
     machine::{self, Machine, Noise},
     measure::{Contender, Effort, Eviction, InProcess, Timing, in_turn},
+    models::MODELS,
     recorder::recorded,
     report::{Entry, NotRun, PeerTiming, Report, ThreadLimits, VERSION},
     torch::{Task, Torch},
@@ -39,6 +40,8 @@ pub struct Options {
     pub threads: Vec<usize>,
     /// Groups of [`GROUPS`]; none: all.
     pub ops: Vec<String>,
+    /// Names of [`MODELS`]; none: all.
+    pub shapes: Vec<String>,
     /// A Hugging Face folder to train and decode.
     pub folder: Option<PathBuf>,
     /// The smallest model and few samples.
@@ -59,12 +62,17 @@ pub struct Outcome {
 
 impl Options {
     /// # Errors
-    /// For a group that does not exist, or threads where they mean nothing.
+    /// For a group or a model that does not exist, models beside `quick`, or threads where they mean nothing.
     pub fn validate(&self) -> Result<()> {
         let known: Vec<&str> = GROUPS.iter().map(|(name, _)| *name).collect();
         if let Some(op) = self.ops.iter().find(|op| !known.contains(&op.as_str())) {
             bail!("--op {op}: must be one of {}", known.join(", "));
         }
+        let known = MODELS.map(|model| model.name);
+        if let Some(shape) = self.shapes.iter().find(|shape| !known.contains(&shape.as_str())) {
+            bail!("--shape {shape}: must be one of {}", known.join(", "));
+        }
+        ensure!(!self.quick || self.shapes.is_empty(), "--shape: --quick is about the smallest model");
         ensure!(self.threads.is_empty() || self.device == "cpu", "--threads: {} has none to choose", self.device);
         ensure!(!self.threads.contains(&0), "--threads 0: must be at least 1");
         Ok(())
@@ -93,7 +101,10 @@ impl Options {
 
     fn selection(&self, dtypes: Vec<DType>) -> Selection {
         let tokens = TOKENS[usize::from(self.device != "cpu")];
-        let selection = if self.quick { Selection::quick(dtypes) } else { Selection::full(dtypes, tokens) };
+        let mut selection = if self.quick { Selection::quick(dtypes) } else { Selection::full(dtypes, tokens) };
+        if !self.shapes.is_empty() {
+            selection.models.retain(|model| self.shapes.iter().any(|shape| shape == model.name));
+        }
         Selection { folder: self.folder.clone(), ..selection }
     }
 
@@ -172,6 +183,9 @@ fn left_out(options: &Options) -> Vec<NotRun> {
         let models: Vec<&str> = full.models.iter().skip(1).map(|model| model.name).collect();
         left_out.push(NotRun::new(models.join(", "), "--quick"));
         left_out.push(NotRun::new("sequences above 1024 tokens, fewer threads, all calls of an operator", "--quick"));
+    }
+    if !options.shapes.is_empty() {
+        left_out.push(NotRun::new("all other models", format!("--shape {}", options.shapes.join(" --shape "))));
     }
     if !options.ops.is_empty() {
         left_out.push(NotRun::new("all other operators", format!("--op {}", options.ops.join(" --op "))));
@@ -302,7 +316,11 @@ impl Session<'_> {
                 }
             }
         }
-        let effort = if self.options.quick { Effort::QUICK } else { Effort::FULL };
+        let effort = match (self.options.quick, machine::is_cpu(device)) {
+            (true, _) => Effort::QUICK,
+            (false, true) => Effort::FULL,
+            (false, false) => Effort::DEVICE,
+        };
         let mut timings = in_turn(&mut contenders, effort)?.into_iter();
         drop(contenders);
         let timing = timings.next().context("a case has its own times")?;

@@ -24,6 +24,9 @@ pub(crate) struct Arguments {
     /// Only this operator, or train_step or decode; repeat for several.
     #[arg(long = "op", value_name = "NAME")]
     ops: Vec<String>,
+    /// Only the shapes of this model, as Llama-3.2-1B; repeat for several.
+    #[arg(long = "shape", value_name = "NAME", conflicts_with = "quick")]
+    shapes: Vec<String>,
     /// Only this storage type (f32, bf16 or f16); repeat for several [default: f32 and bf16].
     #[arg(long = "dtype", value_name = "TYPE", value_parser = dtype)]
     dtypes: Vec<DType>,
@@ -69,6 +72,7 @@ fn bench(arguments: Arguments) -> Result<ExitCode> {
         dtypes: arguments.dtypes,
         threads: arguments.threads,
         ops: arguments.ops,
+        shapes: arguments.shapes,
         folder: arguments.model,
         quick: arguments.quick,
         python: arguments.peer.map(|_| arguments.python),
