@@ -3,7 +3,7 @@
 //! Work: units stride over the elements. Traffic: each row once in, once out.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 /// Sizes of one append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +52,7 @@ pub fn append<R: Runtime, E: Float>(
     let units = launch.units_for(max_seqlen * row / width);
     let dim = CubeDim::new_1d(units as u32);
     launch.cube(dim, 0)?;
-    append_kernel::launch::<E, R>(
+    unchecked!(append_kernel::launch_unchecked::<E, R>(
         client,
         launch.cubes((max_seqlen * row / width).div_ceil(units), num_seqs, 1)?,
         dim,
@@ -63,12 +63,12 @@ pub fn append<R: Runtime, E: Float>(
         launch.vectors::<E>("cache", args.cache, num_seqs * capacity * row, width)?,
         capacity as u32,
         (row / width) as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: unit in x = vector of the new rows of a sequence, y = sequence.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn append_kernel<E: Float, N: Size>(
     rows: &Array<Vector<E, N>>,
     cu_seqlens: &Array<i32>,

@@ -6,7 +6,7 @@
 //! Traffic: the held rows once; the streamed rows once per block of held rows.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 use crate::{
     block::{
@@ -93,7 +93,7 @@ fn row_sums<R: Runtime, E: Float>(
     let rows = shape.tokens_q * shape.num_heads;
     let grid = launch.flat(rows);
     launch.cube(grid.dim, 0)?;
-    row_sums_kernel::launch::<E, R>(
+    unchecked!(row_sums_kernel::launch_unchecked::<E, R>(
         launch.client(),
         grid.count,
         grid.dim,
@@ -104,12 +104,12 @@ fn row_sums<R: Runtime, E: Float>(
         shape.tokens_q as u32,
         shape.num_heads as u32,
         (shape.head_dim / width) as u32,
-    );
+    ));
     Ok(())
 }
 
 /// `D = sum_channels(dout * out)`. Grid: unit = row, walking on by the size of the grid.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn row_sums_kernel<E: Float, N: Size>(
     dout: &Array<Vector<E, N>>,
     out: &Array<Vector<E, N>>,
@@ -140,7 +140,7 @@ fn keys<R: Runtime, E: Float>(
     let tile = shape.tile(launch, KEYS_NEED, width)?;
     let (count, dim) = shape.grid(launch, shape.max_seqlen_k, tile)?;
     let (len_q, len_k, rows) = (shape.len_q(), shape.len_k(), shape.tokens_q * shape.num_heads);
-    keys_kernel::launch::<E, R>(
+    unchecked!(keys_kernel::launch_unchecked::<E, R>(
         launch.client(),
         count,
         dim,
@@ -159,7 +159,7 @@ fn keys<R: Runtime, E: Float>(
         shape.scoring(),
         shape.softcap.is_some(),
         tile,
-    );
+    ));
     Ok(())
 }
 
@@ -172,7 +172,7 @@ fn queries<R: Runtime, E: Float>(
     let tile = shape.tile(launch, QUERIES_NEED, width)?;
     let (count, dim) = shape.grid(launch, shape.max_seqlen_q * shape.group(), tile)?;
     let (len_q, len_k, rows) = (shape.len_q(), shape.len_k(), shape.tokens_q * shape.num_heads);
-    queries_kernel::launch::<E, R>(
+    unchecked!(queries_kernel::launch_unchecked::<E, R>(
         launch.client(),
         count,
         dim,
@@ -190,7 +190,7 @@ fn queries<R: Runtime, E: Float>(
         shape.scoring(),
         shape.softcap.is_some(),
         tile,
-    );
+    ));
     Ok(())
 }
 
@@ -249,7 +249,7 @@ impl QueryTile {
 }
 
 /// `dk` and `dv`. Grid: x = block of keys, y = key head, z = sequence.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn keys_kernel<E: Float, N: Size>(
     q: &Array<Vector<E, N>>,
     k: &Array<Vector<E, N>>,
@@ -328,7 +328,7 @@ fn keys_kernel<E: Float, N: Size>(
 }
 
 /// `dq`. Grid: x = block of query rows, y = key head, z = sequence.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn queries_kernel<E: Float, N: Size>(
     q: &Array<Vector<E, N>>,
     k: &Array<Vector<E, N>>,

@@ -7,7 +7,7 @@
 //! Numerics: f32; which keys make a part follows from sizes and device alone, and parts are added in their order.
 
 use cubecl::{ir::DeviceProperties, prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, vector_sum};
+use unsloth_common::{Launch, LaunchError, unchecked, vector_sum};
 
 use crate::{
     block::{LOWEST, Mask, Scoring, Sizes, score},
@@ -131,7 +131,7 @@ pub fn split_cached<R: Runtime, E: Float>(
     let rows = split.rows(&shape);
     let sums = || launch.vectors::<f32>("sums", partial.sums, rows * shape.head_dim, width);
     let statistics = || launch.array::<f32>("statistics", partial.statistics, rows * 2);
-    part_kernel::launch::<E, R>(
+    unchecked!(part_kernel::launch_unchecked::<E, R>(
         client,
         launch.cubes(split.parts, blocks, shape.tokens_q)?,
         dim,
@@ -147,11 +147,11 @@ pub fn split_cached<R: Runtime, E: Float>(
         shape.scoring(),
         split.part_len as u32,
         block,
-    );
+    ));
     let items = shape.len_q() / width;
     let grid = launch.flat(items);
     launch.cube(grid.dim, 0)?;
-    join_kernel::launch::<E, R>(
+    unchecked!(join_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -162,12 +162,12 @@ pub fn split_cached<R: Runtime, E: Float>(
         items as u32,
         block.vectors as u32,
         split.parts as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: x = part, y = block of heads, z = query.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn part_kernel<E: Float, N: Size>(
     q: &Array<Vector<E, N>>,
     k: &Array<Vector<E, N>>,
@@ -440,7 +440,7 @@ fn add_values<E: Float, N: Size>(
 }
 
 /// Grid: unit = vector of `out`, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn join_kernel<E: Float, N: Size>(
     sums: &Array<Vector<f32, N>>,
     statistics: &Array<f32>,

@@ -4,7 +4,7 @@
 //! Traffic: q once; k and v once per block of query rows; out and lse once.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 use crate::{
     block::{
@@ -57,7 +57,7 @@ pub fn forward<R: Runtime, E: Float>(
         return tensor::forward::forward::<R, E>(&launch, shape, need, args);
     }
     let Plan { width, tile, count, dim } = plan(&launch, shape)?;
-    forward_kernel::launch::<E, R>(
+    unchecked!(forward_kernel::launch_unchecked::<E, R>(
         client,
         count,
         dim,
@@ -74,7 +74,7 @@ pub fn forward<R: Runtime, E: Float>(
         f32::NEG_INFINITY,
         shape.softcap.is_some(),
         tile,
-    );
+    ));
     Ok(())
 }
 
@@ -116,7 +116,7 @@ pub fn cached<R: Runtime, E: Float>(
         return tensor::forward::cached::<R, E>(&launch, shape, need, args);
     }
     let Plan { width, tile, count, dim } = plan(&launch, shape)?;
-    cached_kernel::launch::<E, R>(
+    unchecked!(cached_kernel::launch_unchecked::<E, R>(
         client,
         count,
         dim,
@@ -131,7 +131,7 @@ pub fn cached<R: Runtime, E: Float>(
         shape.scoring(),
         shape.softcap.is_some(),
         tile,
-    );
+    ));
     Ok(())
 }
 
@@ -158,7 +158,7 @@ fn plan<R: Runtime>(launch: &Launch<'_, R>, shape: Shape) -> Result<Plan, Launch
 }
 
 /// Grid: x = block of query rows, y = key head, z = sequence.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn forward_kernel<E: Float, N: Size>(
     q: &Array<Vector<E, N>>,
     k: &Array<Vector<E, N>>,
@@ -199,7 +199,7 @@ fn forward_kernel<E: Float, N: Size>(
 }
 
 /// Grid as [`forward_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn cached_kernel<E: Float, N: Size>(
     q: &Array<Vector<E, N>>,
     k: &Array<Vector<E, N>>,

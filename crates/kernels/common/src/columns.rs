@@ -3,6 +3,7 @@
 
 #![allow(missing_docs, reason = "the cube macro writes modules and functions without documentation")]
 
+use crate::unchecked;
 use cubecl::{prelude::*, server::Handle};
 
 use crate::{Launch, LaunchError};
@@ -54,7 +55,7 @@ pub fn fold_columns<R: Runtime>(
     (arg, out): (&'static str, &Handle),
 ) -> Result<(), LaunchError> {
     let (parts, units) = (column_parts(rows), launch.units_for(columns));
-    fold_columns_kernel::launch::<R>(
+    unchecked!(fold_columns_kernel::launch_unchecked::<R>(
         launch.client(),
         launch.cubes(columns.div_ceil(units), 1, 1)?,
         CubeDim::new_1d(units as u32),
@@ -62,12 +63,12 @@ pub fn fold_columns<R: Runtime>(
         launch.array::<f32>(arg, out, columns)?,
         parts as u32,
         columns as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: unit = column.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn fold_columns_kernel(partial: &Array<f32>, out: &mut Array<f32>, parts: u32, columns: u32) {
     let column = ABSOLUTE_POS_X as usize;
     let columns = columns as usize;

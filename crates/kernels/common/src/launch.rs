@@ -4,6 +4,22 @@ use cubecl::{ir::StorageType, prelude::*, server::Handle};
 
 use crate::{Choices, LaunchError, Target};
 
+/// Launches a kernel of this workspace without CubeCL's checks of every index: those wait for each load at once, where the kernel
+/// has put other work between a load and its use. (Tensor cores' products took four times as long.)
+///
+/// Kernels hold their part: an index is compared with sizes that the launch passes, and [`Launch::vectors`] has compared those with
+/// the buffers.
+#[macro_export]
+macro_rules! unchecked {
+    ($launch:expr) => {{
+        #[allow(unsafe_code, reason = "without checks of every index")]
+        // SAFETY: kernels index below the lengths of their buffers: see the macro.
+        unsafe {
+            $launch
+        }
+    }};
+}
+
 /// One launch of one kernel on one device: refuses what the device would fail at in silence.
 pub struct Launch<'a, R: Runtime> {
     target: Target<'a, R>,

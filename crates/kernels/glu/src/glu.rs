@@ -9,6 +9,7 @@ use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{
     Launch, LaunchError,
     math::{erf, scaled_exp, tanh},
+    unchecked,
 };
 
 /// Activation of the gate.
@@ -51,7 +52,7 @@ pub fn forward<R: Runtime, E: Float>(
     let width = launch.vector_width::<f32>(len);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
-    forward_kernel::launch::<E, R>(
+    unchecked!(forward_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -61,7 +62,7 @@ pub fn forward<R: Runtime, E: Float>(
         launch.vectors::<E>("out", args.out, len, width)?,
         (len / width) as u32,
         activation,
-    );
+    ));
     Ok(())
 }
 
@@ -94,7 +95,7 @@ pub fn backward<R: Runtime, E: Float>(
     let width = launch.vector_width::<f32>(len);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
-    backward_kernel::launch::<E, R>(
+    unchecked!(backward_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -104,7 +105,7 @@ pub fn backward<R: Runtime, E: Float>(
         launch.vectors::<E>("up", args.up, len, width)?,
         (len / width) as u32,
         activation,
-    );
+    ));
     Ok(())
 }
 
@@ -153,7 +154,7 @@ fn value_and_slope(x: f32, #[comptime] activation: Activation) -> (f32, f32) {
 }
 
 /// Grid: unit = vector, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn forward_kernel<E: Float, N: Size>(
     gate: &Array<Vector<E, N>>,
     up: &Array<Vector<E, N>>,
@@ -176,7 +177,7 @@ fn forward_kernel<E: Float, N: Size>(
 }
 
 /// Grid as [`forward_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn backward_kernel<E: Float, N: Size>(
     dout: &Array<Vector<E, N>>,
     gate: &mut Array<Vector<E, N>>,

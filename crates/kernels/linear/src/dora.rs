@@ -7,7 +7,9 @@
 //! Numerics: sums are f32 for every element type, in fixed order, `W + scale * B A` exists in registers alone.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, column_parts, cube_reduce_bytes, cube_sum, fold_columns, vector_sum};
+use unsloth_common::{
+    Launch, LaunchError, column_parts, cube_reduce_bytes, cube_sum, fold_columns, unchecked, vector_sum,
+};
 
 /// Sizes of one adapted matrix, and the factor of its update.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,7 +59,7 @@ pub fn norms<R: Runtime, W: Float>(
     let width = launch.vector_width::<f32>(in_features).min(4);
     let grid = launch.rows(out_features.div_ceil(ROWS), in_features / width);
     launch.cube(grid.dim, ROWS * cube_reduce_bytes(grid.units))?;
-    norms_kernel::launch::<W, R>(
+    unchecked!(norms_kernel::launch_unchecked::<W, R>(
         client,
         grid.count,
         grid.dim,
@@ -71,12 +73,12 @@ pub fn norms<R: Runtime, W: Float>(
         rank as u32,
         scale,
         grid.units,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: cube = block of rows, units stride the columns.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn norms_kernel<W: Float, N: Size>(
     weight: &Array<Vector<W, N>>,
     lora_a: &Array<Vector<f32, N>>,
@@ -181,7 +183,7 @@ pub fn forward<R: Runtime, E: Float, B: Float>(
     };
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
-    forward_kernel::launch::<E, B, R>(
+    unchecked!(forward_kernel::launch_unchecked::<E, B, R>(
         client,
         grid.count,
         grid.dim,
@@ -193,12 +195,12 @@ pub fn forward<R: Runtime, E: Float, B: Float>(
         launch.vectors::<E>("y", args.y, len, width)?,
         (len / width) as u32,
         (out_features / width) as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: unit = vector, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn forward_kernel<E: Float, B: Float, N: Size>(
     t: &Array<Vector<E, N>>,
     magnitude: &Array<Vector<f32, N>>,
@@ -243,7 +245,7 @@ pub fn backward<R: Runtime, E: Float>(
     let width = launch.vector_width::<f32>(out_features);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
-    backward_kernel::launch::<E, R>(
+    unchecked!(backward_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -253,12 +255,12 @@ pub fn backward<R: Runtime, E: Float>(
         launch.vectors::<f32>("norms", lengths.norms, out_features, width)?,
         (len / width) as u32,
         (out_features / width) as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid as [`forward_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn backward_kernel<E: Float, N: Size>(
     dy: &mut Array<Vector<E, N>>,
     magnitude: &Array<Vector<f32, N>>,
@@ -306,7 +308,7 @@ pub fn magnitude_gradient<R: Runtime, E: Float>(
         return Ok(());
     }
     let grid = launch.columns(rows, out_features)?;
-    magnitude_kernel::launch::<E, R>(
+    unchecked!(magnitude_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -317,12 +319,12 @@ pub fn magnitude_gradient<R: Runtime, E: Float>(
         rows as u32,
         out_features as u32,
         grid.part_rows,
-    );
+    ));
     fold_columns(&launch, (rows, out_features), args.workspace, ("dmagnitude", args.dmagnitude))
 }
 
 /// Grid: x = block of columns, y = block of rows; unit = column.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn magnitude_kernel<E: Float>(
     dy: &Array<E>,
     t: &Array<E>,

@@ -6,7 +6,7 @@
 //! Work: one unit per four channels, which share a counter. Traffic: each element once in, once out.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, philox};
+use unsloth_common::{Launch, LaunchError, philox, unchecked};
 
 /// Which elements of a layer are dropped, but for what differs by row.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -81,7 +81,7 @@ pub fn zero<R: Runtime, E: Float>(
     let groups = cols.div_ceil(WORDS);
     let grid = launch.flat(rows * groups);
     launch.cube(grid.dim, 0)?;
-    zero_kernel::launch::<E, R>(
+    unchecked!(zero_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -96,12 +96,12 @@ pub fn zero<R: Runtime, E: Float>(
         dropout.threshold(),
         (rows * groups) as u32,
         (cols / width) as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: unit = group of four channels of a row, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn zero_kernel<E: Float, N: Size>(
     x: &ComptimeOption<Array<Vector<E, N>>>,
     out: &mut Array<Vector<E, N>>,

@@ -1,7 +1,7 @@
 //! Products of few rows, and column sums: nothing to reuse, so each element is a dot product of its own.
 
 use cubecl::{ir::StorageType, prelude::*};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 use crate::product::{Form, Matrix, Size, store};
 
@@ -53,7 +53,7 @@ pub(crate) fn few_rows<R: Runtime>(
     let units =
         if form.b_transposed { Units { columns: short, shares: long } } else { Units { columns: long, shares: short } };
     launch.cube(dim, all * size_of::<f32>())?;
-    few_rows_kernel::launch(
+    unchecked!(few_rows_kernel::launch_unchecked(
         launch.client(),
         launch.cubes(cols.div_ceil(units.columns), rows, 1)?,
         dim,
@@ -67,12 +67,12 @@ pub(crate) fn few_rows<R: Runtime>(
         units,
         form,
         elements,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: x = block of columns, y = row. The parts of a sum are added in the order of the units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn few_rows_kernel<A: Numeric, B: Numeric, D: Numeric, Y: Numeric>(
     a: &ComptimeOption<Array<A>>,
     b: &Array<B>,

@@ -7,7 +7,7 @@
 //! Numerics: products and sums in f32 for every storage type, in an order that depends on the sizes alone; rounded once.
 
 use cubecl::{ir::StorageType, prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 use crate::{
     few_rows::{Operands, few_rows},
@@ -212,7 +212,7 @@ pub(crate) fn tiled<R: Runtime>(launch: &Launch<'_, R>, job: &Job, tile: Tile, s
     let elements = [args.a.element, args.b.element, args.bias_element(), args.out.element];
     let dim = CubeDim::new_1d(tile.units() as u32);
     launch.cube(dim, tile.shared_bytes())?;
-    tiled_kernel::launch(
+    unchecked!(tiled_kernel::launch_unchecked(
         launch.client(),
         launch.cubes(cols.div_ceil(tile.cols), rows.div_ceil(tile.rows), 1)?,
         dim,
@@ -227,7 +227,7 @@ pub(crate) fn tiled<R: Runtime>(launch: &Launch<'_, R>, job: &Job, tile: Tile, s
         tile,
         form,
         elements,
-    );
+    ));
     Ok(())
 }
 
@@ -288,7 +288,7 @@ fn fill<E: Numeric>(
 }
 
 /// Grid: x = tile of columns, y = tile of rows.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn tiled_kernel<A: Numeric, B: Numeric, D: Numeric, Y: Numeric>(
     a: &Array<A>,
     b: &Array<B>,

@@ -3,7 +3,7 @@
 use std::{marker::PhantomData, ops::Range};
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 use crate::product::Matrix;
 
@@ -62,13 +62,21 @@ impl<'a, R: Runtime, X: Float> Sums<'a, R, X> {
         launch.cube(grid.dim, 0)?;
         let sums = launch.vectors::<f32>("workspace", workspace, len, width)?;
         let out = launch.vectors::<X>(arg, &out, len, width)?;
-        round_kernel::launch::<X, R>(launch.client(), grid.count, grid.dim, width, sums, out, (len / width) as u32);
+        unchecked!(round_kernel::launch_unchecked::<X, R>(
+            launch.client(),
+            grid.count,
+            grid.dim,
+            width,
+            sums,
+            out,
+            (len / width) as u32
+        ));
         Ok(())
     }
 }
 
 /// Grid: unit = vector, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn round_kernel<X: Float, N: Size>(sums: &Array<Vector<f32, N>>, out: &mut Array<Vector<X, N>>, items: u32) {
     let mut i = ABSOLUTE_POS;
     while i < items as usize {

@@ -14,6 +14,7 @@ use cubecl::{
 use unsloth_common::{
     Launch, LaunchError,
     mma::{self, Chunk, Pair, Sums},
+    unchecked,
 };
 
 use crate::product::{Form, Job, Size, store};
@@ -181,7 +182,7 @@ pub(crate) fn product<R: Runtime>(
     let dim = CubeDim::new_1d(tile.units() as u32);
     launch.cube(dim, tile.shared_bytes(form, parts))?;
     let elements = [args.a.element, args.b.element, element, args.bias_element(), args.out.element];
-    tensor_kernel::launch(
+    unchecked!(tensor_kernel::launch_unchecked(
         launch.client(),
         launch.cubes(cols.div_ceil(tile.cols), rows.div_ceil(tile.rows), 1)?,
         dim,
@@ -197,12 +198,12 @@ pub(crate) fn product<R: Runtime>(
         form,
         parts,
         elements,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: x = tile of columns, y = tile of rows.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn tensor_kernel<A: Float, B: Float, E: Float, D: Numeric, Y: Numeric>(
     a: &Array<Chunk<A>>,
     b: &Array<Chunk<B>>,

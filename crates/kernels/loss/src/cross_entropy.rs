@@ -11,7 +11,7 @@
 //! Numerics: f32 inside, sums in a fixed order.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, cube_max, cube_reduce_bytes, cube_sum, math::tanh, vector_sum};
+use unsloth_common::{Launch, LaunchError, cube_max, cube_reduce_bytes, cube_sum, math::tanh, unchecked, vector_sum};
 
 /// What is the same for all rows of a loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -111,7 +111,7 @@ pub fn forward<R: Runtime, E: Float>(
     let width = launch.vector_width::<f32>(vocab_size);
     let grid = launch.rows(tokens, vocab_size / width);
     launch.cube(grid.dim, 4 * cube_reduce_bytes(grid.units))?;
-    forward_kernel::launch::<E, R>(
+    unchecked!(forward_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -125,7 +125,7 @@ pub fn forward<R: Runtime, E: Float>(
         (vocab_size / width) as u32,
         loss.form(),
         grid.units,
-    );
+    ));
     Ok(())
 }
 
@@ -146,7 +146,7 @@ fn scores<E: Float, N: Size>(logits: Vector<E, N>, terms: &Terms, #[comptime] fo
 }
 
 /// Grid: cube = row, units stride the columns. A row without a target has no columns; its units still meet at the barriers.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn forward_kernel<E: Float, N: Size>(
     logits: &Array<Vector<E, N>>,
     targets: &Array<i32>,
@@ -233,7 +233,7 @@ pub fn backward<R: Runtime, E: Float>(
     let width = launch.vector_width::<f32>(vocab_size);
     let grid = launch.rows(tokens, vocab_size / width);
     launch.cube(grid.dim, 0)?;
-    backward_kernel::launch::<E, R>(
+    unchecked!(backward_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -246,12 +246,12 @@ pub fn backward<R: Runtime, E: Float>(
         (vocab_size / width) as u32,
         loss.form(),
         grid.units,
-    );
+    ));
     Ok(())
 }
 
 /// Grid as [`forward_kernel`]. Each unit overwrites only what it alone reads.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn backward_kernel<E: Float, N: Size>(
     logits: &mut Array<Vector<E, N>>,
     targets: &Array<i32>,
@@ -319,7 +319,7 @@ pub fn mean<R: Runtime>(client: &ComputeClient<R>, shape: Shape, args: Mean<'_>)
     let units = launch.units_for(SUM_UNITS);
     let dim = CubeDim::new_1d(units as u32);
     launch.cube(dim, cube_reduce_bytes(units))?;
-    mean_kernel::launch::<R>(
+    unchecked!(mean_kernel::launch_unchecked::<R>(
         client,
         launch.cubes(1, 1, 1)?,
         dim,
@@ -328,12 +328,12 @@ pub fn mean<R: Runtime>(client: &ComputeClient<R>, shape: Shape, args: Mean<'_>)
         shape.tokens as u32,
         shape.loss.num_targets as f32,
         units,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: one cube, units stride the rows.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn mean_kernel(nll: &Array<f32>, loss: &mut Array<f32>, rows: u32, num_targets: f32, #[comptime] units: usize) {
     let mut sum = 0.0f32;
     let mut i = UNIT_POS as usize;

@@ -7,7 +7,9 @@
 //! Gradients of parameters are fixed-order sums over blocks of rows, no float atomics: the same bits on every run.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, column_parts, cube_reduce_bytes, cube_sum, fold_columns, vector_sum};
+use unsloth_common::{
+    Launch, LaunchError, column_parts, cube_reduce_bytes, cube_sum, fold_columns, unchecked, vector_sum,
+};
 
 /// Sizes and constants of one normalisation.
 #[derive(Clone, Copy)]
@@ -84,7 +86,7 @@ pub(crate) fn forward<R: Runtime, E: Float, W: Float>(
     let statistics = args.statistics.arrays(launch, rows)?;
     let (units, rows) = (grid.units, rows as u32);
     match args.residual {
-        None => forward_kernel::launch::<E, W, R>(
+        None => unchecked!(forward_kernel::launch_unchecked::<E, W, R>(
             client,
             grid.count,
             grid.dim,
@@ -100,10 +102,10 @@ pub(crate) fn forward<R: Runtime, E: Float, W: Float>(
             weight_offset,
             centred,
             units,
-        ),
+        )),
         Some(residual) => {
             let residual = launch.vectors::<E>("residual", residual, len, width)?;
-            add_forward_kernel::launch::<E, W, R>(
+            unchecked!(add_forward_kernel::launch_unchecked::<E, W, R>(
                 client,
                 grid.count,
                 grid.dim,
@@ -120,7 +122,7 @@ pub(crate) fn forward<R: Runtime, E: Float, W: Float>(
                 weight_offset,
                 centred,
                 units,
-            );
+            ));
         }
     }
     Ok(())
@@ -194,7 +196,7 @@ fn centre<E: Float, N: Size>(value: Vector<E, N>, mean: f32, #[comptime] centred
 }
 
 /// Grid: cube = row, units stride the columns.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn forward_kernel<E: Float, W: Float, N: Size>(
     x: &Array<Vector<E, N>>,
     weight: &Array<Vector<W, N>>,
@@ -223,7 +225,7 @@ fn forward_kernel<E: Float, W: Float, N: Size>(
 }
 
 /// Grid as [`forward_kernel`]. Each unit reads back only what it wrote itself.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn add_forward_kernel<E: Float, W: Float, N: Size>(
     x: &mut Array<Vector<E, N>>,
     residual: &Array<Vector<E, N>>,
@@ -280,7 +282,7 @@ pub(crate) fn backward<R: Runtime, E: Float, W: Float>(
     let centred = args.statistics.mean.is_some();
     let grid = launch.rows(rows, hidden_size / width);
     launch.cube(grid.dim, (1 + usize::from(centred)) * cube_reduce_bytes(grid.units))?;
-    backward_kernel::launch::<E, W, R>(
+    unchecked!(backward_kernel::launch_unchecked::<E, W, R>(
         launch.client(),
         grid.count,
         grid.dim,
@@ -297,7 +299,7 @@ pub(crate) fn backward<R: Runtime, E: Float, W: Float>(
         args.dsum.is_some(),
         centred,
         grid.units,
-    );
+    ));
     Ok(())
 }
 
@@ -312,7 +314,7 @@ fn mean_of(statistics: &Sequence<Array<f32>>, row: usize, #[comptime] centred: b
 }
 
 /// Grid as [`forward_kernel`]. Each unit overwrites only what it alone reads.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn backward_kernel<E: Float, W: Float, N: Size>(
     dout: &mut Array<Vector<E, N>>,
     dsum: &Array<Vector<E, N>>,
@@ -406,7 +408,7 @@ pub(crate) fn parameter_gradients<R: Runtime, E: Float>(
     let (len, parts) = (rows * hidden_size, column_parts(rows) * hidden_size);
     let grid = launch.columns(rows, hidden_size)?;
     let partial = wanted.iter().map(|(_, gradient)| launch.array::<f32>("workspace", gradient.workspace, parts));
-    partial_kernel::launch::<E, R>(
+    unchecked!(partial_kernel::launch_unchecked::<E, R>(
         launch.client(),
         grid.count,
         grid.dim,
@@ -418,7 +420,7 @@ pub(crate) fn parameter_gradients<R: Runtime, E: Float>(
         hidden_size as u32,
         grid.part_rows,
         Sums { centred: args.statistics.mean.is_some(), weight: args.dweight.is_some(), bias: args.dbias.is_some() },
-    );
+    ));
     let fold = |(arg, gradient): (_, Gradient<'_>)| {
         fold_columns(launch, (rows, hidden_size), gradient.workspace, (arg, gradient.total))
     };
@@ -434,7 +436,7 @@ struct Sums {
 }
 
 /// Grid: x = block of columns, y = block of rows; unit = column. The weight's sums come first.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn partial_kernel<E: Float>(
     dout: &Array<E>,
     sum: &Array<E>,

@@ -9,7 +9,7 @@
 //! gradient scale, the skip flag and `t` come from the step's state.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 use crate::groups::by_width;
 
@@ -45,7 +45,7 @@ pub fn control<R: Runtime>(
     args: Control<'_>,
 ) -> Result<(), LaunchError> {
     let launch = Launch::new(client, "step_control");
-    control_kernel::launch::<R>(
+    unchecked!(control_kernel::launch_unchecked::<R>(
         client,
         launch.cubes(1, 1, 1)?,
         CubeDim::new_1d(1),
@@ -56,12 +56,12 @@ pub fn control<R: Runtime>(
         options.loss_scale,
         options.max_grad_norm.is_some(),
         options.sticky,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: one unit.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn control_kernel(
     norm: &Array<f32>,
     finite: &Array<f32>,
@@ -189,7 +189,7 @@ fn step_group<R: Runtime, E: Float>(
         let array = |p: &Parameter<'_>| launch.vectors::<f32>(arg, &pick(p), p.len, width);
         parameters.iter().map(array).collect::<Result<SequenceArg<R, _>, _>>()
     };
-    step_kernel::launch::<E, R>(
+    unchecked!(step_kernel::launch_unchecked::<E, R>(
         launch.client(),
         grid.count,
         grid.dim,
@@ -201,7 +201,7 @@ fn step_group<R: Runtime, E: Float>(
         parameters.iter().map(|p| (p.len / width) as u32).collect::<SequenceArg<R, _>>(),
         launch.array::<f32>("state", state, 4)?,
         options.factors(),
-    );
+    ));
     Ok(())
 }
 
@@ -268,7 +268,7 @@ pub(crate) fn stepped<N: Size>(
 }
 
 /// Grid: unit = vector of each parameter in turn, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn step_kernel<E: Float, N: Size>(
     params: &mut Sequence<Array<Vector<E, N>>>,
     grads: &Sequence<Array<Vector<f32, N>>>,

@@ -8,7 +8,7 @@
 //! Traffic: parameter, codes and magnitudes are read and written once, the gradient is read once.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, cube_max, cube_reduce_bytes};
+use unsloth_common::{Launch, LaunchError, cube_max, cube_reduce_bytes, unchecked};
 
 use crate::adamw::{Elements, Factors, Options, rates, stepped};
 
@@ -63,7 +63,7 @@ pub fn step<R: Runtime, E: Float>(
     let width = launch.vector_width::<f32>(len).min(CODES);
     let dim = CubeDim::new_1d(WORDS as u32);
     launch.cube(dim, 2 * MAP_SIZE * size_of::<f32>() + 2 * cube_reduce_bytes(WORDS))?;
-    step_kernel::launch::<E, R>(
+    unchecked!(step_kernel::launch_unchecked::<E, R>(
         client,
         launch.rows(blocks, WORDS).count,
         dim,
@@ -79,12 +79,12 @@ pub fn step<R: Runtime, E: Float>(
         options.factors(),
         (len / width) as u32,
         blocks as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: cube = block, unit = word of its codes.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn step_kernel<E: Float, N: Size>(
     param: &mut Array<Vector<E, N>>,
     grad: &Array<Vector<f32, N>>,

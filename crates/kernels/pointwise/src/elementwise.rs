@@ -3,7 +3,7 @@
 //! Work: units stride over vectors of elements. A kernel that works in place takes its buffer once, as the one it writes.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 /// What [`binary`] computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -52,7 +52,7 @@ pub fn binary<R: Runtime, E: Float>(
     let width = launch.vector_width::<f32>(len);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
-    binary_kernel::launch::<E, R>(
+    unchecked!(binary_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -64,12 +64,12 @@ pub fn binary<R: Runtime, E: Float>(
         (len / width) as u32,
         op,
         args.a.is_none(),
-    );
+    ));
     Ok(())
 }
 
 /// Grid: unit = vector, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn binary_kernel<E: Float, N: Size>(
     a: &Array<Vector<E, N>>,
     b: &Array<Vector<E, N>>,
@@ -112,7 +112,15 @@ pub fn scale<R: Runtime, E: Float>(
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
     let x = launch.vectors::<E>("x", x, len, width)?;
-    scale_kernel::launch::<E, R>(client, grid.count, grid.dim, width, x, factor, (len / width) as u32);
+    unchecked!(scale_kernel::launch_unchecked::<E, R>(
+        client,
+        grid.count,
+        grid.dim,
+        width,
+        x,
+        factor,
+        (len / width) as u32
+    ));
     Ok(())
 }
 
@@ -128,7 +136,7 @@ fn scale_vectors<E: Float, N: Size>(x: &mut Array<Vector<E, N>>, factor: f32, it
 }
 
 /// Grid as [`binary_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn scale_kernel<E: Float, N: Size>(x: &mut Array<Vector<E, N>>, factor: f32, items: u32) {
     scale_vectors::<E, N>(x, factor, items as usize);
 }
@@ -152,12 +160,20 @@ pub fn scale_by<R: Runtime, E: Float>(
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
     let (x, scalar) = (launch.vectors::<E>("x", x, len, width)?, launch.array::<f32>("scalar", scalar, 1)?);
-    scale_by_kernel::launch::<E, R>(client, grid.count, grid.dim, width, x, scalar, (len / width) as u32);
+    unchecked!(scale_by_kernel::launch_unchecked::<E, R>(
+        client,
+        grid.count,
+        grid.dim,
+        width,
+        x,
+        scalar,
+        (len / width) as u32
+    ));
     Ok(())
 }
 
 /// Grid as [`binary_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn scale_by_kernel<E: Float, N: Size>(x: &mut Array<Vector<E, N>>, scalar: &Array<f32>, items: u32) {
     scale_vectors::<E, N>(x, scalar[0], items as usize);
 }
@@ -182,12 +198,20 @@ pub fn accumulate<R: Runtime, E: Float>(
     launch.cube(grid.dim, 0)?;
     let accumulator = launch.vectors::<f32>("accumulator", accumulator, len, width)?;
     let x = launch.vectors::<E>("x", x, len, width)?;
-    accumulate_kernel::launch::<E, R>(client, grid.count, grid.dim, width, accumulator, x, (len / width) as u32);
+    unchecked!(accumulate_kernel::launch_unchecked::<E, R>(
+        client,
+        grid.count,
+        grid.dim,
+        width,
+        accumulator,
+        x,
+        (len / width) as u32
+    ));
     Ok(())
 }
 
 /// Grid as [`binary_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn accumulate_kernel<E: Float, N: Size>(accumulator: &mut Array<Vector<f32, N>>, x: &Array<Vector<E, N>>, items: u32) {
     let step = CUBE_COUNT * CUBE_DIM as usize;
     let mut i = ABSOLUTE_POS;
@@ -217,12 +241,20 @@ pub fn cast<R: Runtime, From: Float, To: Float>(
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
     let (x, out) = (launch.vectors::<From>("x", x, len, width)?, launch.vectors::<To>("out", out, len, width)?);
-    cast_kernel::launch::<From, To, R>(client, grid.count, grid.dim, width, x, out, (len / width) as u32);
+    unchecked!(cast_kernel::launch_unchecked::<From, To, R>(
+        client,
+        grid.count,
+        grid.dim,
+        width,
+        x,
+        out,
+        (len / width) as u32
+    ));
     Ok(())
 }
 
 /// Grid as [`binary_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn cast_kernel<From: Float, To: Float, N: Size>(
     x: &Array<Vector<From, N>>,
     out: &mut Array<Vector<To, N>>,
@@ -250,12 +282,12 @@ pub fn copy<R: Runtime>(client: &ComputeClient<R>, words: usize, x: &Handle, out
     let grid = launch.flat(words / width);
     launch.cube(grid.dim, 0)?;
     let (x, out) = (launch.vectors::<u32>("x", x, words, width)?, launch.vectors::<u32>("out", out, words, width)?);
-    copy_kernel::launch::<R>(client, grid.count, grid.dim, width, x, out, (words / width) as u32);
+    unchecked!(copy_kernel::launch_unchecked::<R>(client, grid.count, grid.dim, width, x, out, (words / width) as u32));
     Ok(())
 }
 
 /// Grid as [`binary_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn copy_kernel<N: Size>(x: &Array<Vector<u32, N>>, out: &mut Array<Vector<u32, N>>, items: u32) {
     let step = CUBE_COUNT * CUBE_DIM as usize;
     let mut i = ABSOLUTE_POS;
@@ -278,12 +310,20 @@ pub fn fill<R: Runtime>(client: &ComputeClient<R>, words: usize, x: &Handle, wor
     let grid = launch.flat(words / width);
     launch.cube(grid.dim, 0)?;
     let x = launch.vectors::<u32>("x", x, words, width)?;
-    fill_kernel::launch::<R>(client, grid.count, grid.dim, width, x, word, (words / width) as u32);
+    unchecked!(fill_kernel::launch_unchecked::<R>(
+        client,
+        grid.count,
+        grid.dim,
+        width,
+        x,
+        word,
+        (words / width) as u32
+    ));
     Ok(())
 }
 
 /// Grid as [`binary_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn fill_kernel<N: Size>(x: &mut Array<Vector<u32, N>>, word: u32, items: u32) {
     let step = CUBE_COUNT * CUBE_DIM as usize;
     let mut i = ABSOLUTE_POS;

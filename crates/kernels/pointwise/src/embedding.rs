@@ -7,7 +7,7 @@
 //! Traffic: forward reads and writes each row once; backward reads `dout` once and each row of the table that occurs once, and writes it.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 /// Sizes of one lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +50,7 @@ pub fn forward<R: Runtime, W: Float, E: Float>(
     let width = launch.vector_width::<f32>(hidden_size);
     let grid = launch.flat(tokens * hidden_size / width);
     launch.cube(grid.dim, 0)?;
-    forward_kernel::launch::<W, E, R>(
+    unchecked!(forward_kernel::launch_unchecked::<W, E, R>(
         client,
         grid.count,
         grid.dim,
@@ -61,12 +61,12 @@ pub fn forward<R: Runtime, W: Float, E: Float>(
         (tokens * hidden_size / width) as u32,
         (hidden_size / width) as u32,
         vocab_size as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: unit = vector of `out`, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn forward_kernel<W: Float, E: Float, N: Size>(
     weight: &Array<Vector<W, N>>,
     ids: &Array<i32>,
@@ -126,7 +126,7 @@ pub fn sort<R: Runtime>(client: &ComputeClient<R>, shape: Shape, args: Sort<'_>)
     let bits = (usize::BITS - vocab_size.leading_zeros()) as usize;
     let passes = bits.div_ceil(DIGIT_BITS).max(1);
     for pass in 0..passes {
-        sort_kernel::launch::<R>(
+        unchecked!(sort_kernel::launch_unchecked::<R>(
             client,
             launch.cubes(1, 1, 1)?,
             dim,
@@ -138,13 +138,13 @@ pub fn sort<R: Runtime>(client: &ComputeClient<R>, shape: Shape, args: Sort<'_>)
             vocab_size as u32,
             (pass * DIGIT_BITS) as u32,
             units,
-        );
+        ));
     }
     Ok((passes - 1) % 2)
 }
 
 /// One pass: a stable sort by one digit. Grid: one cube, each unit with a range of the tokens.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn sort_kernel(
     ids: &Array<i32>,
     from: &Array<u32>,
@@ -241,7 +241,7 @@ pub fn backward<R: Runtime, E: Float>(
     let width = launch.vector_width::<f32>(hidden_size);
     let grid = launch.rows(tokens, hidden_size / width);
     launch.cube(grid.dim, 0)?;
-    backward_kernel::launch::<E, R>(
+    unchecked!(backward_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -254,12 +254,12 @@ pub fn backward<R: Runtime, E: Float>(
         (hidden_size / width) as u32,
         vocab_size as u32,
         grid.units,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: cube = place in the order; the cube of an id's first place adds all of its tokens, units stride over the columns.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn backward_kernel<E: Float, N: Size>(
     ids: &Array<i32>,
     order: &Array<u32>,

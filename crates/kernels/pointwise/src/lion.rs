@@ -8,7 +8,7 @@
 //! from the step's state, as [`crate::adamw::control`] leaves it.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 /// Hyper-parameters of one step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -55,7 +55,7 @@ pub fn step<R: Runtime, E: Float>(
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
     let decay = 1.0 - f64::from(options.learning_rate) * f64::from(options.weight_decay);
-    step_kernel::launch::<E, R>(
+    unchecked!(step_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -69,12 +69,12 @@ pub fn step<R: Runtime, E: Float>(
         options.beta1,
         options.beta2,
         (len / width) as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: unit = vector, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn step_kernel<E: Float, N: Size>(
     param: &mut Array<Vector<E, N>>,
     grad: &Array<Vector<f32, N>>,

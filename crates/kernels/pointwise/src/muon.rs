@@ -9,7 +9,7 @@
 //! [`crate::adamw::control`] leaves it.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 /// How gradients are averaged.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,7 +54,7 @@ pub fn direction<R: Runtime>(
     let rest = 1.0 - momentum;
     // Nesterov's direction is a share of the gradient and of the buffer.
     let (of_gradient, of_buffer) = if nesterov { (rest, momentum) } else { (0.0, 1.0) };
-    direction_kernel::launch::<R>(
+    unchecked!(direction_kernel::launch_unchecked::<R>(
         client,
         grid.count,
         grid.dim,
@@ -68,12 +68,12 @@ pub fn direction<R: Runtime>(
         of_gradient,
         of_buffer,
         (len / width) as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: unit = vector, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn direction_kernel<N: Size>(
     grad: &Array<Vector<f32, N>>,
     buf: &mut Array<Vector<f32, N>>,
@@ -119,7 +119,7 @@ pub fn normalize<R: Runtime>(
     let width = launch.vector_width::<f32>(len);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
-    normalize_kernel::launch::<R>(
+    unchecked!(normalize_kernel::launch_unchecked::<R>(
         client,
         grid.count,
         grid.dim,
@@ -128,12 +128,12 @@ pub fn normalize<R: Runtime>(
         launch.array::<f32>("norm", norm, 1)?,
         eps,
         (len / width) as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid as [`direction_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn normalize_kernel<N: Size>(direction: &mut Array<Vector<f32, N>>, norm: &Array<f32>, eps: f32, items: u32) {
     let mut divisor = norm[0];
     if divisor < eps {
@@ -176,7 +176,7 @@ pub fn apply<R: Runtime, E: Float>(
     let width = launch.vector_width::<f32>(len);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
-    apply_kernel::launch::<E, R>(
+    unchecked!(apply_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -187,12 +187,12 @@ pub fn apply<R: Runtime, E: Float>(
         kept,
         size,
         (len / width) as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid as [`direction_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn apply_kernel<E: Float, N: Size>(
     param: &mut Array<Vector<E, N>>,
     direction: &Array<Vector<f32, N>>,

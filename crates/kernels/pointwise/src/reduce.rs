@@ -9,7 +9,7 @@
 //! counts elements that are not finite beside them.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, cube_reduce_bytes, cube_sum, vector_sum};
+use unsloth_common::{Launch, LaunchError, cube_reduce_bytes, cube_sum, unchecked, vector_sum};
 
 use crate::groups::by_width;
 
@@ -94,12 +94,12 @@ pub fn partial_sum<R: Runtime, E: Float>(client: &ComputeClient<R>, part: Part<'
     let (count, dim, workspace) = partial_grid(&launch, Reduction::Sum, part.workspace, part.place())?;
     let x = launch.vectors::<E>("x", part.x, part.len, width)?;
     let (items, at, units) = ((part.len / width) as u32, part.at as u32, dim.x as usize);
-    partial_sum_kernel::launch::<E, R>(client, count, dim, width, x, workspace, items, at, units);
+    unchecked!(partial_sum_kernel::launch_unchecked::<E, R>(client, count, dim, width, x, workspace, items, at, units));
     Ok(())
 }
 
 /// Grid: units stride over vectors; cube = partial result.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn partial_sum_kernel<E: Float, N: Size>(
     x: &Array<Vector<E, N>>,
     workspace: &mut Array<f32>,
@@ -186,14 +186,16 @@ pub fn partial_norm<R: Runtime, E: Float>(
         let items = tensors.iter().map(|(_, len)| (len / width) as u32).collect::<SequenceArg<R, _>>();
         let arrays = arrays.collect::<Result<SequenceArg<R, _>, _>>()?;
         let units = dim.x as usize;
-        partial_norm_kernel::launch::<E, R>(client, count, dim, width, arrays, items, workspace, at as u32, units);
+        unchecked!(partial_norm_kernel::launch_unchecked::<E, R>(
+            client, count, dim, width, arrays, items, workspace, at as u32, units
+        ));
         at += of_launch;
     }
     Ok(())
 }
 
 /// Grid: units stride over the vectors of each tensor in turn; cube = partial result.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn partial_norm_kernel<E: Float, N: Size>(
     tensors: &Sequence<Array<Vector<E, N>>>,
     items: &Sequence<u32>,
@@ -308,12 +310,14 @@ pub fn partial_finite<R: Runtime>(
     // The upper half of the last word may be padding, which holds anything.
     let tail = if part.len.is_multiple_of(exponent.per_word()) { u32::MAX } else { 0xFFFF };
     let (items, at, units) = ((words / width) as u32, part.at as u32, dim.x as usize);
-    partial_finite_kernel::launch::<R>(client, count, dim, width, x, workspace, items, at, first, last, tail, units);
+    unchecked!(partial_finite_kernel::launch_unchecked::<R>(
+        client, count, dim, width, x, workspace, items, at, first, last, tail, units
+    ));
     Ok(())
 }
 
 /// Grid as [`partial_sum_kernel`], over words. A partial result is the number of words with a bad element.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn partial_finite_kernel<N: Size>(
     x: &Array<Vector<u32, N>>,
     workspace: &mut Array<f32>,
@@ -370,10 +374,28 @@ pub fn fold<R: Runtime>(
     let workspace = launch.array::<f32>("workspace", workspace, workspace_len(reduction, parts))?;
     let (out, count) = (launch.array::<f32>("out", out, 1)?, launch.cubes(1, 1, 1)?);
     if reduction == Reduction::Norm {
-        fold_norm_kernel::launch::<R>(client, count, dim, workspace, out, parts as u32, f32::NAN, units);
+        unchecked!(fold_norm_kernel::launch_unchecked::<R>(
+            client,
+            count,
+            dim,
+            workspace,
+            out,
+            parts as u32,
+            f32::NAN,
+            units
+        ));
     } else {
         let count_bad = reduction == Reduction::AllFinite;
-        fold_sum_kernel::launch::<R>(client, count, dim, workspace, out, parts as u32, count_bad, units);
+        unchecked!(fold_sum_kernel::launch_unchecked::<R>(
+            client,
+            count,
+            dim,
+            workspace,
+            out,
+            parts as u32,
+            count_bad,
+            units
+        ));
     }
     Ok(())
 }
@@ -397,7 +419,7 @@ pub(crate) fn fold_strided(
 }
 
 /// Grid: one cube.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn fold_sum_kernel(
     workspace: &Array<f32>,
     out: &mut Array<f32>,
@@ -422,7 +444,7 @@ const GROW_FACTOR: f32 = (1u128 << GROW) as f32;
 const NEGLIGIBLE: f32 = 1.0 / ((1u64 << 30) as f32);
 
 /// Grid: one cube.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn fold_norm_kernel(
     workspace: &Array<f32>,
     out: &mut Array<f32>,

@@ -8,7 +8,7 @@
 //! from the step's state, as [`crate::adamw::control`] leaves it.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 /// Hyper-parameters of one step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -64,7 +64,7 @@ pub fn step<R: Runtime, E: Float>(
             let buf = launch.vectors::<f32>("buf", buf, len, width)?;
             // Nesterov's step is a share of the gradient and of the buffer too.
             let (of_gradient, of_buffer) = if nesterov { (1.0, momentum) } else { (0.0, 1.0) };
-            momentum_kernel::launch::<E, R>(
+            unchecked!(momentum_kernel::launch_unchecked::<E, R>(
                 client,
                 grid.count,
                 grid.dim,
@@ -79,9 +79,9 @@ pub fn step<R: Runtime, E: Float>(
                 of_buffer,
                 weight_decay,
                 items,
-            );
+            ));
         }
-        None => step_kernel::launch::<E, R>(
+        None => unchecked!(step_kernel::launch_unchecked::<E, R>(
             client,
             grid.count,
             grid.dim,
@@ -92,13 +92,13 @@ pub fn step<R: Runtime, E: Float>(
             learning_rate,
             weight_decay,
             items,
-        ),
+        )),
     }
     Ok(())
 }
 
 /// Grid: unit = vector, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn momentum_kernel<E: Float, N: Size>(
     param: &mut Array<Vector<E, N>>,
     grad: &Array<Vector<f32, N>>,
@@ -128,7 +128,7 @@ fn momentum_kernel<E: Float, N: Size>(
 }
 
 /// Grid: unit = vector, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn step_kernel<E: Float, N: Size>(
     param: &mut Array<Vector<E, N>>,
     grad: &Array<Vector<f32, N>>,

@@ -8,7 +8,7 @@
 //! Work: one unit per eight elements, which share a counter. Traffic: each element once in, once out.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, philox};
+use unsloth_common::{Launch, LaunchError, philox, unchecked};
 
 /// Elements of one counter.
 const GROUP: usize = 8;
@@ -44,7 +44,7 @@ pub fn round<R: Runtime>(
     let (width, out_width) = (launch.vector_width::<u32>(len), launch.vector_width::<u32>(words).min(WORDS));
     let grid = launch.flat(groups);
     launch.cube(grid.dim, 0)?;
-    round_kernel::launch::<R>(
+    unchecked!(round_kernel::launch_unchecked::<R>(
         client,
         grid.count,
         grid.dim,
@@ -59,7 +59,7 @@ pub fn round<R: Runtime>(
         groups as u32,
         (len / width) as u32,
         (words / out_width) as u32,
-    );
+    ));
     Ok(())
 }
 
@@ -79,7 +79,7 @@ fn rounded(bits: u32, draw: u32) -> u32 {
 }
 
 /// Grid: unit = group of elements, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn round_kernel<N: Size, M: Size>(
     x: &Array<Vector<u32, N>>,
     out: &mut Array<Vector<u32, M>>,

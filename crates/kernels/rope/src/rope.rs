@@ -8,7 +8,7 @@
 //! Numerics: the rotation is computed in f32 for every element type and rounded once.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError};
+use unsloth_common::{Launch, LaunchError, unchecked};
 
 /// Which channels of a head form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -80,7 +80,7 @@ pub fn apply<R: Runtime, E: Float>(client: &ComputeClient<R>, shape: Shape, args
     let table_len = num_positions * (head_dim / 2);
     let grid = launch.flat((q_len + k_len) / (2 * width));
     launch.cube(grid.dim, 0)?;
-    rotate_kernel::launch::<E, R>(
+    unchecked!(rotate_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
         grid.dim,
@@ -99,7 +99,7 @@ pub fn apply<R: Runtime, E: Float>(client: &ComputeClient<R>, shape: Shape, args
         if shape.inverse { -1.0 } else { 1.0 },
         f32::NAN,
         shape.pairs == Pairs::Interleaved,
-    );
+    ));
     Ok(())
 }
 
@@ -145,7 +145,7 @@ fn rotate<E: Float, N: Size>(
 }
 
 /// Grid: unit = pair, walking on by the size of the grid. Each unit overwrites only what it alone reads.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn rotate_kernel<E: Float, N: Size>(
     q: &mut Array<Vector<E, N>>,
     k: &mut Array<Vector<E, N>>,

@@ -8,6 +8,7 @@ use cubecl::prelude::*;
 use unsloth_common::{
     Launch, LaunchError,
     mma::{self, Chunk, Pair, Sums},
+    unchecked,
 };
 
 use crate::{
@@ -45,7 +46,7 @@ pub(crate) fn keys<R: Runtime, E: Float>(
     let Some(need) = keys_need::<R, E>(launch.client(), &shape) else { return Ok(false) };
     let (count, dim) = need.grid(launch, &shape, shape.max_seqlen_k)?;
     let (len_q, len_k, rows) = (shape.len_q(), shape.len_k(), shape.tokens_q * shape.num_heads);
-    keys_kernel::launch::<E, R>(
+    unchecked!(keys_kernel::launch_unchecked::<E, R>(
         launch.client(),
         count,
         dim,
@@ -63,7 +64,7 @@ pub(crate) fn keys<R: Runtime, E: Float>(
         shape.scoring(),
         shape.softcap.is_some(),
         need.tile,
-    );
+    ));
     Ok(true)
 }
 
@@ -76,7 +77,7 @@ pub(crate) fn queries<R: Runtime, E: Float>(
     let Some(need) = queries_need::<R, E>(launch.client(), &shape) else { return Ok(false) };
     let (count, dim) = need.grid(launch, &shape, shape.max_seqlen_q * shape.group())?;
     let (len_q, len_k, rows) = (shape.len_q(), shape.len_k(), shape.tokens_q * shape.num_heads);
-    queries_kernel::launch::<E, R>(
+    unchecked!(queries_kernel::launch_unchecked::<E, R>(
         launch.client(),
         count,
         dim,
@@ -93,12 +94,12 @@ pub(crate) fn queries<R: Runtime, E: Float>(
         shape.scoring(),
         shape.softcap.is_some(),
         need.tile,
-    );
+    ));
     Ok(true)
 }
 
 /// `dk` and `dv`. Grid: x = block of keys, y = key head, z = sequence.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn keys_kernel<E: Float>(
     q: &Array<Chunk<E>>,
     k: &Array<Chunk<E>>,
@@ -206,7 +207,7 @@ struct QueryRows {
 }
 
 /// `dq`. Grid: x = block of query rows, y = key head, z = sequence.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn queries_kernel<E: Float>(
     q: &Array<Chunk<E>>,
     k: &Array<Chunk<E>>,

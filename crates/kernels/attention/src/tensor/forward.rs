@@ -9,6 +9,7 @@ use cubecl::prelude::*;
 use unsloth_common::{
     Launch, LaunchError,
     mma::{self, Chunk, Pair, Sums},
+    unchecked,
 };
 
 use crate::{
@@ -41,7 +42,7 @@ pub(crate) fn forward<R: Runtime, E: Float>(
     args: Forward<'_>,
 ) -> Result<(), LaunchError> {
     let (count, dim) = need.grid(launch, &shape, shape.max_seqlen_q * shape.group())?;
-    forward_kernel::launch::<E, R>(
+    unchecked!(forward_kernel::launch_unchecked::<E, R>(
         launch.client(),
         count,
         dim,
@@ -57,7 +58,7 @@ pub(crate) fn forward<R: Runtime, E: Float>(
         f32::NEG_INFINITY,
         shape.softcap.is_some(),
         need.tile,
-    );
+    ));
     Ok(())
 }
 
@@ -69,7 +70,7 @@ pub(crate) fn cached<R: Runtime, E: Float>(
     args: Cached<'_>,
 ) -> Result<(), LaunchError> {
     let (count, dim) = need.grid(launch, &shape, shape.max_seqlen_q * shape.group())?;
-    cached_kernel::launch::<E, R>(
+    unchecked!(cached_kernel::launch_unchecked::<E, R>(
         launch.client(),
         count,
         dim,
@@ -83,12 +84,12 @@ pub(crate) fn cached<R: Runtime, E: Float>(
         shape.scoring(),
         shape.softcap.is_some(),
         need.tile,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: x = block of query rows, y = key head, z = sequence.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn forward_kernel<E: Float>(
     q: &Array<Chunk<E>>,
     k: &Array<Chunk<E>>,
@@ -122,7 +123,7 @@ fn forward_kernel<E: Float>(
 }
 
 /// Grid as [`forward_kernel`].
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn cached_kernel<E: Float>(
     q: &Array<Chunk<E>>,
     k: &Array<Chunk<E>>,

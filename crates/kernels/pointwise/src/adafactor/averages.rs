@@ -4,7 +4,7 @@ use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{
     Launch, LaunchError, column_parts, cube_reduce_bytes, cube_sum,
     math::{exp, ln},
-    vector_sum,
+    unchecked, vector_sum,
 };
 
 use super::{Averages, Factored, Options, Step, column_sums};
@@ -66,7 +66,7 @@ fn elements<R: Runtime>(
     let width = launch.vector_width::<f32>(len);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
-    elements_kernel::launch::<R>(
+    unchecked!(elements_kernel::launch_unchecked::<R>(
         launch.client(),
         grid.count,
         grid.dim,
@@ -76,12 +76,12 @@ fn elements<R: Runtime>(
         launch.array::<f32>("state", args.state, 4)?,
         options.averaging(),
         (len / width) as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: unit = vector, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn elements_kernel<N: Size>(
     grad: &Array<Vector<f32, N>>,
     v: &mut Array<Vector<f32, N>>,
@@ -108,7 +108,7 @@ fn rows<R: Runtime>(
     let width = launch.vector_width::<f32>(columns);
     let grid = launch.rows(rows, columns / width);
     launch.cube(grid.dim, cube_reduce_bytes(grid.units))?;
-    rows_kernel::launch::<R>(
+    unchecked!(rows_kernel::launch_unchecked::<R>(
         launch.client(),
         grid.count,
         grid.dim,
@@ -120,12 +120,12 @@ fn rows<R: Runtime>(
         rows as u32,
         (columns / width) as u32,
         grid.units,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: cube = row, units stride its vectors.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn rows_kernel<N: Size>(
     grad: &Array<Vector<f32, N>>,
     row: &mut Array<f32>,
@@ -160,7 +160,7 @@ fn columns<R: Runtime>(
     let [rows, columns] = factored.size;
     let width = launch.vector_width::<f32>(columns);
     let (grid, num_sums) = (launch.columns(rows, columns / width)?, column_sums(factored.size));
-    sum_columns_kernel::launch::<R>(
+    unchecked!(sum_columns_kernel::launch_unchecked::<R>(
         launch.client(),
         grid.count,
         grid.dim,
@@ -172,9 +172,9 @@ fn columns<R: Runtime>(
         rows as u32,
         (columns / width) as u32,
         grid.part_rows,
-    );
+    ));
     let units = launch.units_for(columns);
-    average_columns_kernel::launch::<R>(
+    unchecked!(average_columns_kernel::launch_unchecked::<R>(
         launch.client(),
         launch.cubes(columns.div_ceil(units), 1, 1)?,
         CubeDim::new_1d(units as u32),
@@ -185,12 +185,12 @@ fn columns<R: Runtime>(
         column_parts(rows) as u32,
         rows as u32,
         columns as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: x = block of columns, y = block of rows; unit = vector of columns.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn sum_columns_kernel<N: Size>(
     grad: &Array<Vector<f32, N>>,
     sums: &mut Array<Vector<f32, N>>,
@@ -215,7 +215,7 @@ fn sum_columns_kernel<N: Size>(
 }
 
 /// Grid: unit = column.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn average_columns_kernel(
     sums: &Array<f32>,
     col: &mut Array<f32>,
@@ -240,7 +240,7 @@ fn roots<R: Runtime>(launch: &Launch<'_, R>, args: &Step<'_>, factored: &Factore
     let units = launch.units_for(rows);
     let dim = CubeDim::new_1d(units as u32);
     launch.cube(dim, cube_reduce_bytes(units))?;
-    roots_kernel::launch::<R>(
+    unchecked!(roots_kernel::launch_unchecked::<R>(
         launch.client(),
         launch.cubes(1, 1, 1)?,
         dim,
@@ -249,12 +249,12 @@ fn roots<R: Runtime>(launch: &Launch<'_, R>, args: &Step<'_>, factored: &Factore
         launch.array::<f32>("state", args.state, 4)?,
         rows as u32,
         units,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: one cube.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn roots_kernel(row: &Array<f32>, roots: &mut Array<f32>, state: &Array<f32>, rows: u32, #[comptime] units: usize) {
     if state[2] == 0.0 {
         let mean = fold_strided(row, rows as usize, 1, 0, units) / f32::cast_from(rows);

@@ -15,7 +15,7 @@
 //! state, as [`crate::adamw::control`] leaves it.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, column_parts, cube_reduce_bytes, cube_sum, vector_sum};
+use unsloth_common::{Launch, LaunchError, column_parts, cube_reduce_bytes, cube_sum, unchecked, vector_sum};
 
 use crate::reduce::{fold_strided, parts};
 
@@ -169,7 +169,7 @@ fn size<R: Runtime, E: Float>(launch: &Launch<'_, R>, options: &Options, args: &
     let param = options.parameter_scale.map(|_| launch.vectors::<E>("param", args.param, len, width)).transpose()?;
     let workspace = || launch.array::<f32>("workspace", args.workspace, workspace_len(len));
     let state = || launch.array::<f32>("state", args.state, 4);
-    sum_squares_kernel::launch::<E, R>(
+    unchecked!(sum_squares_kernel::launch_unchecked::<E, R>(
         client,
         launch.cubes(num_parts, 1, 1)?,
         dim,
@@ -183,11 +183,11 @@ fn size<R: Runtime, E: Float>(launch: &Launch<'_, R>, options: &Options, args: &
         (len / width) as u32,
         (columns / width) as u32,
         units,
-    );
+    ));
     let units = launch.units_for(num_parts);
     let dim = CubeDim::new_1d(units as u32);
     launch.cube(dim, 2 * cube_reduce_bytes(units))?;
-    size_kernel::launch::<R>(
+    unchecked!(size_kernel::launch_unchecked::<R>(
         client,
         launch.cubes(1, 1, 1)?,
         dim,
@@ -200,12 +200,12 @@ fn size<R: Runtime, E: Float>(launch: &Launch<'_, R>, options: &Options, args: &
         options.parameter_scale.unwrap_or_default(),
         options.parameter_scale.is_some(),
         units,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: units stride over vectors; cube = part. Its sums: of the squares of changes, and of the parameter's.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn sum_squares_kernel<E: Float, N: Size>(
     grad: &Array<Vector<f32, N>>,
     roots: &ComptimeOption<Array<f32>>,
@@ -243,7 +243,7 @@ fn sum_squares_kernel<E: Float, N: Size>(
 }
 
 /// Grid: one cube.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn size_kernel(
     workspace: &mut Array<f32>,
     state: &Array<f32>,
@@ -276,7 +276,7 @@ fn apply<R: Runtime, E: Float>(launch: &Launch<'_, R>, options: &Options, args: 
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
     let kept = 1.0 - f64::from(options.learning_rate) * f64::from(options.weight_decay);
-    apply_kernel::launch::<E, R>(
+    unchecked!(apply_kernel::launch_unchecked::<E, R>(
         launch.client(),
         grid.count,
         grid.dim,
@@ -291,12 +291,12 @@ fn apply<R: Runtime, E: Float>(launch: &Launch<'_, R>, options: &Options, args: 
         parts(len) as u32,
         (len / width) as u32,
         (columns / width) as u32,
-    );
+    ));
     Ok(())
 }
 
 /// Grid: unit = vector, walking on by the number of units.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn apply_kernel<E: Float, N: Size>(
     param: &mut Array<Vector<E, N>>,
     grad: &Array<Vector<f32, N>>,
