@@ -12,7 +12,7 @@ use crate::{Choices, LaunchError, Target};
 #[macro_export]
 macro_rules! unchecked {
     ($launch:expr) => {{
-        #[allow(unsafe_code, reason = "without checks of every index")]
+        #[allow(unsafe_code, clippy::macro_metavars_in_unsafe, reason = "without checks of every index")]
         // SAFETY: kernels index below the lengths of their buffers: see the macro.
         unsafe {
             $launch
