@@ -106,7 +106,7 @@ fn planner(args: &Args) -> Result<Planner> {
     let target = match (args.device, args.threads) {
         (DeviceName::Cpu, None) => Target::default(),
         (DeviceName::Cpu, Some(num_threads)) => Target::Cpu { num_threads },
-        (_, None) => Target::Kernels,
+        (_, None) => Target::Kernels { memory_bytes: args.memory.map(|ByteSize(bytes)| bytes) },
         (name, Some(_)) => bail!("--threads is for --device cpu, not {name}"),
     };
     // CubeCL has no bf16 for graphics interfaces.
@@ -204,12 +204,21 @@ fn count(largest: Option<usize>) -> String {
     largest.map_or_else(|| "none".to_owned(), |count| count.to_string())
 }
 
+/// A device of the same kind with so much memory.
+fn with_memory(target: Target, bytes: u64) -> Target {
+    match target {
+        Target::Cpu { .. } => target,
+        Target::Kernels { .. } => Target::Kernels { memory_bytes: Some(bytes) },
+    }
+}
+
 /// What common devices have room for. A run needs somewhat more than its buffers: a tenth of the memory is left for that.
 fn sizes(planner: &Planner, config: &TrainConfig) -> Result<String> {
     let (seq, batch) = (config.max_seq_len.unwrap_or_default(), config.batch_size);
     let mut text = format!("memory    longest sequences at --batch {batch}    largest batch at --seq {seq}");
     for gigabytes in SIZES {
         let budget_bytes = gigabytes * 900_000_000;
+        let planner = Planner { target: with_memory(planner.target, gigabytes * 1_000_000_000), ..*planner };
         let longest = count(planner.largest_seq_len(config, budget_bytes)?);
         let largest = count(planner.largest_batch_size(config, budget_bytes)?);
         let width = format!("longest sequences at --batch {batch}").len();

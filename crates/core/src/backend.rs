@@ -87,6 +87,10 @@ pub trait Memory {
     fn usage(&self) -> Usage;
     /// Most bytes that may be held from now on; `None` means what the device gives. Gives what it was before.
     fn set_budget(&self, bytes: Option<u64>) -> Option<u64>;
+    /// Bytes of memory that the device has of its own; `None` where it has none, or nothing tells.
+    fn memory_bytes(&self) -> Option<u64> {
+        None
+    }
     /// Threads of this process that operators run on, each with scratch of its own; `None` where something else computes.
     fn host_threads(&self) -> Option<usize>;
     /// Forgets peaks: each becomes what is live now.

@@ -120,6 +120,11 @@ impl Device {
         self.0.set_budget(bytes)
     }
 
+    /// Bytes of memory that the device has of its own; `None` where it has none, or nothing tells.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        self.0.memory_bytes()
+    }
+
     /// Threads of this process that operators run on, each with scratch of its own; `None` where something else computes.
     pub fn host_threads(&self) -> Option<usize> {
         self.0.host_threads()

@@ -27,12 +27,24 @@ const FILL_BYTES: usize = 64 * 1024;
 pub struct CubeOptions {
     /// Most bytes that may be held at once; `None` means what the device gives.
     pub budget_bytes: Option<u64>,
+    /// Bytes of the device's own memory: scratch is larger where there is much. `None` means what the driver of a card says to
+    /// `vulkan`, `wgpu` and `cuda`, and unknown anywhere else.
+    pub memory_bytes: Option<u64>,
     /// Fills buffers of arbitrary contents with NaN, so that a test sees an element that no kernel wrote.
     pub fill_arbitrary_with_nan: bool,
     /// Which kernel is taken where several make the same product.
     pub choosing: Choosing,
     /// How the device's memory is divided.
     pub pools: Pools,
+}
+
+impl CubeOptions {
+    /// On a card of which this much is known.
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    pub(crate) fn on_card(self, model: &str, driver: &str, memory_bytes: Option<u64>) -> Self {
+        let choosing = self.choosing.on_card(model, driver);
+        Self { choosing, memory_bytes: self.memory_bytes.or(memory_bytes), ..self }
+    }
 }
 
 /// A device that runs CubeCL kernels.
@@ -44,6 +56,7 @@ pub struct CubeOptions {
 ///   launched since the device was last known to be well.
 pub struct CubeBackend<R: Runtime> {
     queue: Arc<Queue<R>>,
+    memory_bytes: Option<u64>,
     num_reads: AtomicU64,
     fill_arbitrary_with_nan: bool,
     /// See [`CubeBackend::table`].
@@ -58,11 +71,12 @@ impl<R: Runtime> CubeBackend<R> {
     /// [`Error::Launch`] if the device cannot be opened; [`Error::Unsupported`] for a choice of [`Pools`], which
     /// `vulkan` and `wgpu` alone take.
     pub fn new(device: &R::Device, name: impl Into<String>, options: CubeOptions) -> Result<Self> {
-        let CubeOptions { budget_bytes, fill_arbitrary_with_nan, choosing, pools } = options;
+        let CubeOptions { budget_bytes, memory_bytes, fill_arbitrary_with_nan, choosing, pools } = options;
         let name = name.into();
         pools.refuse(&name)?;
         Ok(Self {
             queue: Arc::new(Queue::open(device, name, budget_bytes)?),
+            memory_bytes,
             num_reads: AtomicU64::new(0),
             fill_arbitrary_with_nan,
             moment_maps: OnceLock::new(),
@@ -229,6 +243,10 @@ impl<R: Runtime> Memory for CubeBackend<R> {
 
     fn set_budget(&self, bytes: Option<u64>) -> Option<u64> {
         self.queue.ledger().set_budget(bytes)
+    }
+
+    fn memory_bytes(&self) -> Option<u64> {
+        self.memory_bytes
     }
 
     fn host_threads(&self) -> Option<usize> {

@@ -25,11 +25,11 @@ pub fn cuda(index: usize, options: CubeOptions) -> Result<Device> {
     if index >= count() {
         return Err(missing("an NVIDIA device of this machine: `unsloth devices` lists them"));
     }
-    let choosing = match described(index) {
-        Some(Described { model, driver, .. }) => options.choosing.on_card(&model, &driver),
-        None => options.choosing,
+    let options = match described(index) {
+        Some(Described { model, driver, memory_bytes, .. }) => options.on_card(&model, &driver, memory_bytes),
+        None => options,
     };
-    Ok(Device::new(open(index, CubeOptions { choosing, ..options })?))
+    Ok(Device::new(open(index, options)?))
 }
 
 fn open(index: usize, options: CubeOptions) -> Result<CubeBackend<CudaRuntime>> {

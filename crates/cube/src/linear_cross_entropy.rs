@@ -2,7 +2,7 @@
 
 use cubecl::prelude::Runtime;
 use unsloth_core::{
-    DType, Result, Tensor, Weight,
+    DType, Memory, Result, Tensor, Weight,
     ops::linear_cross_entropy::{Forward, LinearCrossEntropy, Spec},
 };
 use unsloth_loss::linear_cross_entropy as kernels;
@@ -12,6 +12,12 @@ use crate::{
     backend::CubeBackend,
     cross_entropy::loss,
 };
+
+/// Whether the gradient of the logits is rounded to the type of `x`. Not where the matrix is of the other half-precision type: no
+/// tensor core multiplies the two, while it takes f32 with bf16.
+fn rounds_dlogits(spec: &Spec) -> bool {
+    spec.dtype != DType::F32 && (spec.weight_dtype == spec.dtype || spec.weight_dtype == DType::F32)
+}
 
 impl<R: Runtime> LinearCrossEntropy for CubeBackend<R> {
     fn linear_cross_entropy(
@@ -24,19 +30,25 @@ impl<R: Runtime> LinearCrossEntropy for CubeBackend<R> {
     ) -> Result<Forward> {
         const OP: &str = "linear_cross_entropy";
         let &Spec { tokens, hidden_size, vocab_size, .. } = spec;
-        let shape = kernels::Shape { tokens, hidden_size, vocab_size, loss: loss(&spec.loss) };
+        let chunk_bytes = kernels::chunk_bytes(self.memory_bytes()).min(self.properties().memory.max_page_size);
+        let shape = kernels::Shape { tokens, hidden_size, vocab_size, chunk_bytes, loss: loss(&spec.loss) };
         let dweight = dweight.map(|dweight| handle_mut(OP, "dweight", dweight)).transpose()?;
         let weight = weight.to_dense()?;
         let mut dx = spec.needs_dx.then(|| output(OP, x, spec.dtype, *x.shape())).transpose()?;
         let mut loss = output(OP, x, DType::F32, [1])?;
-        let workspace = |len: usize| workspace(OP, x, DType::F32, [len]);
-        let (mut nll, mut lse) = (workspace(tokens)?, workspace(tokens)?);
-        let mut logits = workspace(shape.chunk_rows() * vocab_size)?;
+        let workspace = |dtype, len: usize| workspace(OP, x, dtype, [len]);
+        let (mut nll, mut lse) = (workspace(DType::F32, tokens)?, workspace(DType::F32, tokens)?);
+        let chunk_len = shape.chunk_rows() * vocab_size;
+        let mut logits = workspace(DType::F32, chunk_len)?;
+        let has_gradient = spec.needs_dx || dweight.is_some();
+        let mut dlogits =
+            (has_gradient && rounds_dlogits(spec)).then(|| workspace(spec.dtype, chunk_len)).transpose()?;
         let args = kernels::Args {
             x: handle(x),
             weight: handle(&weight),
             targets: handle(targets),
             logits: handle_mut(OP, "logits", &mut logits)?,
+            dlogits: dlogits.as_mut().map(|dlogits| handle_mut(OP, "dlogits", dlogits)).transpose()?,
             nll: handle_mut(OP, "nll", &mut nll)?,
             lse: handle_mut(OP, "lse", &mut lse)?,
             loss: handle_mut(OP, "loss", &mut loss)?,

@@ -116,13 +116,9 @@ pub fn vulkan(index: usize, options: CubeOptions) -> Result<Device> {
         };
         return Err(Error::InvalidSpec { op: "device", field: "name", value: name.to_string(), rule });
     };
-    let options = if adapter.is_cpu { options } else { on_card(options, (&adapter.name, &adapter.driver)) };
+    let Adapter { name: model, driver, memory_bytes, is_cpu, .. } = adapter;
+    let options = if *is_cpu { options } else { options.on_card(model, driver, *memory_bytes) };
     Ok(Device::new(open(&adapter.device, name, options)?))
-}
-
-fn on_card(options: CubeOptions, (model, driver): (&str, &str)) -> CubeOptions {
-    let choosing = options.choosing.on_card(model, driver);
-    CubeOptions { choosing, ..options }
 }
 
 /// The device that wgpu prefers on this system: through Metal on a Mac, through Vulkan on Linux.
@@ -143,7 +139,7 @@ pub fn wgpu(options: CubeOptions) -> Result<Device> {
     let options = match adapters.as_slice() {
         [only] if only.get_info().device_type != wgpu::DeviceType::Cpu => {
             let info = only.get_info();
-            on_card(options, (&info.name, &driver(&info)))
+            options.on_card(&info.name, &driver(&info), memory_bytes(only))
         }
         _ => options,
     };

@@ -18,8 +18,11 @@ pub enum Target {
         /// 1 or more.
         num_threads: usize,
     },
-    /// CubeCL's kernels, on any device.
-    Kernels,
+    /// CubeCL's kernels, whose scratch is larger where there is much memory.
+    Kernels {
+        /// Bytes of the device's own memory; `None` where that is not known.
+        memory_bytes: Option<u64>,
+    },
 }
 
 impl Default for Target {
@@ -32,7 +35,8 @@ impl Default for Target {
 impl Target {
     /// What stands for this device.
     pub fn of(device: &Device) -> Self {
-        device.host_threads().map_or(Target::Kernels, |num_threads| Target::Cpu { num_threads })
+        let kernels = Target::Kernels { memory_bytes: device.memory_bytes() };
+        device.host_threads().map_or(kernels, |num_threads| Target::Cpu { num_threads })
     }
 }
 
@@ -75,15 +79,18 @@ impl PlanBackend {
     pub(crate) fn on_cpu<const N: usize>(&self, lens: impl FnOnce(usize) -> [usize; N]) -> Result<Vec<Charge>> {
         match self.target {
             Target::Cpu { num_threads } => self.workspace(lens(num_threads)),
-            Target::Kernels => Ok(Vec::new()),
+            Target::Kernels { .. } => Ok(Vec::new()),
         }
     }
 
-    /// The same where kernels are planned for.
-    pub(crate) fn on_kernels<const N: usize>(&self, lens: impl FnOnce() -> [usize; N]) -> Result<Vec<Charge>> {
+    /// The same where kernels are planned for, on a device with so much memory, if that is known.
+    pub(crate) fn on_kernels<const N: usize>(
+        &self,
+        lens: impl FnOnce(Option<u64>) -> [usize; N],
+    ) -> Result<Vec<Charge>> {
         match self.target {
             Target::Cpu { .. } => Ok(Vec::new()),
-            Target::Kernels => self.workspace(lens()),
+            Target::Kernels { memory_bytes } => self.workspace(lens(memory_bytes)),
         }
     }
 }
@@ -149,10 +156,17 @@ impl Memory for PlanBackend {
         Ok(())
     }
 
+    fn memory_bytes(&self) -> Option<u64> {
+        match self.target {
+            Target::Cpu { .. } => None,
+            Target::Kernels { memory_bytes } => memory_bytes,
+        }
+    }
+
     fn host_threads(&self) -> Option<usize> {
         match self.target {
             Target::Cpu { num_threads } => Some(num_threads),
-            Target::Kernels => None,
+            Target::Kernels { .. } => None,
         }
     }
 
@@ -184,7 +198,7 @@ impl Memory for PlanBackend {
     fn store(&self, place: &Place) -> Result<Arc<dyn TensorStore>> {
         let name = match (place, self.target) {
             // Kernels run while their device copies, and what it reads is held until then.
-            (Place::Host, Target::Kernels) => return Ok(Arc::new(DoubleBuffer::new(NoCopies))),
+            (Place::Host, Target::Kernels { .. }) => return Ok(Arc::new(DoubleBuffer::new(NoCopies))),
             (Place::Host, Target::Cpu { .. }) => "host",
             (Place::Disk { .. }, _) => "disk",
         };

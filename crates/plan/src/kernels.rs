@@ -3,8 +3,8 @@
 
 use unsloth_core::{DType, ops};
 
-/// Elements of a chunk of logits.
-const LOGITS: usize = 16 << 20;
+/// Bytes of a chunk of logits, at least and at most, and which part of a device's memory they are in between.
+const LOGITS: (u64, u64, u64) = (64 << 20, 512 << 20, 128);
 /// Elements that rows of an adapted layer are widened to at a time.
 const WIDENED: usize = 8 << 20;
 /// Rows of a chunk are a multiple of this.
@@ -30,8 +30,16 @@ pub(crate) fn lora(spec: &ops::lora_linear::Spec) -> usize {
     if needed { chunk_rows(WIDENED, widest, spec.base.rows) * widest } else { 0 }
 }
 
-/// Losses and log-sum-exps of the rows, and a chunk of logits.
-pub(crate) fn loss(spec: &ops::linear_cross_entropy::Spec) -> [usize; 3] {
-    let vocab = spec.vocab_size;
-    [spec.tokens, spec.tokens, chunk_rows(LOGITS, vocab, spec.tokens) * vocab]
+/// Losses and log-sum-exps of the rows, a chunk of logits, and its gradient where that is rounded.
+pub(crate) fn loss(
+    spec: &ops::linear_cross_entropy::Spec,
+    with_dweight: bool,
+    memory_bytes: Option<u64>,
+) -> [usize; 4] {
+    let (least, most, share) = LOGITS;
+    let bytes = memory_bytes.map_or(least, |bytes| (bytes / share).clamp(least, most));
+    let chunk = chunk_rows(bytes as usize / size_of::<f32>(), spec.vocab_size, spec.tokens) * spec.vocab_size;
+    let rounds = spec.dtype != DType::F32 && (spec.weight_dtype == spec.dtype || spec.weight_dtype == DType::F32);
+    let is_rounded = rounds && (spec.needs_dx || with_dweight);
+    [spec.tokens, spec.tokens, chunk, if is_rounded { chunk.div_ceil(2) } else { 0 }]
 }

@@ -91,7 +91,7 @@ impl rms_norm::RmsNorm for PlanBackend {
         let with_dweight = dweight.is_some();
         let _scratch =
             self.on_cpu(|_| scratch::norm_backward([spec.rows, spec.hidden_size], usize::from(with_dweight)))?;
-        let _parts = self.on_kernels(|| [kernels::column_sums([spec.rows, spec.hidden_size], with_dweight)])?;
+        let _parts = self.on_kernels(|_| [kernels::column_sums([spec.rows, spec.hidden_size], with_dweight)])?;
         Ok(dx)
     }
 }
@@ -119,7 +119,7 @@ impl layer_norm::LayerNorm for PlanBackend {
         let [of_weight, of_bias] = [gradients.dweight.is_some(), gradients.dbias.is_some()];
         let size = [spec.rows, spec.hidden_size];
         // Kernels give the sums back before a shared gradient is copied.
-        drop(self.on_kernels(|| [kernels::column_sums(size, of_weight), kernels::column_sums(size, of_bias)])?);
+        drop(self.on_kernels(|_| [kernels::column_sums(size, of_weight), kernels::column_sums(size, of_bias)])?);
         let dx = take_or_copy(inputs.dout)?;
         let _scratch = self.on_cpu(|_| scratch::norm_backward(size, usize::from(of_weight) + usize::from(of_bias)))?;
         Ok(dx)
@@ -157,7 +157,7 @@ impl attention::Attention for PlanBackend {
         let like = |x: &Tensor| output(x, spec.dtype, *x.shape());
         let gradients = attention::Gradients { dq: like(inputs.q)?, dk: like(inputs.k)?, dv: like(inputs.v)? };
         let _scratch = self.on_cpu(|threads| [scratch::attention_backward(spec, inputs.seq_k, threads)])?;
-        let _row_sums = self.on_kernels(|| [spec.num_heads * inputs.seq_q.num_tokens()])?;
+        let _row_sums = self.on_kernels(|_| [spec.num_heads * inputs.seq_q.num_tokens()])?;
         Ok(gradients)
     }
     fn attention_cached(
@@ -233,7 +233,7 @@ impl lora_linear::LoraLinear for PlanBackend {
     ) -> Result<Tensor> {
         let h = output(x, DType::F32, [spec.base.rows, spec.rank])?;
         self.on_cpu(|threads| scratch::lora_input(spec, threads))?;
-        self.on_kernels(|| [kernels::lora(spec)])?;
+        self.on_kernels(|_| [kernels::lora(spec)])?;
         Ok(h)
     }
     fn lora_linear_forward(
@@ -248,7 +248,7 @@ impl lora_linear::LoraLinear for PlanBackend {
         let h = output(x, DType::F32, [base.rows, *rank])?;
         self.on_cpu(|threads| scratch::lora_input(spec, threads))?;
         let y = output(x, base.dtype, [base.rows, base.out_features])?;
-        self.on_kernels(|| [kernels::lora(spec)])?;
+        self.on_kernels(|_| [kernels::lora(spec)])?;
         let (may_cut, size) = (base.dtype == DType::F32, |depth| [base.rows, base.out_features, depth]);
         if [base.weight_dtype, spec.adapter_dtype].iter().all(|&right| scratch::is_few(base.rows, right)) {
             self.product_of_rows((base.dtype, base.weight_dtype), may_cut, size(base.in_features))?;
@@ -275,14 +275,14 @@ impl lora_linear::LoraLinear for PlanBackend {
         self.product(true, [base.rows, *rank, base.out_features])?;
         if gradients.dlora_a.is_some() {
             self.on_cpu(|threads| scratch::lora_input_transposed(spec, threads))?;
-            self.on_kernels(|| [kernels::lora(spec)])?;
+            self.on_kernels(|_| [kernels::lora(spec)])?;
         }
         if !needs_dx {
             return Ok(None);
         }
         let dx = output(dy, base.dtype, [base.rows, base.in_features])?;
         self.on_cpu(|threads| scratch::lora_input_gradient(spec, threads))?;
-        self.on_kernels(|| [kernels::lora(spec)])?;
+        self.on_kernels(|_| [kernels::lora(spec)])?;
         Ok(Some(dx))
     }
 }
@@ -312,7 +312,7 @@ impl dora::Dora for PlanBackend {
     ) -> Result<Tensor> {
         let dt = take_or_copy(dy)?;
         self.on_cpu(|_| [2 * spec.out_features])?;
-        self.on_kernels(|| [kernels::column_sums([spec.rows, spec.out_features], dmagnitude.is_some())])?;
+        self.on_kernels(|_| [kernels::column_sums([spec.rows, spec.out_features], dmagnitude.is_some())])?;
         Ok(dt)
     }
 }
@@ -351,7 +351,7 @@ impl linear_cross_entropy::LinearCrossEntropy for PlanBackend {
         let dx = spec.needs_dx.then(|| output(x, spec.dtype, *x.shape())).transpose()?;
         let _losses = self.on_cpu(|_| [scratch::losses(spec)])?;
         self.on_cpu(|threads| scratch::loss_chunk(spec, dweight.is_some(), threads))?;
-        self.on_kernels(|| kernels::loss(spec))?;
+        self.on_kernels(|memory_bytes| kernels::loss(spec, dweight.is_some(), memory_bytes))?;
         Ok(linear_cross_entropy::Forward { loss: output(x, DType::F32, [1])?, dx })
     }
 }
@@ -394,7 +394,7 @@ impl adafactor::Adafactor for PlanBackend {
         if let adafactor::Averages::Factored { row, col } = &buffers.averages {
             let size = [row.num_elements(), col.num_elements()];
             self.on_cpu(|_| [scratch::adafactor(size)])?;
-            self.on_kernels(|| [kernels::column_sums(size, true), size[0]])?;
+            self.on_kernels(|_| [kernels::column_sums(size, true), size[0]])?;
         }
         Ok(())
     }

@@ -7,12 +7,17 @@ use std::path::{Path, PathBuf};
 use unsloth_rs::{
     Category, DType, Device,
     autograd::{GradStore, Tape},
-    core::{Place, ops::cross_entropy::LossSpec},
+    core::{
+        Place,
+        ops::{cross_entropy::LossSpec, linear_cross_entropy},
+    },
+    cube::{CubeOptions, vulkan},
     device,
     llm::{
         adapter::AdapterConfig,
         decoder::{Decoder, LoadOptions, Targets},
     },
+    plan::{PlanBackend, PlanOptions, Target},
     recipe::{
         EvalConfig, evaluate,
         quickstart::{QuickstartConfig, Size, quickstart},
@@ -180,4 +185,31 @@ fn moments_wait_in_host_memory() {
     assert_eq!((kept_elsewhere, usage.live_bytes), (256, kept - 256));
     // Put at the beginning; taken and put again at each of four steps, and once more to be read.
     assert_eq!(6 * usage.taken.bytes, 5 * usage.put.bytes);
+}
+
+/// How many logits exist at a time depends on the device's memory.
+#[test]
+fn scratch_of_the_loss_is_as_planned() {
+    let taken = |device: &Device, dtypes: (DType, DType), needs_dx: bool| {
+        let (x, weight) = ([400, 2], [50_000, 2]);
+        let x = device.zeros(x, dtypes.0, Category::Activations).unwrap();
+        let weight = device.prepare_weight(device.zeros(weight, dtypes.1, Category::Weights).unwrap()).unwrap();
+        let targets = device.from_slice(&[7i32; 400], [400], Category::Activations).unwrap();
+        device.backend().reset_peak();
+        linear_cross_entropy::forward(&x, &weight, &targets, LossSpec::mean(400), needs_dx, None).unwrap();
+        device.usage().total_peak_bytes()
+    };
+    for memory_bytes in [None, Some(12 << 30), Some(1 << 40)] {
+        let device = vulkan(0, CubeOptions { memory_bytes, ..Default::default() }).unwrap();
+        let target = Target::of(&device);
+        let planned = Device::new(PlanBackend::new(PlanOptions { target, budget_bytes: None }).unwrap());
+        for dtypes in [(DType::F32, DType::F16), (DType::F16, DType::F16), (DType::F16, DType::F32)] {
+            for needs_dx in [true, false] {
+                let (planned, taken) = (taken(&planned, dtypes, needs_dx), taken(&device, dtypes, needs_dx));
+                // The loss itself, which a plan enters when scratch is gone.
+                let rest = planned.abs_diff(taken);
+                assert!(rest <= 256, "{memory_bytes:?}, {dtypes:?}, {needs_dx}: {planned} planned, {taken} taken");
+            }
+        }
+    }
 }

@@ -177,6 +177,10 @@ impl Memory for Observed {
         self.inner.set_budget(bytes)
     }
 
+    fn memory_bytes(&self) -> Option<u64> {
+        self.inner.memory_bytes()
+    }
+
     fn host_threads(&self) -> Option<usize> {
         self.inner.host_threads()
     }

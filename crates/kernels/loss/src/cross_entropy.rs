@@ -7,7 +7,7 @@
 //!   `dlogits = dz * logit_scale * (1 - (z / softcap)^2)`
 //!
 //! Work: one cube per row. Traffic: forward reads the logits once, with a running maximum and sum (Milakov & Gimelshein 2018,
-//! arXiv:1805.02867); backward reads them once and writes over them.
+//! arXiv:1805.02867); backward reads them once and writes over them, or into another buffer.
 //! Numerics: f32 inside, sums in a fixed order.
 
 use cubecl::{prelude::*, server::Handle};
@@ -215,6 +215,19 @@ pub struct Backward<'a> {
     pub lse: &'a Handle,
 }
 
+/// Buffers of the backward pass that keeps the logits.
+#[derive(Clone, Copy, Debug)]
+pub struct BackwardInto<'a> {
+    /// `[tokens, vocab_size]` of `E`
+    pub logits: &'a Handle,
+    /// `[tokens, vocab_size]` of `D`, overwritten: the gradient of the logits; 0 in rows without a target.
+    pub dlogits: &'a Handle,
+    /// i32 `[tokens]`
+    pub targets: &'a Handle,
+    /// f32 `[tokens]`, from the forward pass.
+    pub lse: &'a Handle,
+}
+
 /// Launches the gradient of the logits, written over them.
 ///
 /// # Errors
@@ -250,6 +263,74 @@ pub fn backward<R: Runtime, E: Float>(
     Ok(())
 }
 
+/// Launches the gradient of the logits, rounded to another type in a buffer of its own.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward_into<R: Runtime, E: Float, D: Float>(
+    client: &ComputeClient<R>,
+    shape: Shape,
+    args: BackwardInto<'_>,
+) -> Result<(), LaunchError> {
+    let launch = Launch::new(client, "cross_entropy_backward_into");
+    launch.element::<E>()?;
+    launch.element::<D>()?;
+    let Shape { tokens, vocab_size, loss } = shape;
+    if tokens == 0 || vocab_size == 0 {
+        return Ok(());
+    }
+    let width = launch.vector_width::<f32>(vocab_size);
+    let grid = launch.rows(tokens, vocab_size / width);
+    launch.cube(grid.dim, 0)?;
+    unchecked!(backward_into_kernel::launch_unchecked::<E, D, R>(
+        client,
+        grid.count,
+        grid.dim,
+        width,
+        launch.vectors::<E>("logits", args.logits, tokens * vocab_size, width)?,
+        launch.vectors::<D>("dlogits", args.dlogits, tokens * vocab_size, width)?,
+        launch.array::<i32>("targets", args.targets, tokens)?,
+        launch.array::<f32>("lse", args.lse, tokens)?,
+        loss.terms(),
+        tokens as u32,
+        (vocab_size / width) as u32,
+        loss.form(),
+        grid.units,
+    ));
+    Ok(())
+}
+
+/// Gradient of one vector of the logits of a row that has a target. The vector begins at class `first` of so many classes.
+#[cube]
+fn gradient<E: Float, N: Size>(
+    logits: Vector<E, N>,
+    first: usize,
+    target: usize,
+    log_sum: f32,
+    classes: f32,
+    terms: &Terms,
+    #[comptime] form: Form,
+) -> Vector<f32, N> {
+    let probability = terms.factor * (1.0 + 2.0 * terms.z_loss * log_sum);
+    let spread = terms.factor * terms.label_smoothing / classes;
+    let hit = terms.factor * (1.0 - terms.label_smoothing);
+    let z = scores::<E, N>(logits, terms, form);
+    let softmax = Vector::<f32, N>::exp(z - Vector::new(log_sum));
+    let mut dz = softmax * Vector::new(probability) - Vector::new(spread);
+    #[unroll]
+    for component in 0..dz.size() {
+        if first + component == target {
+            dz[component] = dz[component] - hit;
+        }
+    }
+    let mut slope = Vector::<f32, N>::new(terms.logit_scale);
+    if comptime!(form.capped) {
+        let capped = z / Vector::new(terms.softcap);
+        slope *= Vector::new(1.0) - capped * capped;
+    }
+    dz * slope
+}
+
 /// Grid as [`forward_kernel`]. Each unit overwrites only what it alone reads.
 #[cube(launch_unchecked)]
 fn backward_kernel<E: Float, N: Size>(
@@ -268,31 +349,48 @@ fn backward_kernel<E: Float, N: Size>(
         let target = u32::reinterpret(targets[row]) as usize;
         let has_target = target < cols as usize * width;
         let log_sum = lse[row];
-        let probability = terms.factor * (1.0 + 2.0 * terms.z_loss * log_sum);
-        let spread = terms.factor * terms.label_smoothing / (f32::cast_from(cols) * comptime!(width as f32));
-        let hit = terms.factor * (1.0 - terms.label_smoothing);
+        let classes = f32::cast_from(cols) * comptime!(width as f32);
         let mut i = UNIT_POS as usize;
         while i < cols as usize {
             let at = row * cols as usize + i;
             let mut dz = Vector::<f32, N>::new(0.0);
             if has_target {
-                let z = scores::<E, N>(logits[at], terms, form);
-                let softmax = Vector::<f32, N>::exp(z - Vector::new(log_sum));
-                dz = softmax * Vector::new(probability) - Vector::new(spread);
-                #[unroll]
-                for component in 0..dz.size() {
-                    if i * width + component == target {
-                        dz[component] = dz[component] - hit;
-                    }
-                }
-                let mut slope = Vector::<f32, N>::new(terms.logit_scale);
-                if comptime!(form.capped) {
-                    let capped = z / Vector::new(terms.softcap);
-                    slope *= Vector::new(1.0) - capped * capped;
-                }
-                dz *= slope;
+                dz = gradient::<E, N>(logits[at], i * width, target, log_sum, classes, terms, form);
             }
             logits[at] = Vector::cast_from(dz);
+            i += units;
+        }
+    }
+}
+
+/// Grid as [`forward_kernel`].
+#[cube(launch_unchecked)]
+fn backward_into_kernel<E: Float, D: Float, N: Size>(
+    logits: &Array<Vector<E, N>>,
+    dlogits: &mut Array<Vector<D, N>>,
+    targets: &Array<i32>,
+    lse: &Array<f32>,
+    terms: &Terms,
+    rows: u32,
+    cols: u32,
+    #[comptime] form: Form,
+    #[comptime] units: usize,
+) {
+    let width = N::value();
+    let row = CUBE_POS;
+    if row < rows as usize {
+        let target = u32::reinterpret(targets[row]) as usize;
+        let has_target = target < cols as usize * width;
+        let log_sum = lse[row];
+        let classes = f32::cast_from(cols) * comptime!(width as f32);
+        let mut i = UNIT_POS as usize;
+        while i < cols as usize {
+            let at = row * cols as usize + i;
+            let mut dz = Vector::<f32, N>::new(0.0);
+            if has_target {
+                dz = gradient::<E, N>(logits[at], i * width, target, log_sum, classes, terms, form);
+            }
+            dlogits[at] = Vector::cast_from(dz);
             i += units;
         }
     }

@@ -1,8 +1,14 @@
 //! Output projection and cross entropy over chunks of tokens; `[tokens, vocab_size]` never exists.
 //!
-//! Of each chunk: `logits = x W^T` in f32, loss, `dlogits` over the logits, `dx = dlogits W`, `dweight += dlogits^T x`. Gradients are
+//! Of each chunk: `logits = x W^T` in f32, loss, `dlogits`, `dx = dlogits W`, `dweight += dlogits^T x`. Gradients are
 //! made at once, because recomputing the logits would cost half as much again. Liger-Kernel (arXiv:2410.10989) and Cut Cross Entropy
 //! (arXiv:2411.09009) use the same idea.
+//!
+//! `dlogits` takes the place of the logits, in f32. Where a buffer for it is given it is rounded to the type of `x` there, so that tensor
+//! cores take both factors of its products as they are: of an f32 one they would multiply three parts.
+//!
+//! A chunk of few rows leaves most of a large card without work in `dx`, and each chunk reads the whole matrix twice: the more memory
+//! there is, the more rows a chunk has ([`chunk_bytes`]).
 //!
 //! Rows without a target are multiplied like the others, with a gradient of zeros: the host that sizes the launches does not see
 //! the targets. Chunks follow one another in order, so `dweight` has the same bits on every run.
@@ -13,10 +19,19 @@ use unsloth_linear::product::{self, Form, Matrix, Size, product};
 
 use crate::cross_entropy::{self, Loss};
 
-/// f32 elements of the logits of a chunk, where [`ROWS`] rows are not more: 64 MiB.
-const CHUNK: usize = 16 << 20;
+/// Bytes of the logits of a chunk on any device, where [`ROWS`] rows are not more.
+const LEAST: u64 = 64 << 20;
+/// Bytes of the logits of a chunk at most: 1024 rows of the largest vocabularies, enough work for the largest cards.
+const MOST: u64 = 512 << 20;
+/// They are this part of a device's memory; with their rounded gradient up to 1 in 85 is at work.
+const SHARE: u64 = 128;
 /// Rows of a chunk are a multiple of this, so that each chunk of every buffer starts at an address that devices bind.
 const ROWS: usize = 128;
+
+/// Bytes that the logits of a chunk take at most on a device with so many; `None` where that is not known.
+pub fn chunk_bytes(memory_bytes: Option<u64>) -> u64 {
+    memory_bytes.map_or(LEAST, |bytes| (bytes / SHARE).clamp(LEAST, MOST))
+}
 
 /// Sizes of one loss over hidden states.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,6 +42,8 @@ pub struct Shape {
     pub hidden_size: usize,
     /// Rows of the matrix, at least 1.
     pub vocab_size: usize,
+    /// Bytes that the logits of a chunk may take: [`chunk_bytes`], or less. 128 rows are always allowed.
+    pub chunk_bytes: u64,
     /// The loss.
     pub loss: Loss,
 }
@@ -34,8 +51,9 @@ pub struct Shape {
 impl Shape {
     /// Rows whose logits exist at a time.
     pub fn chunk_rows(&self) -> usize {
-        let rows = CHUNK / self.vocab_size.max(1) / ROWS * ROWS;
-        rows.max(ROWS).min(self.tokens)
+        let row_bytes = self.vocab_size.max(1) as u64 * size_of::<f32>() as u64;
+        let rows = usize::try_from(self.chunk_bytes / row_bytes).unwrap_or(usize::MAX);
+        (rows / ROWS * ROWS).max(ROWS).min(self.tokens)
     }
 }
 
@@ -50,6 +68,8 @@ pub struct Args<'a> {
     pub targets: &'a Handle,
     /// f32 `[chunk_rows, vocab_size]`, overwritten.
     pub logits: &'a Handle,
+    /// `[chunk_rows, vocab_size]` of `X`, overwritten: the gradient of the logits. Without, it takes their place.
+    pub dlogits: Option<&'a Handle>,
     /// f32 `[tokens]`, overwritten: loss of each row.
     pub nll: &'a Handle,
     /// f32 `[tokens]`, overwritten.
@@ -112,17 +132,26 @@ fn chunk<R: Runtime, X: Float, W: Float>(
     if args.dx.is_none() && args.dweight.is_none() {
         return Ok(());
     }
-    let backward = cross_entropy::Backward { logits: args.logits, targets: &targets, lse: &lse };
-    cross_entropy::backward::<R, f32>(launch.client(), losses, backward)?;
-
+    let dlogits = match args.dlogits {
+        Some(dlogits) => {
+            let backward = cross_entropy::BackwardInto { logits: args.logits, dlogits, targets: &targets, lse: &lse };
+            cross_entropy::backward_into::<R, f32, X>(launch.client(), losses, backward)?;
+            Matrix::new::<X>(launch, "dlogits", dlogits, rows * vocab_size)?
+        }
+        None => {
+            let backward = cross_entropy::Backward { logits: args.logits, targets: &targets, lse: &lse };
+            cross_entropy::backward::<R, f32>(launch.client(), losses, backward)?;
+            of_logits()?
+        }
+    };
     if let Some(dweight) = args.dweight {
         let out = Matrix::new::<f32>(launch, "dweight", dweight, vocab_size * hidden_size)?;
-        let matrices = product::Args { a: of_logits()?, b: of_x("x", args.x)?, bias: None, out, scale: 1.0 };
+        let matrices = product::Args { a: dlogits.clone(), b: of_x("x", args.x)?, bias: None, out, scale: 1.0 };
         let form = Form { a_transposed: true, b_transposed: false, accumulate: true };
         product(launch, Size { rows: vocab_size, cols: hidden_size, depth: rows }, form, matrices)?;
     }
     if let Some(dx) = args.dx {
-        let matrices = product::Args { a: of_logits()?, b: weight()?, bias: None, out: of_x("dx", dx)?, scale: 1.0 };
+        let matrices = product::Args { a: dlogits, b: weight()?, bias: None, out: of_x("dx", dx)?, scale: 1.0 };
         let form = Form { a_transposed: false, b_transposed: false, accumulate: false };
         product(launch, Size { rows, cols: hidden_size, depth: vocab_size }, form, matrices)?;
     }

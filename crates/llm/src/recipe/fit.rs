@@ -315,7 +315,7 @@ impl Planner {
     fn place(&self) -> Offload {
         match self.target {
             Target::Cpu { .. } => Offload::Disk,
-            Target::Kernels => Offload::Host,
+            Target::Kernels { .. } => Offload::Host,
         }
     }
 

@@ -49,6 +49,10 @@ impl<B: Backend> Memory for MutantBackend<B> {
         self.inner.set_budget(bytes)
     }
 
+    fn memory_bytes(&self) -> Option<u64> {
+        self.inner.memory_bytes()
+    }
+
     fn host_threads(&self) -> Option<usize> {
         self.inner.host_threads()
     }

@@ -72,6 +72,27 @@ pub fn check(device: &Device) -> Checked {
     Ok(())
 }
 
+/// Runs the part of the suite that tensor cores may run.
+///
+/// # Panics
+/// If the device fails it.
+pub fn run_on_tensor_cores(device: &Device) {
+    report::finish(OP, device, check_on_tensor_cores(device));
+}
+
+/// The part of the suite that tensor cores may run: bf16 with every type that they multiply it with, in sizes of whole chunks.
+///
+/// # Errors
+/// The first failure.
+pub fn check_on_tensor_cores(device: &Device) -> Checked {
+    let shape @ (tokens, _, vocab_size) = (72, 64, 136);
+    for dtypes in [(DType::BF16, DType::BF16), (DType::BF16, DType::F32), (DType::F32, DType::BF16)] {
+        let [_, with_ignored, _] = targets(tokens, vocab_size);
+        loss(device, Problem::new(shape, dtypes, (all_together(tokens), with_ignored)))?;
+    }
+    Ok(())
+}
+
 type Hazard = fn(&Device, &Case) -> Checked;
 
 const HAZARDS: [(&str, Hazard); 6] = [
@@ -252,20 +273,39 @@ fn large_logits(device: &Device, case: &Case) -> Checked {
     Ok(())
 }
 
-/// The memory taken for a long batch stays far below one matrix of logits. Nothing else may allocate on the device
-/// meanwhile.
+/// The memory taken for a long batch stays far below one matrix of logits, and the batch is the sum of its parts. Nothing else may
+/// allocate on the device meanwhile.
+///
+/// With a matrix of zeros softmax is 1 in `V` everywhere: the loss is `ln V`, `dx` is 0, and `dweight` of a class is the sum of all `x`
+/// divided by `V`, less the `x` of the tokens that have it for a target.
 fn holds_no_matrix_of_logits(device: &Device, case: &Case) -> Checked {
-    let (tokens, vocab_size) = (1024, 65_537);
-    let x = device.zeros([tokens, 1], DType::F32, Category::Activations)?;
+    // A device that has much memory works on more rows at a time.
+    let (tokens, vocab_size) = (if device.memory_bytes().is_some() { 8192 } else { 1024 }, 65_537);
+    let target = |token: usize| 7 * token;
+    let values: Vec<f64> = (0..tokens).map(|token| (1 + token % 13) as f64).collect();
+    let x = data::tensor(device, &values, [tokens, 1], DType::F32)?;
     let weight = device.prepare_weight(device.zeros([vocab_size, 1], DType::F32, Category::Weights)?)?;
     let mut dweight = device.zeros([vocab_size, 1], DType::F32, Category::Gradients)?;
-    let targets = data::integers(device, &vec![5; tokens])?;
+    let targets: Vec<i32> = (0..tokens).map(|token| target(token) as i32).collect();
+    let targets = data::integers(device, &targets)?;
     device.backend().reset_peak();
     let before = device.usage().total_live_bytes();
-    op::forward(&x, &weight, &targets, LossSpec::mean(tokens), true, Some(&mut dweight))?;
+    let results = op::forward(&x, &weight, &targets, LossSpec::mean(tokens), true, Some(&mut dweight))?;
     let taken = device.usage().total_peak_bytes() - before;
     let matrix = (tokens * vocab_size * 4) as u64;
-    expect::holds(case, &format!("{taken} bytes taken where all logits are {matrix}"), taken < matrix / 4)
+    expect::holds(case, &format!("{taken} bytes taken where all logits are {matrix}"), taken < matrix / 4)?;
+
+    let near = |name: &str, tensor: &Tensor, exact: &[f64], magnitude: f64| {
+        let floor = Floor::Cancelling { dtype: DType::F32, magnitude };
+        check_tensor(case, name, tensor, Expected { exact, naive: exact, floor })
+    };
+    near("loss", &results.loss, &[(vocab_size as f64).ln()], (vocab_size as f64).ln())?;
+    let dx = results.dx.ok_or_else(|| case.hazard("gives no dx where it is wanted"))?;
+    expect::holds(case, "dx is 0", data::read(&dx)?.iter().all(|&value| value == 0.0))?;
+    let mut sums = vec![values.iter().sum::<f64>() / vocab_size as f64; vocab_size];
+    (0..tokens).for_each(|token| sums[target(token)] -= values[token]);
+    let exact: Vec<f64> = sums.iter().map(|sum| sum / tokens as f64).collect();
+    near("dweight", &dweight, &exact, largest(&exact))
 }
 
 /// Where the host can see the targets the call is refused; elsewhere a wrong target is never used as an index.

@@ -43,6 +43,11 @@ fn linear() {
 }
 
 #[test]
+fn linear_cross_entropy() {
+    on_card(5, suite::linear_cross_entropy::run_on_tensor_cores);
+}
+
+#[test]
 #[ignore = "full: a compiler run for each of a hundred kernels"]
 fn adafactor() {
     on_card(4, suite::adafactor::run);
