@@ -6,7 +6,7 @@
 //! Traffic: the held rows once; the streamed rows once per block of held rows.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{Launch, LaunchError, unchecked};
+use unsloth_common::{Launch, LaunchError, math::quick_exp, unchecked};
 
 use crate::{
     block::{
@@ -196,9 +196,17 @@ fn queries<R: Runtime, E: Float>(
 
 /// `P`, and what `dout v^T - D` is multiplied by to give `ds`: the same but for the slope of the softcap. Zeros if not seen.
 #[cube]
-pub(crate) fn pair(product: f32, lse: f32, seen: bool, scoring: &Scoring, #[comptime] capped: bool) -> (f32, f32) {
+pub(crate) fn pair(
+    product: f32,
+    lse: f32,
+    seen: bool,
+    scoring: &Scoring,
+    #[comptime] capped: bool,
+    #[comptime] quick: bool,
+) -> (f32, f32) {
     let s = score(product, scoring, capped);
-    let p = select(seen, f32::exp(s - lse), 0.0);
+    let exponential = if comptime!(quick) { quick_exp(s - lse) } else { f32::exp(s - lse) };
+    let p = select(seen, exponential, 0.0);
     let mut slope = p;
     if comptime!(capped) {
         let part = s / scoring.softcap;
@@ -301,7 +309,7 @@ fn keys_kernel<E: Float, N: Size>(
                 for j in 0..tile.streamed_rows {
                     let (key, row, at) = place(i, j, tile);
                     let seen = query_tile.seen.has(row, start + key);
-                    let (p, slope) = pair(p_tile[at], query_tile.lse[row], seen, &scoring, capped);
+                    let (p, slope) = pair(p_tile[at], query_tile.lse[row], seen, &scoring, capped, false);
                     p_tile[at] = p;
                     ds_tile[at] = slope;
                 }
@@ -377,7 +385,7 @@ fn queries_kernel<E: Float, N: Size>(
                 for j in 0..tile.streamed_rows {
                     let (row, key, at) = place(i, j, tile);
                     let seen = query_tile.seen.has(row, first + key);
-                    let (_, slope) = pair(ds_tile[at], query_tile.lse[row], seen, &scoring, capped);
+                    let (_, slope) = pair(ds_tile[at], query_tile.lse[row], seen, &scoring, capped, false);
                     ds_tile[at] = slope;
                 }
             }

@@ -49,7 +49,7 @@ pub fn forward<R: Runtime, E: Float>(
     if len == 0 {
         return Ok(());
     }
-    let width = launch.vector_width::<f32>(len);
+    let width = launch.vector_width::<E>(len);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
     unchecked!(forward_kernel::launch_unchecked::<E, R>(
@@ -92,7 +92,7 @@ pub fn backward<R: Runtime, E: Float>(
     if len == 0 {
         return Ok(());
     }
-    let width = launch.vector_width::<f32>(len);
+    let width = launch.vector_width::<E>(len);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
     unchecked!(backward_kernel::launch_unchecked::<E, R>(

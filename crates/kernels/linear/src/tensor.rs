@@ -17,7 +17,7 @@ use unsloth_common::{
     unchecked,
 };
 
-use crate::product::{Form, Job, Size, store};
+use crate::product::{self, Form, Job};
 
 /// How the work of a product is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,23 +34,25 @@ pub(crate) struct Tile {
     plane_cols: usize,
 }
 
-/// Shared memory of a cube, at most: several cubes share a multiprocessor.
-const SHARED_BYTES: usize = 48 * 1024;
+/// Shared memory of a cube, at most: several cubes share a multiprocessor, but for those of the largest tile.
+const SHARED_BYTES: usize = 64 * 1024;
 
 impl Tile {
-    /// The larger tile uses each number that it loads more often, the smaller one leaves more cubes.
-    pub(crate) const ALL: [Self; 2] = [
+    /// The larger a tile, the more often it uses each number that it loads; the smaller ones leave more cubes.
+    pub(crate) const ALL: [Self; 3] = [
+        Self { rows: 128, cols: 256, depth: 32, plane_rows: 64, plane_cols: 64 },
         Self { rows: 128, cols: 128, depth: 32, plane_rows: 64, plane_cols: 32 },
         Self { rows: 64, cols: 64, depth: 32, plane_rows: 32, plane_cols: 32 },
     ];
 
-    /// The first tile whose cubes are enough for the device, else the last; of those that fit it.
+    /// The first tile whose cubes are enough for the device, else the last; of those that fit it. The largest only where it was
+    /// measured to be faster.
     pub(crate) fn for_device(client: &ComputeClient<impl Runtime>, job: &Job, operands: Operands) -> Self {
         let size = job.size;
         let enough = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
         let cubes = |tile: &Self| size.rows.div_ceil(tile.rows) * size.cols.div_ceil(tile.cols);
-        let fitting = || Self::fitting(client, job, operands);
-        fitting().find(|tile| cubes(tile) >= enough).or_else(|| fitting().last()).unwrap_or(Self::ALL[1])
+        let fitting = || Self::fitting(client, job, operands).filter(|tile| *tile != Self::ALL[0]);
+        fitting().find(|tile| cubes(tile) >= enough).or_else(|| fitting().last()).unwrap_or(Self::ALL[2])
     }
 
     /// Tiles that the device has room for.
@@ -177,19 +179,22 @@ pub(crate) fn product<R: Runtime>(
     (operands, tile): (Operands, Tile),
     scale: f32,
 ) -> Result<(), LaunchError> {
-    let Job { size: Size { rows, cols, depth }, form, ref args } = *job;
+    let Job { size: product::Size { rows, cols, depth }, form, ref args } = *job;
     let Operands { element, parts } = operands;
     let dim = CubeDim::new_1d(tile.units() as u32);
     launch.cube(dim, tile.shared_bytes(form, parts))?;
+    // Neighbours that a unit has the sums of.
+    let width = if cols.is_multiple_of(2) { 2 } else { 1 };
     let elements = [args.a.element, args.b.element, element, args.bias_element(), args.out.element];
     unchecked!(tensor_kernel::launch_unchecked(
         launch.client(),
         launch.cubes(cols.div_ceil(tile.cols), rows.div_ceil(tile.rows), 1)?,
         dim,
+        width,
         args.a.array(launch, mma::CHUNK)?,
         args.b.array(launch, mma::CHUNK)?,
         args.bias.as_ref().map(|bias| bias.array(launch, 1)).transpose()?.into(),
-        args.out.array(launch, 1)?,
+        args.out.array(launch, width)?,
         rows as u32,
         cols as u32,
         depth as u32,
@@ -204,11 +209,11 @@ pub(crate) fn product<R: Runtime>(
 
 /// Grid: x = tile of columns, y = tile of rows.
 #[cube(launch_unchecked)]
-fn tensor_kernel<A: Float, B: Float, E: Float, D: Numeric, Y: Numeric>(
+fn tensor_kernel<A: Float, B: Float, E: Float, D: Numeric, Y: Numeric, N: Size>(
     a: &Array<Chunk<A>>,
     b: &Array<Chunk<B>>,
     bias: &ComptimeOption<Array<D>>,
-    out: &mut Array<Y>,
+    out: &mut Array<Vector<Y, N>>,
     rows: u32,
     cols: u32,
     depth: u32,
@@ -245,6 +250,7 @@ fn tensor_kernel<A: Float, B: Float, E: Float, D: Numeric, Y: Numeric>(
     let (plane_row, plane_col) = block(tile);
     let (upper, column) = mma::place();
     let tiles_across = comptime!(tile.plane_cols / 8);
+    let width = N::value();
     #[unroll]
     for i in 0..comptime!(tile.plane_rows / 8) {
         let row = row0 + plane_row + comptime!(8 * i) + upper;
@@ -252,14 +258,44 @@ fn tensor_kernel<A: Float, B: Float, E: Float, D: Numeric, Y: Numeric>(
         for j in 0..tiles_across {
             let pair = sums.index(comptime!(i / 2 * tiles_across + j))[comptime!(i % 2)];
             #[unroll]
-            for e in 0..2usize {
-                let col = col0 + plane_col + comptime!(8 * j + e) + column;
+            for e in 0..comptime!(2 / width) {
+                let col = col0 + plane_col + comptime!(8 * j + e * width) + column;
                 if row < rows && col < cols {
-                    store::<D, Y>(bias, out, row * cols + col, col, pair[e] * scale, form.accumulate);
+                    let mut sums = Vector::<f32, N>::new(0.0);
+                    #[unroll]
+                    for lane in 0..width {
+                        sums[lane] = pair[comptime!(e * width + lane)] * scale;
+                    }
+                    store::<D, Y, N>(bias, out, row * cols + col, col, sums, form.accumulate);
                 }
             }
         }
     }
+}
+
+/// Writes neighbours in a row, the first of them element `at` of the output.
+#[cube]
+fn store<D: Numeric, Y: Numeric, N: Size>(
+    bias: &ComptimeOption<Array<D>>,
+    out: &mut Array<Vector<Y, N>>,
+    at: usize,
+    col: usize,
+    sums: Vector<f32, N>,
+    #[comptime] accumulate: bool,
+) {
+    let width = N::value();
+    let mut total = sums;
+    #[comptime]
+    if let ComptimeOption::Some(bias) = bias {
+        #[unroll]
+        for lane in 0..width {
+            total[lane] += f32::cast_from(bias[col + lane]);
+        }
+    }
+    if comptime!(accumulate) {
+        total += Vector::<f32, N>::cast_from(out[at / width]);
+    }
+    out[at / width] = Vector::cast_from(total);
 }
 
 /// First row and column of the block of this unit's plane.

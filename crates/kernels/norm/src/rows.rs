@@ -74,7 +74,7 @@ pub(crate) fn forward<R: Runtime, E: Float, W: Float>(
         return Ok(());
     }
     let Shape { rows, hidden_size, eps, weight_offset } = shape;
-    let (len, width) = (rows * hidden_size, launch.vector_width::<f32>(hidden_size));
+    let (len, width) = (rows * hidden_size, launch.vector_width::<E>(hidden_size));
     let centred = args.statistics.mean.is_some();
     let grid = launch.rows(rows, hidden_size / width);
     launch.cube(grid.dim, (1 + usize::from(centred)) * cube_reduce_bytes(grid.units))?;
@@ -278,7 +278,7 @@ pub(crate) fn backward<R: Runtime, E: Float, W: Float>(
         return Ok(());
     }
     let Shape { rows, hidden_size, weight_offset, .. } = shape;
-    let (len, width) = (rows * hidden_size, launch.vector_width::<f32>(hidden_size));
+    let (len, width) = (rows * hidden_size, launch.vector_width::<E>(hidden_size));
     let centred = args.statistics.mean.is_some();
     let grid = launch.rows(rows, hidden_size / width);
     launch.cube(grid.dim, (1 + usize::from(centred)) * cube_reduce_bytes(grid.units))?;

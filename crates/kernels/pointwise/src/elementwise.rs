@@ -49,7 +49,7 @@ pub fn binary<R: Runtime, E: Float>(
     if len == 0 {
         return Ok(());
     }
-    let width = launch.vector_width::<f32>(len);
+    let width = launch.vector_width::<E>(len);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
     unchecked!(binary_kernel::launch_unchecked::<E, R>(
@@ -108,7 +108,7 @@ pub fn scale<R: Runtime, E: Float>(
     if len == 0 {
         return Ok(());
     }
-    let width = launch.vector_width::<f32>(len);
+    let width = launch.vector_width::<E>(len);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
     let x = launch.vectors::<E>("x", x, len, width)?;
@@ -156,7 +156,7 @@ pub fn scale_by<R: Runtime, E: Float>(
     if len == 0 {
         return Ok(());
     }
-    let width = launch.vector_width::<f32>(len);
+    let width = launch.vector_width::<E>(len);
     let grid = launch.flat(len / width);
     launch.cube(grid.dim, 0)?;
     let (x, scalar) = (launch.vectors::<E>("x", x, len, width)?, launch.array::<f32>("scalar", scalar, 1)?);

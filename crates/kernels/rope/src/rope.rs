@@ -74,7 +74,7 @@ pub fn apply<R: Runtime, E: Float>(client: &ComputeClient<R>, shape: Shape, args
     }
     // A pair of neighbours lies within one vector: only halves are loaded as vectors.
     let width = match shape.pairs {
-        Pairs::Half => launch.vector_width::<f32>(head_dim / 2),
+        Pairs::Half => launch.vector_width::<E>(head_dim / 2),
         Pairs::Interleaved => 1,
     };
     let table_len = num_positions * (head_dim / 2);

@@ -178,7 +178,8 @@ fn differentiate_keys(
             #[unroll]
             for e in 0..2usize {
                 let row = from.1 + column + comptime!(8 * j + e);
-                let (weight, slope) = pair(product[e], queries.lse[row], queries.seen.has(row, key), scoring, capped);
+                let (weight, slope) =
+                    pair(product[e], queries.lse[row], queries.seen.has(row, key), scoring, capped, true);
                 weights[e] = weight;
                 slopes[e] = slope * (dp[e] - queries.row_sums[row]);
             }
@@ -299,7 +300,7 @@ fn differentiate_queries(
             for e in 0..2usize {
                 let key = (first + column + comptime!(8 * j + e)) as i32;
                 let seen = key >= rows.first[i] && key <= rows.last[i];
-                let (_, slope) = pair(product[e], rows.lse[i], seen, scoring, capped);
+                let (_, slope) = pair(product[e], rows.lse[i], seen, scoring, capped, true);
                 slopes[e] = slope * (dp[e] - rows.row_sums[i]);
             }
             put(ds.index_mut(j), i, slopes);

@@ -8,6 +8,7 @@
 use cubecl::prelude::*;
 use unsloth_common::{
     Launch, LaunchError,
+    math::quick_exp,
     mma::{self, Chunk, Pair, Sums},
     unchecked,
 };
@@ -252,13 +253,33 @@ fn exponentials(
         let mut most = before;
         #[unroll]
         for j in 0..tiles {
-            let key = first + column + comptime!(8 * j);
-            let masked = mask(scores.index(j)[i], key, rows.first[i], rows.last[i], scoring, capped);
-            put(scores.index_mut(j), i, masked);
-            most = max(most, max(masked[0], masked[1]));
+            let product = scores.index(j)[i];
+            let mut pair = Pair::<f32>::new(0.0);
+            #[unroll]
+            for e in 0..2usize {
+                pair[e] = score(product[e], scoring, capped);
+            }
+            put(scores.index_mut(j), i, pair);
+        }
+        // Away from the diagonal and the ends a row sees all keys of a step.
+        let (from, to) = (first as i32, (first + comptime!(tile.step - 1)) as i32);
+        if from < rows.first[i] || to > rows.last[i] {
+            #[unroll]
+            for j in 0..tiles {
+                let key = first + column + comptime!(8 * j);
+                let masked = mask(scores.index(j)[i], key, rows.first[i], rows.last[i]);
+                put(scores.index_mut(j), i, masked);
+            }
+        }
+        #[unroll]
+        for j in 0..tiles {
+            let pair = scores.index(j)[i];
+            most = max(most, max(pair[0], pair[1]));
         }
         most = mma::row_max(most);
-        let rescale = f32::exp(before - most);
+        // Where nothing was seen yet, the weights of what is masked are 0 all the same.
+        let base = select(most <= LOWEST, 0.0, most);
+        let rescale = quick_exp(before - base);
         #[unroll]
         for c in 0..comptime!(tile.head_dim / 8) {
             let scaled = sums.index(c)[i] * Pair::<f32>::new(rescale);
@@ -271,8 +292,7 @@ fn exponentials(
             let mut weights = Pair::<f32>::new(0.0);
             #[unroll]
             for e in 0..2usize {
-                // What is masked stays out even where nothing was seen yet and the difference is 0.
-                let p = select(pair[e] <= LOWEST, 0.0, f32::exp(pair[e] - most));
+                let p = quick_exp(pair[e] - base);
                 total += p;
                 weights[e] = p;
             }
@@ -283,23 +303,16 @@ fn exponentials(
     }
 }
 
-/// Scores of two products, [`LOWEST`] where masked.
+/// Scores of two keys, [`LOWEST`] where masked.
 #[cube]
-fn mask(
-    products: Pair<f32>,
-    key: usize,
-    first: i32,
-    last: i32,
-    scoring: &Scoring,
-    #[comptime] capped: bool,
-) -> Pair<f32> {
-    let mut scores = Pair::<f32>::new(0.0);
+fn mask(scores: Pair<f32>, key: usize, first: i32, last: i32) -> Pair<f32> {
+    let mut masked = Pair::<f32>::new(0.0);
     #[unroll]
     for e in 0..2usize {
         let at = (key + e) as i32;
-        scores[e] = select(at >= first && at <= last, score(products[e], scoring, capped), LOWEST);
+        masked[e] = select(at >= first && at <= last, scores[e], LOWEST);
     }
-    scores
+    masked
 }
 
 #[cube]
