@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -94,6 +94,20 @@ impl Run {
     pub(crate) fn call<T, E: Into<anyhow::Error>>(mut call: impl FnMut() -> Result<T, E> + 'static) -> Self {
         Self::Call(Box::new(move || call().map(drop).map_err(Into::into)))
     }
+
+    /// Calls of an operator that writes over its input, as a training step makes them: each owns what the one before gave back,
+    /// so that no buffer is shared and none has to be copied first.
+    pub(crate) fn in_place<T: 'static, E: Into<anyhow::Error>>(
+        first: T,
+        mut call: impl FnMut(T) -> Result<T, E> + 'static,
+    ) -> Self {
+        let mut state = Some(first);
+        Self::Call(Box::new(move || {
+            let input = state.take().context("an earlier call failed")?;
+            state = Some(call(input).map_err(Into::into)?);
+            Ok(())
+        }))
+    }
 }
 
 /// A case with its inputs.
@@ -152,6 +166,19 @@ pub(crate) fn random_scaled(
     });
     Ok(elementwise::cast(&device.from_slice(&values, shape, Category::Activations)?, dtype)?)
 }
+
+/// The same number everywhere.
+///
+/// # Errors
+/// As [`random_scaled`].
+pub(crate) fn constant(device: &Device, shape: impl Into<Shape>, dtype: DType, value: f32) -> Result<Tensor> {
+    let shape = shape.into();
+    let values = vec![value; shape.num_elements()];
+    Ok(elementwise::cast(&device.from_slice(&values, shape, Category::Activations)?, dtype)?)
+}
+
+/// The scale of [`random_scaled`] that gives numbers of variance 1.
+pub(crate) const UNIFORM_TO_UNIT: f32 = 3.464_101_6;
 
 /// [`random_scaled`] by 1.
 pub(crate) fn random(device: &Device, shape: impl Into<Shape>, dtype: DType, seed: u64) -> Result<Tensor> {

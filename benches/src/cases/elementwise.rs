@@ -7,7 +7,7 @@ use unsloth_testkit::budget::Floor;
 
 use super::{Selection, each};
 use crate::{
-    case::{Case, Context, Prepared, Run, random},
+    case::{Case, Context, Prepared, Run, constant, random},
     check::{Host, cancelling, hold, references, spread},
 };
 
@@ -107,10 +107,18 @@ fn prepare(context: &Context<'_>, call: Call, shape: [usize; 2], dtype: DType) -
         let floor = if call == Call::FillZero { Floor::Exact } else { cancelling(out.dtype(), 1.0) };
         hold((OP, call.name()), &Host::read(&out)?.rows(&at), (&exact, &naive), floor)
     };
+    // What is written over stays of its size however often: sums grow slowly, products are with 1.
+    let timed = elementwise::copy(&a)?;
     let run = match call {
+        Call::Add => Run::in_place(timed, move |a| elementwise::add(a, &b)),
+        Call::Mul => {
+            let ones = constant(device, shape, dtype, 1.0)?;
+            Run::in_place(timed, move |a| elementwise::mul(a, &ones))
+        }
+        Call::Scale => Run::in_place(timed, |a| elementwise::scale(a, -1.0)),
         Call::Accumulate => Run::call(move || elementwise::accumulate(&mut sum, &a)),
         Call::FillZero => Run::call(move || elementwise::fill_zero(&mut filled)),
-        _ => Run::call(move || apply(call, &a, &b)),
+        Call::Cast | Call::Copy => Run::call(move || apply(call, &a, &b)),
     };
     let torch = json!({ "op": OP, "part": call.name(), "rows": shape[0], "columns": shape[1], "dtype": dtype.name() });
     Ok(Prepared::new(check, run).with_candle(candle.transpose()?).with_torch(torch))

@@ -1,10 +1,13 @@
 //! `layer_norm` of a micro-batch.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde_json::json;
 use unsloth_rs::{
-    Category, DType, Tensor,
-    core::ops::layer_norm::{self, Affine, Backward, ParameterGradients},
+    Category, DType,
+    core::ops::{
+        elementwise,
+        layer_norm::{self, Affine, Backward, ParameterGradients},
+    },
 };
 use unsloth_testkit::{
     budget::Floor,
@@ -13,7 +16,7 @@ use unsloth_testkit::{
 
 use super::{Selection, each};
 use crate::{
-    case::{Case, Context, Prepared, Run, random},
+    case::{Case, Context, Prepared, Run, UNIFORM_TO_UNIT, constant, random, random_scaled},
     check::{Host, cancelling, hold, references, spread},
 };
 
@@ -61,15 +64,19 @@ fn forward(context: &Context<'_>, Rows { shape, dtype }: Rows, has_residual: boo
     let (x, weight, bias) = (random(device, shape, dtype, 1)?, channels(3)?, channels(5)?);
     let residual = has_residual.then(|| random(device, shape, dtype, 2)).transpose()?;
     let run = {
-        let (x, weight, bias, residual) = (x.clone(), weight.clone(), bias.clone(), residual.clone());
-        move || {
+        let (weight, bias, residual) = (weight.clone(), bias.clone(), residual.clone());
+        move |x| {
             let affine = Affine { weight: &weight, bias: Some(&bias) };
-            layer_norm::forward(x.clone(), residual.as_ref(), affine, EPS)
+            layer_norm::forward(x, residual.as_ref(), affine, EPS)
         }
     };
-    let checked = run.clone();
+    let (checked, timed) = (run.clone(), elementwise::copy(&x)?);
+    let run = match has_residual {
+        true => Run::in_place(timed, move |x| run(x)?.sum.context("no sum")),
+        false => Run::call(move || run(timed.clone())),
+    };
     let check = move || {
-        let forward = checked()?;
+        let forward = checked(x.clone())?;
         let at = spread(shape[0], 5);
         let residual = residual.as_ref().map(|residual| Ok::<_, anyhow::Error>(Host::read(residual)?.rows(&at)));
         let (weight, bias) = (Host::read(&weight)?.all(), Host::read(&bias)?.all());
@@ -82,7 +89,7 @@ fn forward(context: &Context<'_>, Rows { shape, dtype }: Rows, has_residual: boo
     };
     let torch = json!({ "op": OP, "part": if has_residual { "forward with residual" } else { "forward" },
         "rows": shape[0], "hidden_size": shape[1], "dtype": dtype.name() });
-    Ok(Prepared::new(check, Run::call(run)).with_torch(torch))
+    Ok(Prepared::new(check, run).with_torch(torch))
 }
 
 fn backward(context: &Context<'_>, Rows { shape, dtype }: Rows) -> Result<Prepared> {
@@ -91,20 +98,14 @@ fn backward(context: &Context<'_>, Rows { shape, dtype }: Rows) -> Result<Prepar
     let dout = random(device, shape, dtype, 4)?;
     let affine = Affine { weight: &weight, bias: None };
     let layer_norm::Forward { mean, rstd, .. } = layer_norm::forward(x.clone(), None, affine, EPS)?;
-    let run = {
-        let (x, weight, dout, mean, rstd) = (x.clone(), weight.clone(), dout.clone(), mean, rstd.clone());
-        move |dweight: &mut Tensor, dbias: &mut Tensor| {
-            let dout = dout.clone();
-            let inputs = Backward { dout, dsum: None, sum: &x, weight: &weight, mean: &mean, rstd: &rstd };
-            let gradients = ParameterGradients { dweight: Some(dweight), dbias: Some(dbias) };
-            layer_norm::backward(inputs, gradients, EPS)
-        }
-    };
-    let zeros = move |device: &unsloth_rs::Device| device.zeros([shape[1]], DType::F32, Category::Gradients);
-    let (checked, on) = (run.clone(), device.clone());
+    let timed = timed_backward(context, Rows { shape, dtype })?;
+    let on = device.clone();
     let check = move || {
-        let (mut dweight, mut dbias) = (zeros(&on)?, zeros(&on)?);
-        let dx = Host::read(&checked(&mut dweight, &mut dbias)?)?.all();
+        let zeros = || on.zeros([shape[1]], DType::F32, Category::Gradients);
+        let (mut dweight, mut dbias) = (zeros()?, zeros()?);
+        let inputs = Backward { dout: dout.clone(), dsum: None, sum: &x, weight: &weight, mean: &mean, rstd: &rstd };
+        let gradients = ParameterGradients { dweight: Some(&mut dweight), dbias: Some(&mut dbias) };
+        let dx = Host::read(&layer_norm::backward(inputs, gradients, EPS)?)?.all();
         let dout = Host::read(&dout)?.all();
         let (weight, bias) = (Host::read(&weight)?.all(), vec![0.0; shape[1]]);
         let sample = Sample { x: Host::read(&x)?.all(), residual: None, weight, bias };
@@ -127,9 +128,23 @@ fn backward(context: &Context<'_>, Rows { shape, dtype }: Rows) -> Result<Prepar
         let floor = cancelling(DType::F32, largest(&|i| dout[i]));
         hold((OP, "dbias"), &Host::read(&dbias)?.all(), (&exact.dbias, &naive.dbias), floor)
     };
-    let (mut dweight, mut dbias) = (zeros(device)?, zeros(device)?);
     let torch = json!({ "op": OP, "part": "backward with parameters", "rows": shape[0], "hidden_size": shape[1],
         "dtype": dtype.name() });
-    let run = Run::call(move || run(&mut dweight, &mut dbias));
-    Ok(Prepared::new(check, run).with_torch(torch))
+    Ok(Prepared::new(check, timed).with_torch(torch))
+}
+
+/// With rows of size 1 and weights of 1 a gradient keeps its size, however often it goes through.
+fn timed_backward(context: &Context<'_>, Rows { shape, dtype }: Rows) -> Result<Run> {
+    let device = context.device;
+    let zeros = || device.zeros([shape[1]], DType::F32, Category::Gradients);
+    let x = random_scaled(device, shape, dtype, (1, UNIFORM_TO_UNIT))?;
+    let (weight, dout) = (constant(device, [shape[1]], dtype, 1.0)?, random(device, shape, dtype, 4)?);
+    let affine = Affine { weight: &weight, bias: None };
+    let layer_norm::Forward { mean, rstd, .. } = layer_norm::forward(x.clone(), None, affine, EPS)?;
+    let (mut dweight, mut dbias) = (zeros()?, zeros()?);
+    Ok(Run::in_place(dout, move |dout| {
+        let inputs = Backward { dout, dsum: None, sum: &x, weight: &weight, mean: &mean, rstd: &rstd };
+        let gradients = ParameterGradients { dweight: Some(&mut dweight), dbias: Some(&mut dbias) };
+        layer_norm::backward(inputs, gradients, EPS)
+    }))
 }

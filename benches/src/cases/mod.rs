@@ -182,6 +182,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_written_over_is_not_copied_first() {
+        let (device, recording) = recorded(&device(None));
+        let context = Context { device: &device, recording: &recording, with_candle: false };
+        let backward = |op: &'static str| (op, "backward");
+        let simple = ["add", "mul", "scale", "accumulate"].map(|part| ("elementwise", part));
+        let calls = ["rms_norm", "rope", "cross_entropy"].map(backward).into_iter().chain(simple);
+        for (group, part) in calls.chain([("glu", "backward silu")]) {
+            for case in cases_of(group).into_iter().filter(|case| case.id.part == part) {
+                let Prepared { mut run, .. } = case.prepare(&context).unwrap();
+                let before = device.usage().total_live_bytes();
+                for _ in 0..2 {
+                    device.backend().reset_peak();
+                    once(&mut run).unwrap();
+                    // A row's sums at most: the smallest matrix has more.
+                    let extra = device.usage().total_peak_bytes() - before;
+                    assert!(extra < 1024, "{} takes {extra} bytes", case.id);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn ids_are_different() {
         let all: Vec<Case> = GROUPS.iter().flat_map(|(group, _)| cases_of(group)).collect();
         let ids: std::collections::HashSet<_> = all.iter().map(|case| &case.id).collect();

@@ -1,6 +1,6 @@
 //! `rms_norm` of a micro-batch.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use candle_core as candle;
 use serde_json::json;
 use unsloth_rs::{
@@ -18,7 +18,7 @@ use unsloth_testkit::{
 
 use super::{Selection, each};
 use crate::{
-    case::{Case, Context, Prepared, Run, random},
+    case::{Case, Context, Prepared, Run, UNIFORM_TO_UNIT, constant, random, random_scaled},
     check::{Host, cancelling, hold, references, spread},
 };
 
@@ -68,12 +68,16 @@ fn forward(context: &Context<'_>, Rows { shape, dtype }: Rows, has_residual: boo
     let residual = has_residual.then(|| random(device, shape, dtype, 2)).transpose()?;
     let candle = (context.with_candle && !has_residual).then(|| peer(&x, &weight)).transpose()?;
     let run = {
-        let (x, weight, residual) = (x.clone(), weight.clone(), residual.clone());
-        move || rms_norm::forward(x.clone(), residual.as_ref(), &weight, EPS, 0.0)
+        let (weight, residual) = (weight.clone(), residual.clone());
+        move |x| rms_norm::forward(x, residual.as_ref(), &weight, EPS, 0.0)
     };
-    let checked = run.clone();
+    let (checked, timed) = (run.clone(), elementwise::copy(&x)?);
+    let run = match has_residual {
+        true => Run::in_place(timed, move |x| run(x)?.sum.context("no sum")),
+        false => Run::call(move || run(timed.clone())),
+    };
     let check = move || {
-        let forward = checked()?;
+        let forward = checked(x.clone())?;
         let at = spread(shape[0], 5);
         let residual = residual.as_ref().map(|residual| Ok::<_, anyhow::Error>(Host::read(residual)?.rows(&at)));
         let (x, weight) = (Host::read(&x)?.rows(&at), Host::read(&weight)?.all());
@@ -86,7 +90,7 @@ fn forward(context: &Context<'_>, Rows { shape, dtype }: Rows, has_residual: boo
     };
     let torch = json!({ "op": OP, "part": if has_residual { "forward with residual" } else { "forward" },
         "rows": shape[0], "hidden_size": shape[1], "dtype": dtype.name() });
-    Ok(Prepared::new(check, Run::call(run)).with_candle(candle).with_torch(torch))
+    Ok(Prepared::new(check, run).with_candle(candle).with_torch(torch))
 }
 
 /// As a user of candle writes it where gradients are wanted: its own fused norm has none.
@@ -100,20 +104,19 @@ fn peer(x: &Tensor, weight: &Tensor) -> Result<Run> {
 }
 
 /// What separate kernels for the square, its mean, the product with rstd and the product with the weight would move, in this
-/// library's own elementwise kernels: the least time of a form that is not fused.
+/// library's own elementwise kernels: the least time of a form that is not fused. A copy has the traffic of the square and of the
+/// first product.
 fn unfused(context: &Context<'_>, Rows { shape, dtype }: Rows) -> Result<Prepared> {
     let x = random(context.device, shape, dtype, 1)?;
     let run = move || -> unsloth_rs::Result<Tensor> {
-        let squares = elementwise::mul(x.clone(), &x)?;
-        reduce::sum(&squares)?;
-        let scaled = elementwise::scale(x.clone(), 2.0)?;
-        elementwise::scale(scaled, 2.0)
+        reduce::sum(&elementwise::copy(&x)?)?;
+        elementwise::scale(elementwise::copy(&x)?, 2.0)
     };
     let checked = run.clone();
     let input = random(context.device, shape, dtype, 1)?;
     let check = move || {
         let (out, at) = (checked()?, spread(shape[0], 3));
-        let expected: Vec<f64> = Host::read(&input)?.rows(&at).iter().map(|x| 4.0 * x).collect();
+        let expected: Vec<f64> = Host::read(&input)?.rows(&at).iter().map(|x| 2.0 * x).collect();
         hold((OP, "out"), &Host::read(&out)?.rows(&at), (&expected, &expected), Floor::Exact)
     };
     Ok(Prepared::new(check, Run::call(run)))
@@ -124,17 +127,12 @@ fn backward(context: &Context<'_>, Rows { shape, dtype }: Rows, needs_dweight: b
     let (x, weight) = (random(device, shape, dtype, 1)?, random(device, [shape[1]], dtype, 3)?);
     let dout = random(device, shape, dtype, 4)?;
     let rstd = rms_norm::forward(x.clone(), None, &weight, EPS, 0.0)?.rstd;
-    let run = {
-        let (x, weight, dout, rstd) = (x.clone(), weight.clone(), dout.clone(), rstd.clone());
-        move |dweight: Option<&mut Tensor>| {
-            let inputs = Backward { dout: dout.clone(), dsum: None, sum: &x, weight: &weight, rstd: &rstd };
-            rms_norm::backward(inputs, dweight, EPS, 0.0)
-        }
-    };
-    let (checked, on) = (run.clone(), device.clone());
+    let timed = timed_backward(context, Rows { shape, dtype }, needs_dweight)?;
+    let on = device.clone();
     let check = move || {
         let mut dweight = on.zeros([shape[1]], DType::F32, Category::Gradients)?;
-        let dx = checked(needs_dweight.then_some(&mut dweight))?;
+        let inputs = Backward { dout: dout.clone(), dsum: None, sum: &x, weight: &weight, rstd: &rstd };
+        let dx = rms_norm::backward(inputs, needs_dweight.then_some(&mut dweight), EPS, 0.0)?;
         // The weight's gradient is a sum over all rows.
         let at = if needs_dweight { (0..shape[0]).collect() } else { spread(shape[0], 5) };
         let dout = Host::read(&dout)?.rows(&at);
@@ -158,9 +156,20 @@ fn backward(context: &Context<'_>, Rows { shape, dtype }: Rows, needs_dweight: b
         let (exact, naive) = (&exact.dweight, &naive.dweight);
         hold((OP, "dweight"), &Host::read(&dweight)?.all(), (exact, naive), cancelling(DType::F32, magnitude))
     };
-    let mut dweight = device.zeros([shape[1]], DType::F32, Category::Gradients)?;
     let part = if needs_dweight { "backward with dweight" } else { "backward" };
     let torch = json!({ "op": OP, "part": part, "rows": shape[0], "hidden_size": shape[1], "dtype": dtype.name() });
-    let run = Run::call(move || run(needs_dweight.then_some(&mut dweight)));
-    Ok(Prepared::new(check, run).with_torch(torch))
+    Ok(Prepared::new(check, timed).with_torch(torch))
+}
+
+/// With rows of size 1 and weights of 1 a gradient keeps its size, however often it goes through.
+fn timed_backward(context: &Context<'_>, Rows { shape, dtype }: Rows, needs_dweight: bool) -> Result<Run> {
+    let device = context.device;
+    let x = random_scaled(device, shape, dtype, (1, UNIFORM_TO_UNIT))?;
+    let (weight, dout) = (constant(device, [shape[1]], dtype, 1.0)?, random(device, shape, dtype, 4)?);
+    let rstd = rms_norm::forward(x.clone(), None, &weight, EPS, 0.0)?.rstd;
+    let mut dweight = device.zeros([shape[1]], DType::F32, Category::Gradients)?;
+    Ok(Run::in_place(dout, move |dout| {
+        let inputs = Backward { dout, dsum: None, sum: &x, weight: &weight, rstd: &rstd };
+        rms_norm::backward(inputs, needs_dweight.then_some(&mut dweight), EPS, 0.0)
+    }))
 }
