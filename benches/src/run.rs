@@ -3,7 +3,7 @@
 use std::{
     cell::RefCell,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -46,6 +46,8 @@ pub struct Options {
     pub folder: Option<PathBuf>,
     /// The smallest model and few samples.
     pub quick: bool,
+    /// Nothing begins once this has passed, and the report says what was left out.
+    pub time_limit: Option<Duration>,
     /// The Python that has PyTorch, if it is to be a peer.
     pub python: Option<PathBuf>,
     /// The command, for the report.
@@ -128,7 +130,7 @@ impl Options {
 /// Options that are refused; a device that does not open; limits that cannot be measured.
 pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Outcome> {
     options.validate()?;
-    let noise = Noise::start();
+    let (noise, start) = (Noise::start(), Instant::now());
     let counts = options.thread_counts();
     let main = *counts.last().context("at least one number of threads")?;
     let device = options.open(main)?;
@@ -154,7 +156,7 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(&str)) -> Result<Outcome> {
         not_run,
     };
     drop(device);
-    let mut session = Session { options, main, torch, eviction: Eviction::new(), report, failures: Vec::new() };
+    let mut session = Session { options, start, main, torch, eviction: Eviction::new(), report, failures: Vec::new() };
     for &threads in &counts {
         session.with_threads(threads, &options.selection(dtypes.clone()), tell)?;
     }
@@ -195,6 +197,7 @@ fn left_out(options: &Options) -> Vec<NotRun> {
 
 struct Session<'a> {
     options: &'a Options,
+    start: Instant,
     /// Threads of the main results.
     main: usize,
     torch: Option<RefCell<Torch>>,
@@ -228,6 +231,10 @@ impl Session<'_> {
                 continue;
             }
             for case in cases(if is_main { selection } else { &smaller }) {
+                if self.options.time_limit.is_some_and(|limit| self.start.elapsed() > limit) {
+                    self.report.not_run.push(NotRun::new(case.id.to_string(), "--time-limit"));
+                    continue;
+                }
                 match self.case(&case, (context, threads), &limits) {
                     Ok(entry) => {
                         tell(&entry.to_string());
@@ -254,7 +261,8 @@ impl Session<'_> {
     }
 
     fn limits(&mut self, device: &Device, threads: usize) -> Result<Limits> {
-        let time = Duration::from_millis(if self.options.quick { 400 } else { 2000 });
+        // Others disturb a processor more than a card.
+        let time = Duration::from_millis(if self.options.quick || !machine::is_cpu(device) { 400 } else { 2000 });
         if machine::is_cpu(device) {
             return Ok(limits::cpu(threads, time, machine::beyond_caches()));
         }

@@ -2,7 +2,7 @@
 
 use std::{fmt::Write as _, fs, path::Path};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 
 const RESULTS: &str = "benches/results";
@@ -71,7 +71,10 @@ fn tables(root: &Path) -> Result<String> {
         let table = match (results.get("results"), results.get("runs")) {
             (Some(Value::Array(entries)), _) => timings(&results, entries),
             (_, Some(Value::Array(runs))) => programs(&results, runs),
-            _ => bail!("neither `results` nor `runs`"),
+            _ => match &results["suites"] {
+                Value::Array(of_operators) => suites(&results, of_operators),
+                _ => Err(anyhow!("no `results`, `runs` or `suites`")),
+            },
         };
         let table = table.with_context(|| format!("{RESULTS}/{name}"))?;
         writeln!(text, "### [{name}](../{RESULTS}/{name})\n\n{table}")?;
@@ -154,6 +157,25 @@ fn seconds(seconds: f64) -> String {
     }
 }
 
+/// What the operators' suites said of a device.
+fn suites(report: &Value, suites: &[Value]) -> Result<String> {
+    let (mut passed, mut others) = (Vec::new(), String::new());
+    for suite in suites {
+        let name = text(suite, "suite")?;
+        match (suite["passed"].as_bool(), suite["not_run"].as_str()) {
+            (Some(true), _) => passed.push(name),
+            (_, Some(reason)) => writeln!(others, "- {name}: not run ({reason})")?,
+            _ => writeln!(others, "- {name}: failed ({})", text(suite, "failure")?)?,
+        }
+    }
+    let dtypes = report["dtypes"].as_array().context("`dtypes` must be a list")?;
+    let dtypes: Vec<&str> = dtypes.iter().filter_map(Value::as_str).collect();
+    let (model, commit) = (text(&report["machine"], "model")?, report["commit"].as_str().unwrap_or("unknown"));
+    let (types, count) = (dtypes.join(", "), suites.len());
+    let head = format!("`benches suites` on {model}, commit {}, in {types}: ", commit.get(..12).unwrap_or(commit));
+    Ok(format!("{head}{} of {count} passed.\n\n- passed: {}\n{others}", passed.len(), passed.join(", ")))
+}
+
 /// Whole programs that did the same, the first of them ours.
 fn programs(results: &Value, runs: &[Value]) -> Result<String> {
     let mut table = format!("{}. On {}.\n\n", text(results, "what")?, text(results, "machine")?);
@@ -179,6 +201,10 @@ mod tests {
     use super::{Arguments, BEGIN, END, check, run};
     use crate::check::plant;
 
+    const SUITES: &str = r#"{"machine": {"model": "Card"}, "commit": "0123456789abcdef", "dtypes": ["f32", "f16"], "suites": [
+        {"suite": "glu", "passed": true, "not_run": null, "failure": null, "seconds": 1.0},
+        {"suite": "rope", "passed": false, "not_run": "no card", "failure": null, "seconds": 1.0},
+        {"suite": "linear", "passed": false, "not_run": null, "failure": "wrong", "seconds": 1.0}]}"#;
     const BENCH: &str = r#"{"version": 1, "command": "cargo xtask bench --quick", "commit": "0123456789abcdef",
         "machine": {"model": "a processor"}, "limits": [{"threads": 2,
             "f32_flops": {"per_second": 2e11, "by": "FMA"}, "bf16_flops": null,
@@ -198,6 +224,7 @@ mod tests {
             ("docs/performance.md", &*document),
             ("benches/results/a.json", BENCH),
             ("benches/results/b.json", PROGRAMS),
+            ("benches/results/c.json", SUITES),
         ];
         let tree = plant(&files);
         assert_eq!(check(tree.path()).unwrap().len(), 1, "an empty table is not what the results say");
@@ -207,7 +234,17 @@ mod tests {
         let path = tree.path().join("docs/performance.md");
         let text = std::fs::read_to_string(&path).unwrap();
         let row = "| glu, forward, m, 2 x 3, f32 | 2.000 ms | 3.000 ms | 10.0 GB/s | 50% | 1.0 MiB | candle 2.00 |";
-        for part in [row, "| small | f32 | ours | 1.5 | 700 | 445 |", "0123456789ab", "200.0 GFLOP/s", "The end."] {
+        for part in [
+            row,
+            "| small | f32 | ours | 1.5 | 700 | 445 |",
+            "0123456789ab",
+            "200.0 GFLOP/s",
+            "The end.",
+            "in f32, f16: 1 of 3 passed",
+            "- passed: glu",
+            "- rope: not run (no card)",
+            "- linear: failed (wrong)",
+        ] {
             assert!(text.contains(part), "{part} in {text}");
         }
         std::fs::write(&path, text.replace("2.000 ms", "1.000 ms")).unwrap();
@@ -219,6 +256,6 @@ mod tests {
         let document = format!("{BEGIN}\n{END}\n");
         let tree = plant(&[("docs/performance.md", &*document), ("benches/results/a.json", "{}")]);
         let error = format!("{:#}", check(tree.path()).unwrap_err());
-        assert!(error.contains("neither"), "{error}");
+        assert!(error.contains("a.json: no `results`"), "{error}");
     }
 }

@@ -25,9 +25,9 @@ pub(crate) fn column_sums([rows, columns]: [usize; 2], is_wanted: bool) -> usize
 
 /// Rows in f32, of the input without what is dropped or of a result before it is rounded.
 pub(crate) fn lora(spec: &ops::lora_linear::Spec) -> usize {
-    let widest = spec.base.in_features.max(spec.base.out_features);
+    let len = |columns| chunk_rows(WIDENED, columns, spec.base.rows) * columns;
     let needed = spec.dropout.is_some() || spec.base.dtype != DType::F32;
-    if needed { chunk_rows(WIDENED, widest, spec.base.rows) * widest } else { 0 }
+    if needed { len(spec.base.in_features).max(len(spec.base.out_features)) } else { 0 }
 }
 
 /// Losses and log-sum-exps of the rows, a chunk of logits, and its gradient where that is rounded.

@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: how fast operators and whole steps are on a device, against its own limits and against peers.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Result;
 use clap::Args;
@@ -27,6 +27,9 @@ pub(crate) struct Arguments {
     /// Only the shapes of this model, as Llama-3.2-1B; repeat for several.
     #[arg(long = "shape", value_name = "NAME", conflicts_with = "quick")]
     shapes: Vec<String>,
+    /// Begin nothing once so many seconds have passed; what is left out is listed.
+    #[arg(long, value_name = "SECONDS")]
+    time_limit: Option<u64>,
     /// Only this storage type (f32, bf16 or f16); repeat for several [default: f32 and bf16].
     #[arg(long = "dtype", value_name = "TYPE", value_parser = dtype)]
     dtypes: Vec<DType>,
@@ -75,6 +78,7 @@ fn bench(arguments: Arguments) -> Result<ExitCode> {
         shapes: arguments.shapes,
         folder: arguments.model,
         quick: arguments.quick,
+        time_limit: arguments.time_limit.map(Duration::from_secs),
         python: arguments.peer.map(|_| arguments.python),
         command: command.collect::<Vec<_>>().join(" "),
     };

@@ -37,24 +37,22 @@ pub struct Shape {
 }
 
 impl Shape {
-    fn widest(&self) -> usize {
-        self.base.in_features.max(self.base.out_features)
-    }
-
-    fn chunk_rows(&self) -> usize {
-        let rows = CHUNK / self.widest().max(1) / ROWS * ROWS;
+    /// Rows of so many columns that are in the workspace at a time.
+    fn chunk_rows(&self, columns: usize) -> usize {
+        let rows = CHUNK / columns.max(1) / ROWS * ROWS;
         rows.max(ROWS).min(self.base.rows)
     }
 
     /// f32 elements of the workspace of each call, for activations of `X`, with or without dropout; 0 where none is needed.
     pub fn workspace_len<X: Float>(&self, dropout: bool) -> usize {
-        if dropout || is_narrow::<X>() { self.chunk_rows() * self.widest() } else { 0 }
+        let len = |columns| self.chunk_rows(columns) * columns;
+        if dropout || is_narrow::<X>() { len(self.base.in_features).max(len(self.base.out_features)) } else { 0 }
     }
 
-    /// The rows that are at work at a time: all, or as many as the workspace holds.
-    fn chunks(&self, in_workspace: bool) -> impl Iterator<Item = Range<usize>> + use<> {
+    /// The rows that are at work at a time: all, or as many of so many columns as the workspace holds.
+    fn chunks(&self, in_workspace: bool, columns: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let all = self.base.rows;
-        let most = if in_workspace { self.chunk_rows() } else { all }.max(1);
+        let most = if in_workspace { self.chunk_rows(columns) } else { all }.max(1);
         (0..all).step_by(most).map(move |first| first..(first + most).min(all))
     }
 }
@@ -119,8 +117,17 @@ pub fn hidden<'t, R: Runtime, X: Float, L: Float>(
     args: Hidden<'_>,
 ) -> Result<(), LaunchError> {
     let launch = Launch::on(target.into(), "lora_linear_hidden");
-    let mut chunks = shape.chunks(is_narrow::<X>() || args.dropout.is_some());
-    chunks.try_for_each(|rows| hidden_rows::<R, X, L>(&launch, shape, args, &rows))
+    all_hidden::<R, X, L>(&launch, shape, args)
+}
+
+/// All rows of `h`: at once, but for what has to pass through the workspace.
+fn all_hidden<R: Runtime, X: Float, L: Float>(
+    launch: &Launch<'_, R>,
+    shape: Shape,
+    args: Hidden<'_>,
+) -> Result<(), LaunchError> {
+    let mut chunks = shape.chunks(args.dropout.is_some(), shape.base.in_features);
+    chunks.try_for_each(|rows| hidden_rows::<R, X, L>(launch, shape, args, &rows))
 }
 
 /// Some rows of `h`.
@@ -173,10 +180,9 @@ pub fn forward<'t, R: Runtime, X: Float, W: Float, B: Float, L: Float>(
     let by_columns = Form { a_transposed: false, b_transposed: true, accumulate: false };
     let hidden =
         Hidden { x: args.base.x, lora_a: args.lora_a, dropout: args.dropout, h: args.h, workspace: args.workspace };
-    for rows in shape.chunks(is_narrow::<X>() || args.dropout.is_some()) {
+    all_hidden::<R, X, L>(&launch, shape, hidden)?;
+    for rows in shape.chunks(is_narrow::<X>(), out_features) {
         let h = || rows_of::<R, f32>(&launch, ("h", args.h), &rows, rank);
-        hidden_rows::<R, X, L>(&launch, shape, hidden, &rows)?;
-
         // The base layer first: no kernel but ours adds to what is there.
         let sums = Sums::<R, X>::new(&launch, ("y", args.base.y), (&rows, out_features), args.workspace);
         let matrices = Args {
@@ -258,7 +264,7 @@ pub fn input_gradient<'t, R: Runtime, X: Float, W: Float, L: Float>(
     let Shape { base: linear::Shape { in_features, out_features, .. }, rank, .. } = shape;
     let by_rows = Form { a_transposed: false, b_transposed: false, accumulate: false };
     let onto = Form { accumulate: true, ..by_rows };
-    for rows in shape.chunks(is_narrow::<X>() || args.dropout.is_some()) {
+    for rows in shape.chunks(is_narrow::<X>(), in_features) {
         let sums = Sums::<R, X>::new(&launch, ("dx", args.base.dx), (&rows, in_features), args.workspace);
         let update = |form| {
             let matrices = Args {
@@ -327,7 +333,7 @@ pub fn gradient_of_a<'t, R: Runtime, X: Float>(
     let launch = Launch::on(target.into(), "lora_linear_gradient_of_a");
     let Shape { base: linear::Shape { in_features, .. }, rank, .. } = shape;
     let form = Form { a_transposed: true, b_transposed: false, accumulate: true };
-    for rows in shape.chunks(args.dropout.is_some()) {
+    for rows in shape.chunks(args.dropout.is_some(), in_features) {
         let (input, kept_scale) =
             update_input::<R, X>(&launch, (args.x, in_features), &rows, (args.dropout, args.workspace))?;
         let matrices = Args {

@@ -11,7 +11,8 @@ use crate::{
     tensor,
 };
 
-/// A way to make a product. Those of this crate sum in the same order, whatever the tile: they give the same bits.
+/// A way to make a product. Those of this crate sum in the same order whatever the tile and give the same bits, but for narrow tiles, which
+/// add up parts of the terms.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Strategy {
     /// The portable kernel.

@@ -1,8 +1,9 @@
 //! The product of two half-precision matrices on tensor cores, or of one of bf16 and one of f32.
 //!
-//! Work: a cube makes a tile of `out`, a plane a block of it, its sums in registers. While the planes multiply what is in one half of
-//! shared memory, the units have the loads of the next terms under way, and put them into the other half. Traffic: as the portable
-//! kernel, in loads of 16 bytes. Numerics: products of halves are exact; sums in f32; rounded once.
+//! Work: a cube makes a tile of `out`, a plane a block of it, its sums in registers; in narrow tiles several planes share a block, each with
+//! a part of the terms. While the planes multiply what is in one half of shared memory, the units put what they have loaded into the
+//! other half, and have the loads of the terms behind that under way: a load has a whole step of the loop to arrive. Traffic: as the
+//! portable kernel, in loads of 16 bytes. Numerics: products of halves are exact; sums in f32; rounded once.
 //!
 //! A number of f32 is the sum of three of bf16: the nearest one, the nearest to what is left, and to what is left then. So is its product
 //! with another of bf16, and the parts are multiplied one after another. f16 has too few exponents for that.
@@ -32,27 +33,39 @@ pub(crate) struct Tile {
     plane_rows: usize,
     /// Columns of the block that a plane makes.
     plane_cols: usize,
+    /// Planes that share a block, each with a part of the terms.
+    splits: usize,
 }
 
-/// Shared memory of a cube, at most: several cubes share a multiprocessor, but for those of the largest tile.
-const SHARED_BYTES: usize = 64 * 1024;
+/// Shared memory of a cube, at most: most tiles leave room for several cubes on a multiprocessor.
+const SHARED_BYTES: usize = 79 * 1024;
 
 impl Tile {
-    /// The larger a tile, the more often it uses each number that it loads; the smaller ones leave more cubes.
-    pub(crate) const ALL: [Self; 3] = [
-        Self { rows: 128, cols: 256, depth: 32, plane_rows: 64, plane_cols: 64 },
-        Self { rows: 128, cols: 128, depth: 32, plane_rows: 64, plane_cols: 32 },
-        Self { rows: 64, cols: 64, depth: 32, plane_rows: 32, plane_cols: 32 },
+    /// The larger a tile, the more often it uses each number that it loads; the smaller ones leave more cubes. The fourth takes the place
+    /// of the third where operands are in parts, for which a unit of that has too few registers. The last two are for matrices as
+    /// narrow as an adapter's, which have few tiles and long sums: the very last for sums over the rows of a batch alone.
+    pub(crate) const ALL: [Self; 6] = [
+        Self { rows: 128, cols: 256, depth: 32, plane_rows: 64, plane_cols: 64, splits: 1 },
+        Self { rows: 128, cols: 128, depth: 32, plane_rows: 64, plane_cols: 32, splits: 1 },
+        Self { rows: 64, cols: 64, depth: 32, plane_rows: 32, plane_cols: 32, splits: 1 },
+        Self { rows: 64, cols: 64, depth: 32, plane_rows: 32, plane_cols: 16, splits: 1 },
+        Self { rows: 64, cols: 16, depth: 128, plane_rows: 32, plane_cols: 16, splits: 4 },
+        Self { rows: 16, cols: 64, depth: 128, plane_rows: 16, plane_cols: 32, splits: 4 },
     ];
 
-    /// The first tile whose cubes are enough for the device, else the last; of those that fit it. The largest only where it was
-    /// measured to be faster.
+    /// The first square tile whose cubes are enough for the device, else a narrow one, if the sums are long; of those that fit. The
+    /// largest only where it was measured to be faster.
     pub(crate) fn for_device(client: &ComputeClient<impl Runtime>, job: &Job, operands: Operands) -> Self {
         let size = job.size;
         let enough = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
         let cubes = |tile: &Self| size.rows.div_ceil(tile.rows) * size.cols.div_ceil(tile.cols);
-        let fitting = || Self::fitting(client, job, operands).filter(|tile| *tile != Self::ALL[0]);
-        fitting().find(|tile| cubes(tile) >= enough).or_else(|| fitting().last()).unwrap_or(Self::ALL[2])
+        let [_, large, small, in_parts, columns, rows] = Self::ALL;
+        let small = if operands.parts.are_whole() { small } else { in_parts };
+        let narrow = if size.rows < size.cols && job.form.a_transposed { rows } else { columns };
+        let fits = |tile: &Self| Self::fitting(client, job, operands).any(|fitting| fitting == *tile);
+        let is_enough = |tile: &Self| fits(tile) && cubes(tile) >= enough;
+        let of_long_sums = Some(narrow).filter(|tile| fits(tile) && size.depth >= 2 * tile.depth);
+        [large, small].into_iter().find(is_enough).or(of_long_sums).unwrap_or(small)
     }
 
     /// Tiles that the device has room for.
@@ -64,7 +77,14 @@ impl Tile {
         let hardware = &client.properties().hardware;
         let most = (hardware.max_units_per_cube as usize, hardware.max_shared_memory_size.min(SHARED_BYTES));
         let (form, parts) = (job.form, operands.parts);
-        Self::ALL.into_iter().filter(move |tile| tile.units() <= most.0 && tile.shared_bytes(form, parts) <= most.1)
+        let takes = move |tile: &Self| {
+            let [.., in_parts, columns, rows] = Self::ALL;
+            let has_parts =
+                if parts.are_whole() { *tile != in_parts } else { [in_parts, columns, rows].contains(tile) };
+            has_parts && (*tile != rows || form.a_transposed)
+        };
+        let fits = move |tile: &Self| tile.units() <= most.0 && tile.shared_bytes(form, parts) <= most.1;
+        Self::ALL.into_iter().filter(move |tile| takes(tile) && fits(tile))
     }
 
     /// As `tensor 128x128`.
@@ -73,11 +93,27 @@ impl Tile {
     }
 
     fn units(&self) -> usize {
-        self.rows / self.plane_rows * (self.cols / self.plane_cols) * mma::PLANE
+        self.blocks() * self.splits * mma::PLANE
+    }
+
+    /// Blocks of planes.
+    fn blocks(&self) -> usize {
+        self.rows / self.plane_rows * (self.cols / self.plane_cols)
+    }
+
+    /// Products side by side in a block.
+    fn tiles_of_sums(&self) -> usize {
+        self.plane_rows / mma::ROWS * (self.plane_cols / 8)
+    }
+
+    /// Pairs of sums that planes pass on to the first one of their block.
+    fn passed(&self) -> usize {
+        if self.splits > 1 { self.blocks() * self.tiles_of_sums() * 2 * mma::PLANE } else { 0 }
     }
 
     fn shared_bytes(&self, form: Form, parts: Parts) -> usize {
-        2 * (parts.a * self.left(form).len() + parts.b * self.right(form).len()) * mma::CHUNK * 2
+        let chunks = 2 * (parts.a * self.left(form).len() + parts.b * self.right(form).len());
+        chunks * mma::CHUNK * 2 + self.passed() * 2 * size_of::<f32>()
     }
 
     /// The tile of `A`, as it lies in memory.
@@ -96,6 +132,12 @@ impl Tile {
 struct Parts {
     a: usize,
     b: usize,
+}
+
+impl Parts {
+    fn are_whole(self) -> bool {
+        self.a * self.b == 1
+    }
 }
 
 /// Parts of a number of f32.
@@ -228,28 +270,37 @@ fn tensor_kernel<A: Float, B: Float, E: Float, D: Numeric, Y: Numeric, N: Size>(
     let (left, right) = comptime!((tile.left(form), tile.right(form)));
     let mut a_tile = SharedMemory::<Chunk<E>>::new(comptime!(2 * parts.a * left.len()));
     let mut b_tile = SharedMemory::<Chunk<E>>::new(comptime!(2 * parts.b * right.len()));
-    let mut sums = mma::zeros(comptime!(tile.plane_rows / mma::ROWS * (tile.plane_cols / 8)));
-    let a_held = fetch::<A>(a, (row0, 0usize.runtime()), (rows, depth), left, form.a_transposed);
-    let b_held = fetch::<B>(b, (0usize.runtime(), col0), (depth, cols), right, form.b_transposed);
-    put::<A, E>(&mut a_tile, 0usize.runtime(), &a_held, left, parts.a);
-    put::<B, E>(&mut b_tile, 0usize.runtime(), &b_held, right, parts.b);
+    let mut sums = mma::zeros(comptime!(tile.tiles_of_sums()));
+    let mut a_held = Array::<Chunk<A>>::new(left.per_unit());
+    let mut b_held = Array::<Chunk<B>>::new(right.per_unit());
     let mut half = 0usize.runtime();
     let mut k0 = 0usize.runtime();
+    fetch::<A>(&mut a_held, a, (row0, k0), (rows, depth), left, form.a_transposed);
+    fetch::<B>(&mut b_held, b, (k0, col0), (depth, cols), right, form.b_transposed);
+    put::<A, E>(&mut a_tile, half, &a_held, left, parts.a);
+    put::<B, E>(&mut b_tile, half, &b_held, right, parts.b);
+    fetch::<A>(&mut a_held, a, (row0, k0 + tile.depth), (rows, depth), left, form.a_transposed);
+    fetch::<B>(&mut b_held, b, (k0 + tile.depth, col0), (depth, cols), right, form.b_transposed);
     while k0 < depth {
         sync_cube();
-        let next = k0 + tile.depth;
         // Beyond the last terms these are zeros, which nothing reads.
-        let a_held = fetch::<A>(a, (row0, next), (rows, depth), left, form.a_transposed);
-        let b_held = fetch::<B>(b, (next, col0), (depth, cols), right, form.b_transposed);
+        put::<A, E>(&mut a_tile, 1 - half, &a_held, left, parts.a);
+        put::<B, E>(&mut b_tile, 1 - half, &b_held, right, parts.b);
+        let behind = k0 + comptime!(2 * tile.depth);
+        fetch::<A>(&mut a_held, a, (row0, behind), (rows, depth), left, form.a_transposed);
+        fetch::<B>(&mut b_held, b, (behind, col0), (depth, cols), right, form.b_transposed);
         multiply::<E>(&mut sums, &a_tile, &b_tile, half, tile, form, parts);
         half = 1 - half;
-        put::<A, E>(&mut a_tile, half, &a_held, left, parts.a);
-        put::<B, E>(&mut b_tile, half, &b_held, right, parts.b);
-        k0 = next;
+        k0 += tile.depth;
+    }
+    if comptime!(tile.splits > 1) {
+        join(&mut sums, tile);
     }
     let (plane_row, plane_col) = block(tile);
     let (upper, column) = mma::place();
     let tiles_across = comptime!(tile.plane_cols / 8);
+    // The first plane of a block has all of its sums.
+    let rows = if comptime!(tile.splits > 1) { select(part(tile) == 0, rows, 0) } else { rows };
     let width = N::value();
     #[unroll]
     for i in 0..comptime!(tile.plane_rows / 8) {
@@ -298,10 +349,54 @@ fn store<D: Numeric, Y: Numeric, N: Size>(
     out[at / width] = Vector::cast_from(total);
 }
 
+/// Adds up the sums of the planes that share a block, in order, on the first of them.
+#[cube]
+fn join(sums: &mut Sums, #[comptime] tile: Tile) {
+    let mut passed = SharedMemory::<Pair<f32>>::new(comptime!(tile.passed()));
+    let count = comptime!(tile.tiles_of_sums());
+    let of_block = UNIT_POS as usize / comptime!(mma::PLANE * tile.splits) * comptime!(count * 2 * mma::PLANE);
+    let at = of_block + UNIT_POS_PLANE as usize;
+    let own = part(tile);
+    for from in 1..tile.splits {
+        if own == from {
+            #[unroll]
+            for i in 0..count {
+                #[unroll]
+                for row in 0..2usize {
+                    passed[at + comptime!((2 * i + row) * mma::PLANE)] = sums.index(i)[row];
+                }
+            }
+        }
+        sync_cube();
+        if own == 0 {
+            #[unroll]
+            for i in 0..count {
+                #[unroll]
+                for row in 0..2usize {
+                    let total = sums.index(i)[row] + passed[at + comptime!((2 * i + row) * mma::PLANE)];
+                    put_sum(sums.index_mut(i), row, total);
+                }
+            }
+        }
+        sync_cube();
+    }
+}
+
+#[cube]
+fn put_sum(tile: &mut Array<Pair<f32>>, #[comptime] row: usize, pair: Pair<f32>) {
+    tile[row] = pair;
+}
+
+/// Which part of the terms this unit's plane multiplies.
+#[cube]
+fn part(#[comptime] tile: Tile) -> usize {
+    UNIT_POS as usize / mma::PLANE % tile.splits
+}
+
 /// First row and column of the block of this unit's plane.
 #[cube]
 fn block(#[comptime] tile: Tile) -> (usize, usize) {
-    let plane = UNIT_POS as usize / mma::PLANE;
+    let plane = UNIT_POS as usize / comptime!(mma::PLANE * tile.splits);
     let across = comptime!(tile.cols / tile.plane_cols);
     (plane / across * tile.plane_rows, plane % across * tile.plane_cols)
 }
@@ -309,16 +404,16 @@ fn block(#[comptime] tile: Tile) -> (usize, usize) {
 /// What this unit loads of the tile that starts at `from`, row and column, of a matrix of `size`; zeros beyond it.
 #[cube]
 fn fetch<E: Float>(
+    held: &mut Array<Chunk<E>>,
     matrix: &Array<Chunk<E>>,
     from: (usize, usize),
     size: (usize, usize),
     #[comptime] extent: Extent,
     #[comptime] transposed: bool,
-) -> Array<Chunk<E>> {
+) {
     let (line0, at0, lines, len) =
         if comptime!(transposed) { (from.1, from.0, size.1, size.0) } else { (from.0, from.1, size.0, size.1) };
     let (chunk0, chunks) = (at0 / mma::CHUNK, len / mma::CHUNK);
-    let mut held = Array::<Chunk<E>>::new(extent.per_unit());
     #[unroll]
     for i in 0..extent.per_unit() {
         let item = UNIT_POS as usize + comptime!(i * extent.units);
@@ -329,7 +424,6 @@ fn fetch<E: Float>(
         }
         held[i] = value;
     }
-    held
 }
 
 /// Puts what [`fetch`] loaded into one half of shared memory, a tile for each part.
@@ -372,8 +466,10 @@ fn multiply<E: Float>(
 ) {
     let (row, col) = block(tile);
     let (left, right) = comptime!((tile.left(form), tile.right(form)));
+    let steps = comptime!(tile.depth / mma::DEPTH / tile.splits);
     #[unroll]
-    for k in 0..comptime!(tile.depth / mma::DEPTH) {
+    for i in 0..steps {
+        let k = if comptime!(tile.splits > 1) { part(tile) * steps + i } else { i.runtime() };
         #[unroll]
         for part in 0..parts.b {
             let b_line = (half * parts.b + part) * right.lines;
@@ -382,9 +478,9 @@ fn multiply<E: Float>(
             for j in 0..comptime!(tile.plane_cols / mma::COLUMNS) {
                 let column = col + comptime!(j * mma::COLUMNS);
                 let operand = if comptime!(form.b_transposed) {
-                    mma::right_transposed::<E>(b_tile, b_line + column, comptime!(2 * k), comptime!(right.stride()))
+                    mma::right_transposed::<E>(b_tile, b_line + column, 2 * k, comptime!(right.stride()))
                 } else {
-                    let line = b_line + comptime!(k * mma::DEPTH);
+                    let line = b_line + k * mma::DEPTH;
                     mma::right::<E>(b_tile, line, column / mma::CHUNK, comptime!(right.stride()))
                 };
                 across.push(operand.first);
@@ -406,7 +502,7 @@ fn multiply_rows<E: Float>(
     a_tile: &SharedMemory<Chunk<E>>,
     across: &Sequence<Array<Pair<E>>>,
     from: (usize, usize),
-    #[comptime] k: usize,
+    k: usize,
     #[comptime] tile: Tile,
     #[comptime] form: Form,
 ) {
@@ -416,9 +512,9 @@ fn multiply_rows<E: Float>(
     for i in 0..comptime!(tile.plane_rows / mma::ROWS) {
         let row = from.1 + comptime!(i * mma::ROWS);
         let left = if comptime!(form.a_transposed) {
-            mma::left_transposed::<E>(a_tile, from.0 + comptime!(k * mma::DEPTH), row / mma::CHUNK, stride)
+            mma::left_transposed::<E>(a_tile, from.0 + k * mma::DEPTH, row / mma::CHUNK, stride)
         } else {
-            mma::left::<E>(a_tile, from.0 + row, comptime!(2 * k), stride)
+            mma::left::<E>(a_tile, from.0 + row, 2 * k, stride)
         };
         #[unroll]
         for j in 0..tiles_across {

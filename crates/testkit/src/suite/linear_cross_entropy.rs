@@ -299,7 +299,9 @@ fn holds_no_matrix_of_logits(device: &Device, case: &Case) -> Checked {
         let floor = Floor::Cancelling { dtype: DType::F32, magnitude };
         check_tensor(case, name, tensor, Expected { exact, naive: exact, floor })
     };
-    near("loss", &results.loss, &[(vocab_size as f64).ln()], (vocab_size as f64).ln())?;
+    let loss = (vocab_size as f64).ln();
+    // Partial sums of thousands of equal losses all round the same way.
+    near("loss", &results.loss, &[loss], 4.0 * loss)?;
     let dx = results.dx.ok_or_else(|| case.hazard("gives no dx where it is wanted"))?;
     expect::holds(case, "dx is 0", data::read(&dx)?.iter().all(|&value| value == 0.0))?;
     let mut sums = vec![values.iter().sum::<f64>() / vocab_size as f64; vocab_size];
