@@ -155,22 +155,36 @@ impl<'a, R: Runtime> Launch<'a, R> {
         Ok(CubeCount::Static(x as u32, y as u32, z as u32))
     }
 
-    /// Units of a cube that shares `work` items: 16, 64 or 256, whichever first covers them, within the device's limit and not
+    /// Units of a cube that shares `work` items: 16, 64, 128 or 256, whichever first covers them, within the device's limit and not
     /// less than a plane. Always a power of two. Few sizes, because a kernel is compiled anew for each.
     pub fn units_for(&self, work: usize) -> usize {
+        let most = self.most_units().min(256);
         let hardware = &self.client().properties().hardware;
-        let most = (hardware.max_units_per_cube.min(hardware.max_cube_dim.0) as usize).min(256);
-        let most = if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 };
         let least = (hardware.plane_size_min.max(1) as usize).next_power_of_two().min(most);
-        let units = [16, 64].into_iter().find(|&units| work <= units).unwrap_or(256);
+        let units = [16, 64, 128].into_iter().find(|&units| work <= units).unwrap_or(256);
         units.clamp(least, most)
+    }
+
+    /// The greatest power of two among the sizes of a cube of one dimension.
+    fn most_units(&self) -> usize {
+        let hardware = &self.client().properties().hardware;
+        let most = hardware.max_units_per_cube.min(hardware.max_cube_dim.0) as usize;
+        if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 }
+    }
+
+    /// [`Launch::units_for`] the work of each of so many rows, or more units where those of few rows, though each has much work,
+    /// would not have enough loads under way for the device's memory.
+    fn units_for_rows(&self, rows: usize, work: usize) -> usize {
+        let processors = self.client().properties().hardware.num_streaming_multiprocessors.unwrap_or(0) as usize;
+        let are_few = rows < 8 * processors && work >= 8192;
+        if are_few { self.most_units().min(1024) } else { self.units_for(work) }
     }
 
     /// One cube per row of `work` items: row `CUBE_POS`. In two dimensions where one does not hold them all, so that there may be
     /// cubes without a row. (Cubes that walk over rows would be fewer, but a loop around the barriers of a row doubles the time
     /// that a software device compiles.)
     pub fn rows(&self, rows: usize, work: usize) -> RowGrid {
-        let units = self.units_for(work);
+        let units = self.units_for_rows(rows, work);
         let most = self.client().properties().hardware.max_cube_count.0 as usize;
         let lines = rows.div_ceil(most).max(1);
         let count = CubeCount::Static(rows.div_ceil(lines).max(1) as u32, lines as u32, 1);

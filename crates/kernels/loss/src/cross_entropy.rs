@@ -108,7 +108,7 @@ pub fn forward<R: Runtime, E: Float>(
     if tokens == 0 || vocab_size == 0 {
         return Ok(());
     }
-    let width = launch.vector_width::<f32>(vocab_size);
+    let width = launch.vector_width::<E>(vocab_size);
     let grid = launch.rows(tokens, vocab_size / width);
     launch.cube(grid.dim, 4 * cube_reduce_bytes(grid.units))?;
     unchecked!(forward_kernel::launch_unchecked::<E, R>(
@@ -243,7 +243,7 @@ pub fn backward<R: Runtime, E: Float>(
     if tokens == 0 || vocab_size == 0 {
         return Ok(());
     }
-    let width = launch.vector_width::<f32>(vocab_size);
+    let width = launch.vector_width::<E>(vocab_size);
     let grid = launch.rows(tokens, vocab_size / width);
     launch.cube(grid.dim, 0)?;
     unchecked!(backward_kernel::launch_unchecked::<E, R>(
@@ -279,7 +279,7 @@ pub fn backward_into<R: Runtime, E: Float, D: Float>(
     if tokens == 0 || vocab_size == 0 {
         return Ok(());
     }
-    let width = launch.vector_width::<f32>(vocab_size);
+    let width = launch.vector_width::<E>(vocab_size);
     let grid = launch.rows(tokens, vocab_size / width);
     launch.cube(grid.dim, 0)?;
     unchecked!(backward_into_kernel::launch_unchecked::<E, D, R>(
