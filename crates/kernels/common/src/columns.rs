@@ -9,9 +9,13 @@ use cubecl::{prelude::*, server::Handle};
 use crate::{Launch, LaunchError};
 
 /// Blocks of rows, at most.
-const MAX_PARTS: usize = 64;
+const MAX_PARTS: usize = 128;
 /// Rows of a block, at least.
 const MIN_PART_ROWS: usize = 16;
+/// Units of a cube, at most: small cubes are spread over a device more evenly.
+const UNITS: usize = 64;
+/// Partial sums that a unit reads before it adds them, so that it waits for memory less often.
+const LOADS: usize = 16;
 
 /// Blocks that this many rows are summed in: the partial sums are f32 `[parts, columns]`.
 pub fn column_parts(rows: usize) -> usize {
@@ -35,7 +39,7 @@ impl<R: Runtime> Launch<'_, R> {
     /// # Errors
     /// [`LaunchError::Limit`] if the grid exceeds the device's.
     pub fn columns(&self, rows: usize, columns: usize) -> Result<ColumnGrid, LaunchError> {
-        let (parts, units) = (column_parts(rows), self.units_for(columns));
+        let (parts, units) = (column_parts(rows), self.units_for(columns.min(UNITS)));
         let dim = CubeDim::new_1d(units as u32);
         self.cube(dim, 0)?;
         let count = self.cubes(columns.div_ceil(units), parts, 1)?;
@@ -54,7 +58,7 @@ pub fn fold_columns<R: Runtime>(
     partial: &Handle,
     (arg, out): (&'static str, &Handle),
 ) -> Result<(), LaunchError> {
-    let (parts, units) = (column_parts(rows), launch.units_for(columns));
+    let (parts, units) = (column_parts(rows), launch.units_for(columns.min(UNITS)));
     unchecked!(fold_columns_kernel::launch_unchecked::<R>(
         launch.client(),
         launch.cubes(columns.div_ceil(units), 1, 1)?,
@@ -71,11 +75,22 @@ pub fn fold_columns<R: Runtime>(
 #[cube(launch_unchecked)]
 fn fold_columns_kernel(partial: &Array<f32>, out: &mut Array<f32>, parts: u32, columns: u32) {
     let column = ABSOLUTE_POS_X as usize;
-    let columns = columns as usize;
+    let (parts, columns) = (parts as usize, columns as usize);
     if column < columns {
         let mut total = 0.0f32;
-        for part in 0..parts as usize {
-            total += partial[part * columns + column];
+        let mut first = 0usize;
+        while first < parts {
+            let mut values = Array::<f32>::new(LOADS);
+            #[unroll]
+            for i in 0..LOADS {
+                let part = min(first + i, parts - 1);
+                values[i] = partial[part * columns + column];
+            }
+            #[unroll]
+            for i in 0..LOADS {
+                total += select(first + i < parts, values[i], 0.0);
+            }
+            first += LOADS;
         }
         out[column] += total;
     }

@@ -9,7 +9,7 @@
 use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{Launch, LaunchError};
 
-use crate::rows;
+use crate::{parameters, rows};
 
 /// Sizes and constants of one normalisation.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -115,8 +115,8 @@ pub struct Gradient<'a> {
 }
 
 impl<'a> Gradient<'a> {
-    fn of_rows(self) -> rows::Gradient<'a> {
-        rows::Gradient { workspace: self.workspace, total: self.total }
+    fn of_rows(self) -> parameters::Gradient<'a> {
+        parameters::Gradient { workspace: self.workspace, total: self.total }
     }
 }
 
@@ -146,6 +146,10 @@ pub fn parameter_gradients<R: Runtime, E: Float>(
 ) -> Result<(), LaunchError> {
     let ParameterGradients { dout, sum, statistics, dweight, dbias } = args;
     let (dweight, dbias) = (dweight.map(Gradient::of_rows), dbias.map(Gradient::of_rows));
-    let args = rows::ParameterGradients { dout, sum, statistics: statistics.of_rows(), dweight, dbias };
-    rows::parameter_gradients::<R, E>(&Launch::new(client, "layer_norm_parameter_gradients"), shape.of_rows(), args)
+    let args = parameters::ParameterGradients { dout, sum, statistics: statistics.of_rows(), dweight, dbias };
+    parameters::parameter_gradients::<R, E>(
+        &Launch::new(client, "layer_norm_parameter_gradients"),
+        shape.of_rows(),
+        args,
+    )
 }

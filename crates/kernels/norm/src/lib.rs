@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod layer_norm;
+mod parameters;
 pub mod rms_norm;
 mod rows;
 

@@ -9,7 +9,10 @@
 use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{Launch, LaunchError};
 
-use crate::rows::{self, Gradient, ParameterGradients, Statistics};
+use crate::{
+    parameters::{self, Gradient, ParameterGradients},
+    rows::{self, Statistics},
+};
 
 /// Sizes and constants of one normalisation.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -118,5 +121,5 @@ pub fn weight_gradient<R: Runtime, E: Float>(
     let WeightGradient { dout, sum, rstd, workspace, dweight } = args;
     let (statistics, dweight) = (Statistics { rstd, mean: None }, Some(Gradient { workspace, total: dweight }));
     let args = ParameterGradients { dout, sum, statistics, dweight, dbias: None };
-    rows::parameter_gradients::<R, E>(&Launch::new(client, "rms_norm_weight_gradient"), shape.of_rows(), args)
+    parameters::parameter_gradients::<R, E>(&Launch::new(client, "rms_norm_weight_gradient"), shape.of_rows(), args)
 }

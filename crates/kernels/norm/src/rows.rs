@@ -1,15 +1,13 @@
 //! Rows that are divided by their size, after their mean is taken from them where they are centred: what RMSNorm and LayerNorm
 //! have in common.
 //!
-//! Work: one cube per row, units stride the columns. Traffic: the row is read twice, three times where it is centred (all but the
-//! first time from cache), and the result is written once.
+//! Work: one cube per row, units stride the columns. Traffic: the row is read once and kept in registers, or where it is too long
+//! for that once more in each pass (two, or three where it is centred; all but the first time from cache); the result is written
+//! once.
 //! Numerics: sums are f32 for every element type. The variance is that of the differences from the mean, which squares would lose.
-//! Gradients of parameters are fixed-order sums over blocks of rows, no float atomics: the same bits on every run.
 
 use cubecl::{prelude::*, server::Handle};
-use unsloth_common::{
-    Launch, LaunchError, column_parts, cube_reduce_bytes, cube_sum, fold_columns, unchecked, vector_sum,
-};
+use unsloth_common::{Launch, LaunchError, cube_reduce_bytes, cube_sum, unchecked, vector_sum};
 
 /// Sizes and constants of one normalisation.
 #[derive(Clone, Copy)]
@@ -21,16 +19,14 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.rows == 0 || self.hidden_size == 0
     }
 }
 
 /// Places of the statistics in the sequence of them that a kernel is given.
-const RSTD: usize = 0;
+pub(crate) const RSTD: usize = 0;
 const MEAN: usize = 1;
-/// Place of the weight's sums, before those of the bias.
-const WEIGHT: usize = 0;
 
 /// One f32 per row.
 #[derive(Clone, Copy)]
@@ -42,7 +38,7 @@ pub(crate) struct Statistics<'a> {
 
 impl Statistics<'_> {
     /// `rstd`, then `mean`.
-    fn arrays<R: Runtime>(
+    pub(crate) fn arrays<R: Runtime>(
         &self,
         launch: &Launch<'_, R>,
         rows: usize,
@@ -84,7 +80,7 @@ pub(crate) fn forward<R: Runtime, E: Float, W: Float>(
     let bias = args.bias.map(|bias| launch.vectors::<W>("bias", bias, hidden_size, width)).transpose()?;
     let out = launch.vectors::<E>("out", args.out, len, width)?;
     let statistics = args.statistics.arrays(launch, rows)?;
-    let (units, rows) = (grid.units, rows as u32);
+    let (form, rows) = (Form::new(centred, grid.units, (hidden_size / width, width, 1)), rows as u32);
     match args.residual {
         None => unchecked!(forward_kernel::launch_unchecked::<E, W, R>(
             client,
@@ -100,8 +96,7 @@ pub(crate) fn forward<R: Runtime, E: Float, W: Float>(
             cols,
             eps,
             weight_offset,
-            centred,
-            units,
+            form,
         )),
         Some(residual) => {
             let residual = launch.vectors::<E>("residual", residual, len, width)?;
@@ -120,24 +115,74 @@ pub(crate) fn forward<R: Runtime, E: Float, W: Float>(
                 cols,
                 eps,
                 weight_offset,
-                centred,
-                units,
+                form,
             ));
         }
     }
     Ok(())
 }
 
+/// What changes the code of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Form {
+    /// Whether a mean is taken from rows.
+    centred: bool,
+    /// Units of a cube. Of a row, a unit has vectors `UNIT_POS`, `UNIT_POS + units`, ...
+    units: usize,
+    /// How many those are at most where a unit keeps them in registers from one pass to the next; 0 where it reads them again.
+    held: usize,
+}
+
+/// A unit keeps no more vectors: a software device takes long to compile loops that are unrolled.
+const MOST_HELD: usize = 4;
+/// Nor more elements, so that others find registers too.
+const MOST_ELEMENTS: usize = 16;
+
+impl Form {
+    /// For rows of `cols` vectors of `width`, of which units keep `matrices`.
+    fn new(centred: bool, units: usize, (cols, width, matrices): (usize, usize, usize)) -> Self {
+        let each = cols.div_ceil(units);
+        let fits = each <= MOST_HELD && matrices * each * width <= MOST_ELEMENTS;
+        Self { centred, units, held: if fits { each } else { 0 } }
+    }
+}
+
+/// Vectors of a row that each unit goes through. The last of them may lie beyond the row's end.
+#[cube]
+fn each(cols: usize, #[comptime] form: Form) -> usize {
+    if comptime!(form.held > 0) { usize::new(comptime!(form.held as i64)) } else { cols.div_ceil(form.units) }
+}
+
+/// Registers for what a unit keeps of a row.
+#[cube]
+fn registers<E: Float, N: Size>(#[comptime] form: Form) -> Array<Vector<E, N>> {
+    Array::<Vector<E, N>>::new(comptime!(form.held.max(1)))
+}
+
+/// This unit's `step`-th vector of a row, which has been read before and is at `at` in memory.
+#[cube]
+fn again<E: Float, N: Size>(
+    kept: &Array<Vector<E, N>>,
+    memory: &Slice<Vector<E, N>>,
+    step: usize,
+    at: usize,
+    #[comptime] form: Form,
+) -> Vector<E, N> {
+    if comptime!(form.held > 0) { kept[step] } else { memory[at] }
+}
+
 /// What the first pass over a row sums: elements whose mean is wanted, or their squares.
 #[cube]
-fn first_term<N: Size>(value: Vector<f32, N>, #[comptime] centred: bool) -> Vector<f32, N> {
-    if comptime!(centred) { value } else { value * value }
+fn first_term<E: Float, N: Size>(value: Vector<E, N>, #[comptime] form: Form) -> Vector<f32, N> {
+    let value = Vector::<f32, N>::cast_from(value);
+    if comptime!(form.centred) { value } else { value * value }
 }
 
 /// Writes `out` and the statistics of one row, of whose first sum this unit has a part.
 #[cube]
 fn write_row<E: Float, W: Float, N: Size>(
     x: &Slice<Vector<E, N>>,
+    kept: &Array<Vector<E, N>>,
     weight: &Array<Vector<W, N>>,
     bias: &ComptimeOption<Array<Vector<W, N>>>,
     out: &mut Array<Vector<E, N>>,
@@ -147,42 +192,47 @@ fn write_row<E: Float, W: Float, N: Size>(
     cols: usize,
     eps: f32,
     weight_offset: f32,
-    #[comptime] centred: bool,
-    #[comptime] units: usize,
+    #[comptime] form: Form,
 ) {
     let width = N::value();
+    let units = comptime!(form.units);
     let hidden = f32::cast_from(cols as u32) * comptime!(width as f32);
     let first = cube_sum(vector_sum::<N>(part), units) / hidden;
     let mut mean = 0.0f32;
     let mut square = first;
-    if comptime!(centred) {
+    if comptime!(form.centred) {
         mean = first;
         let mut squares = Vector::<f32, N>::new(0.0);
-        let mut i = UNIT_POS as usize;
-        while i < cols {
-            let value = Vector::<f32, N>::cast_from(x[row * cols + i]) - Vector::new(mean);
-            squares += value * value;
-            i += units;
+        #[unroll(form.held > 0)]
+        for step in 0..each(cols, form) {
+            let i = UNIT_POS as usize + step * units;
+            if i < cols {
+                let value = centre::<E, N>(again::<E, N>(kept, x, step, row * cols + i, form), mean, form);
+                squares += value * value;
+            }
         }
         square = cube_sum(vector_sum::<N>(squares), units) / hidden;
     }
     let r = f32::inverse_sqrt(square + eps);
-    let mut i = UNIT_POS as usize;
-    while i < cols {
-        let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
-        let scaled = centre::<E, N>(x[row * cols + i], mean, centred) * Vector::new(r) * w;
-        #[comptime]
-        let shifted = match bias {
-            ComptimeOption::Some(bias) => scaled + Vector::<f32, N>::cast_from(bias[i]),
-            ComptimeOption::None => scaled,
-        };
-        out[row * cols + i] = Vector::cast_from(shifted);
-        i += units;
+    #[unroll(form.held > 0)]
+    for step in 0..each(cols, form) {
+        let i = UNIT_POS as usize + step * units;
+        if i < cols {
+            let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
+            let value = again::<E, N>(kept, x, step, row * cols + i, form);
+            let scaled = centre::<E, N>(value, mean, form) * Vector::new(r) * w;
+            #[comptime]
+            let shifted = match bias {
+                ComptimeOption::Some(bias) => scaled + Vector::<f32, N>::cast_from(bias[i]),
+                ComptimeOption::None => scaled,
+            };
+            out[row * cols + i] = Vector::cast_from(shifted);
+        }
     }
     if UNIT_POS == 0 {
         let rstds = statistics.index_mut(RSTD);
         rstds[row] = r;
-        if comptime!(centred) {
+        if comptime!(form.centred) {
             let means = statistics.index_mut(MEAN);
             means[row] = mean;
         }
@@ -190,9 +240,9 @@ fn write_row<E: Float, W: Float, N: Size>(
 }
 
 #[cube]
-fn centre<E: Float, N: Size>(value: Vector<E, N>, mean: f32, #[comptime] centred: bool) -> Vector<f32, N> {
+fn centre<E: Float, N: Size>(value: Vector<E, N>, mean: f32, #[comptime] form: Form) -> Vector<f32, N> {
     let value = Vector::<f32, N>::cast_from(value);
-    if comptime!(centred) { value - Vector::new(mean) } else { value }
+    if comptime!(form.centred) { value - Vector::new(mean) } else { value }
 }
 
 /// Grid: cube = row, units stride the columns.
@@ -207,20 +257,26 @@ fn forward_kernel<E: Float, W: Float, N: Size>(
     cols: u32,
     eps: f32,
     weight_offset: f32,
-    #[comptime] centred: bool,
-    #[comptime] units: usize,
+    #[comptime] form: Form,
 ) {
     let cols = cols as usize;
     let row = CUBE_POS;
     if row < rows as usize {
+        let mut kept = registers::<E, N>(form);
         let mut part = Vector::<f32, N>::new(0.0);
-        let mut i = UNIT_POS as usize;
-        while i < cols {
-            part += first_term::<N>(Vector::cast_from(x[row * cols + i]), centred);
-            i += units;
+        #[unroll(form.held > 0)]
+        for step in 0..each(cols, form) {
+            let i = UNIT_POS as usize + step * form.units;
+            if i < cols {
+                let value = x[row * cols + i];
+                part += first_term::<E, N>(value, form);
+                if comptime!(form.held > 0) {
+                    kept[step] = value;
+                }
+            }
         }
         let x = x.to_slice();
-        write_row::<E, W, N>(&x, weight, bias, out, statistics, part, row, cols, eps, weight_offset, centred, units);
+        write_row::<E, W, N>(&x, &kept, weight, bias, out, statistics, part, row, cols, eps, weight_offset, form);
     }
 }
 
@@ -237,23 +293,30 @@ fn add_forward_kernel<E: Float, W: Float, N: Size>(
     cols: u32,
     eps: f32,
     weight_offset: f32,
-    #[comptime] centred: bool,
-    #[comptime] units: usize,
+    #[comptime] form: Form,
 ) {
     let cols = cols as usize;
     let row = CUBE_POS;
     if row < rows as usize {
+        let mut kept = registers::<E, N>(form);
         let mut part = Vector::<f32, N>::new(0.0);
-        let mut i = UNIT_POS as usize;
-        while i < cols {
-            let at = row * cols + i;
-            let sum = Vector::<f32, N>::cast_from(x[at]) + Vector::<f32, N>::cast_from(residual[at]);
-            x[at] = Vector::cast_from(sum);
-            part += first_term::<N>(Vector::cast_from(x[at]), centred);
-            i += units;
+        #[unroll(form.held > 0)]
+        for step in 0..each(cols, form) {
+            let i = UNIT_POS as usize + step * form.units;
+            if i < cols {
+                let at = row * cols + i;
+                let sum = Vector::<f32, N>::cast_from(x[at]) + Vector::<f32, N>::cast_from(residual[at]);
+                // What is normalised is the sum that backward reads.
+                let rounded = Vector::<E, N>::cast_from(sum);
+                x[at] = rounded;
+                part += first_term::<E, N>(rounded, form);
+                if comptime!(form.held > 0) {
+                    kept[step] = rounded;
+                }
+            }
         }
         let x = x.to_slice();
-        write_row::<E, W, N>(&x, weight, bias, out, statistics, part, row, cols, eps, weight_offset, centred, units);
+        write_row::<E, W, N>(&x, &kept, weight, bias, out, statistics, part, row, cols, eps, weight_offset, form);
     }
 }
 
@@ -297,15 +360,14 @@ pub(crate) fn backward<R: Runtime, E: Float, W: Float>(
         (hidden_size / width) as u32,
         weight_offset,
         args.dsum.is_some(),
-        centred,
-        grid.units,
+        Form::new(centred, grid.units, (hidden_size / width, width, 2)),
     ));
     Ok(())
 }
 
 /// `mean` of a row, 0 where it is not centred.
 #[cube]
-fn mean_of(statistics: &Sequence<Array<f32>>, row: usize, #[comptime] centred: bool) -> f32 {
+pub(crate) fn mean_of(statistics: &Sequence<Array<f32>>, row: usize, #[comptime] centred: bool) -> f32 {
     let mut mean = 0.0f32;
     if comptime!(centred) {
         mean = statistics.index(MEAN)[row];
@@ -325,27 +387,36 @@ fn backward_kernel<E: Float, W: Float, N: Size>(
     cols: u32,
     weight_offset: f32,
     #[comptime] has_dsum: bool,
-    #[comptime] centred: bool,
-    #[comptime] units: usize,
+    #[comptime] form: Form,
 ) {
     let width = N::value();
+    let units = comptime!(form.units);
     let cols = cols as usize;
     let row = CUBE_POS;
     if row < rows as usize {
-        let mean = mean_of(statistics, row, centred);
+        let mean = mean_of(statistics, row, form.centred);
         let hidden = f32::cast_from(cols as u32) * comptime!(width as f32);
+        let mut kept_dout = registers::<E, N>(form);
+        let mut kept_sum = registers::<E, N>(form);
         let mut products = Vector::<f32, N>::new(0.0);
         let mut gradients = Vector::<f32, N>::new(0.0);
-        let mut i = UNIT_POS as usize;
-        while i < cols {
-            let at = row * cols + i;
-            let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
-            let g = Vector::<f32, N>::cast_from(dout[at]) * w;
-            products += g * centre::<E, N>(sum[at], mean, centred);
-            if comptime!(centred) {
-                gradients += g;
+        #[unroll(form.held > 0)]
+        for step in 0..each(cols, form) {
+            let i = UNIT_POS as usize + step * units;
+            if i < cols {
+                let at = row * cols + i;
+                let (of_dout, of_sum) = (dout[at], sum[at]);
+                let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
+                let g = Vector::<f32, N>::cast_from(of_dout) * w;
+                products += g * centre::<E, N>(of_sum, mean, form);
+                if comptime!(form.centred) {
+                    gradients += g;
+                }
+                if comptime!(form.held > 0) {
+                    kept_dout[step] = of_dout;
+                    kept_sum[step] = of_sum;
+                }
             }
-            i += units;
         }
         // mean(g * xhat) * rstd, with xhat = (sum - mean) * rstd
         let product = cube_sum(vector_sum::<N>(products), units);
@@ -353,129 +424,27 @@ fn backward_kernel<E: Float, W: Float, N: Size>(
         let r = statistics.index(RSTD)[row];
         let shrink = product * r * r / hidden;
         let mut mean_gradient = 0.0f32;
-        if comptime!(centred) {
+        if comptime!(form.centred) {
             mean_gradient = cube_sum(vector_sum::<N>(gradients), units) / hidden;
         }
-        let mut i = UNIT_POS as usize;
-        while i < cols {
-            let at = row * cols + i;
-            let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
-            let mut g = Vector::<f32, N>::cast_from(dout[at]) * w;
-            if comptime!(centred) {
-                g -= Vector::new(mean_gradient);
+        #[unroll(form.held > 0)]
+        for step in 0..each(cols, form) {
+            let i = UNIT_POS as usize + step * units;
+            if i < cols {
+                let at = row * cols + i;
+                let of_dout = again::<E, N>(&kept_dout, &dout.to_slice(), step, at, form);
+                let of_sum = again::<E, N>(&kept_sum, &sum.to_slice(), step, at, form);
+                let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
+                let mut g = Vector::<f32, N>::cast_from(of_dout) * w;
+                if comptime!(form.centred) {
+                    g -= Vector::new(mean_gradient);
+                }
+                let mut dx = (g - centre::<E, N>(of_sum, mean, form) * Vector::new(shrink)) * Vector::new(r);
+                if comptime!(has_dsum) {
+                    dx += Vector::<f32, N>::cast_from(dsum[at]);
+                }
+                dout[at] = Vector::cast_from(dx);
             }
-            let mut dx = (g - centre::<E, N>(sum[at], mean, centred) * Vector::new(shrink)) * Vector::new(r);
-            if comptime!(has_dsum) {
-                dx += Vector::<f32, N>::cast_from(dsum[at]);
-            }
-            dout[at] = Vector::cast_from(dx);
-            i += units;
-        }
-    }
-}
-
-/// Where the gradient of a parameter goes.
-#[derive(Clone, Copy)]
-pub(crate) struct Gradient<'a> {
-    /// f32 `[column_parts(rows), hidden_size]`, overwritten.
-    pub(crate) workspace: &'a Handle,
-    /// f32 `[hidden_size]`, added to.
-    pub(crate) total: &'a Handle,
-}
-
-/// Buffers of the parameters' gradients.
-#[derive(Clone, Copy)]
-pub(crate) struct ParameterGradients<'a> {
-    pub(crate) dout: &'a Handle,
-    pub(crate) sum: &'a Handle,
-    pub(crate) statistics: Statistics<'a>,
-    pub(crate) dweight: Option<Gradient<'a>>,
-    pub(crate) dbias: Option<Gradient<'a>>,
-}
-
-pub(crate) fn parameter_gradients<R: Runtime, E: Float>(
-    launch: &Launch<'_, R>,
-    shape: Shape,
-    args: ParameterGradients<'_>,
-) -> Result<(), LaunchError> {
-    launch.element::<E>()?;
-    let Shape { rows, hidden_size, .. } = shape;
-    let wanted = [("dweight", args.dweight), ("dbias", args.dbias)];
-    let wanted: Vec<_> = wanted.into_iter().filter_map(|(arg, gradient)| Some((arg, gradient?))).collect();
-    if shape.is_empty() || wanted.is_empty() {
-        return Ok(());
-    }
-    let (len, parts) = (rows * hidden_size, column_parts(rows) * hidden_size);
-    let grid = launch.columns(rows, hidden_size)?;
-    let partial = wanted.iter().map(|(_, gradient)| launch.array::<f32>("workspace", gradient.workspace, parts));
-    unchecked!(partial_kernel::launch_unchecked::<E, R>(
-        launch.client(),
-        grid.count,
-        grid.dim,
-        launch.array::<E>("dout", args.dout, len)?,
-        launch.array::<E>("sum", args.sum, len)?,
-        args.statistics.arrays(launch, rows)?,
-        partial.collect::<Result<SequenceArg<R, _>, _>>()?,
-        rows as u32,
-        hidden_size as u32,
-        grid.part_rows,
-        Sums { centred: args.statistics.mean.is_some(), weight: args.dweight.is_some(), bias: args.dbias.is_some() },
-    ));
-    let fold = |(arg, gradient): (_, Gradient<'_>)| {
-        fold_columns(launch, (rows, hidden_size), gradient.workspace, (arg, gradient.total))
-    };
-    wanted.into_iter().try_for_each(fold)
-}
-
-/// What [`partial_kernel`] sums.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Sums {
-    centred: bool,
-    weight: bool,
-    bias: bool,
-}
-
-/// Grid: x = block of columns, y = block of rows; unit = column. The weight's sums come first.
-#[cube(launch_unchecked)]
-fn partial_kernel<E: Float>(
-    dout: &Array<E>,
-    sum: &Array<E>,
-    statistics: &Sequence<Array<f32>>,
-    partial: &mut Sequence<Array<f32>>,
-    rows: u32,
-    cols: u32,
-    part_rows: u32,
-    #[comptime] sums: Sums,
-) {
-    let column = ABSOLUTE_POS_X as usize;
-    let (rows, cols, part_rows) = (rows as usize, cols as usize, part_rows as usize);
-    let part = CUBE_POS_Y as usize;
-    if column < cols {
-        let mut of_weight = 0.0f32;
-        let mut of_bias = 0.0f32;
-        let mut row = part * part_rows;
-        let end = min(row + part_rows, rows);
-        while row < end {
-            let at = row * cols + column;
-            let gradient = f32::cast_from(dout[at]);
-            if comptime!(sums.weight) {
-                let mean = mean_of(statistics, row, sums.centred);
-                of_weight += gradient * (f32::cast_from(sum[at]) - mean) * statistics.index(RSTD)[row];
-            }
-            if comptime!(sums.bias) {
-                of_bias += gradient;
-            }
-            row += 1;
-        }
-        let at = part * cols + column;
-        if comptime!(sums.weight) {
-            let weights = partial.index_mut(WEIGHT);
-            weights[at] = of_weight;
-        }
-        if comptime!(sums.bias) {
-            let place = comptime!(usize::from(sums.weight));
-            let biases = partial.index_mut(place);
-            biases[at] = of_bias;
         }
     }
 }

@@ -1,4 +1,4 @@
-//! LayerNorm: hidden sizes of real models and of a head, and an odd one.
+//! LayerNorm: hidden sizes as for RMSNorm.
 
 use unsloth_core::{
     DType, Result,
@@ -7,7 +7,7 @@ use unsloth_core::{
 
 use super::{Caller, dtype_pairs};
 
-const HIDDEN_SIZES: [usize; 3] = [4096, 128, 65];
+const HIDDEN_SIZES: [usize; 5] = [12_288, 4096, 2048, 128, 65];
 const ROWS: usize = 512;
 const EPS: f32 = 1e-5;
 

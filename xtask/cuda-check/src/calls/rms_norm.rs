@@ -1,10 +1,10 @@
-//! RMSNorm: hidden sizes of real models and of a head, and an odd one.
+//! RMSNorm: hidden sizes of real models, which units keep in registers or not, of a head, and an odd one.
 
 use unsloth_core::{DType, Result, ops::rms_norm};
 
 use super::{Caller, dtype_pairs};
 
-const HIDDEN_SIZES: [usize; 3] = [4096, 128, 65];
+const HIDDEN_SIZES: [usize; 5] = [12_288, 4096, 2048, 128, 65];
 const ROWS: usize = 512;
 const EPS: f32 = 1e-5;
 
