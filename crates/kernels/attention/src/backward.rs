@@ -11,7 +11,7 @@ use unsloth_common::{Launch, LaunchError, math::quick_exp, unchecked};
 use crate::{
     block::{
         Form, Problem, Scoring, Seen, Sizes, accumulate, filled, horizontal_sum, load, place, problem, products,
-        put_products, score, store, zeros,
+        put_products, store, zeros,
     },
     shape::Shape,
     tensor,
@@ -204,12 +204,16 @@ pub(crate) fn pair(
     #[comptime] capped: bool,
     #[comptime] quick: bool,
 ) -> (f32, f32) {
-    let s = score(product, scoring, capped);
+    let mut s = product * scoring.scale;
+    let mut part = 0.0f32;
+    if comptime!(capped) {
+        part = f32::tanh(s / scoring.softcap);
+        s = scoring.softcap * part;
+    }
     let exponential = if comptime!(quick) { quick_exp(s - lse) } else { f32::exp(s - lse) };
     let p = select(seen, exponential, 0.0);
     let mut slope = p;
     if comptime!(capped) {
-        let part = s / scoring.softcap;
         slope *= 1.0 - part * part;
     }
     (p, slope)
