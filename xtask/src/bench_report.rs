@@ -182,7 +182,7 @@ fn programs(results: &Value, runs: &[Value]) -> Result<String> {
     for (program, command) in results["commands"].as_object().context("`commands` must be an object")? {
         writeln!(table, "- {program}: `{}`", command.as_str().context("a command must be text")?)?;
     }
-    table.push_str("\n| model | type | program | seconds (each round) | tokens/s | peak resident MB |\n|---|---|---|---|---|---|\n");
+    table.push_str("\n| model | type | program | seconds (each round) | tokens/s | peak memory, MB |\n|---|---|---|---|---|---|\n");
     for run in runs {
         let list = |field: &str| -> Result<String> {
             let values = run[field].as_array().with_context(|| format!("`{field}` must be a list"))?;
