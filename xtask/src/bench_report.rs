@@ -97,6 +97,9 @@ fn timings(report: &Value, entries: &[Value]) -> Result<String> {
     if let Some(commit) = report["commit"].as_str() {
         write!(table, ", commit {}", commit.get(..12).unwrap_or(commit))?;
     }
+    if let Some(note) = report["note"].as_str() {
+        write!(table, ". {}", note.trim_end_matches('.'))?;
+    }
     table.push_str(".\n\n| limit | threads | rate | measured by |\n|---|---|---|---|\n");
     let mut main = 1;
     for limits in report["limits"].as_array().context("`limits` must be a list")? {
@@ -182,7 +185,9 @@ fn programs(results: &Value, runs: &[Value]) -> Result<String> {
     for (program, command) in results["commands"].as_object().context("`commands` must be an object")? {
         writeln!(table, "- {program}: `{}`", command.as_str().context("a command must be text")?)?;
     }
-    table.push_str("\n| model | type | program | seconds (each round) | tokens/s | peak memory, MB |\n|---|---|---|---|---|---|\n");
+    table.push_str(
+        "\n| model | type | program | seconds (each round) | tokens/s | peak memory, MB |\n|---|---|---|---|---|---|\n",
+    );
     for run in runs {
         let list = |field: &str| -> Result<String> {
             let values = run[field].as_array().with_context(|| format!("`{field}` must be a list"))?;
@@ -205,7 +210,7 @@ mod tests {
         {"suite": "glu", "passed": true, "not_run": null, "failure": null, "seconds": 1.0},
         {"suite": "rope", "passed": false, "not_run": "no card", "failure": null, "seconds": 1.0},
         {"suite": "linear", "passed": false, "not_run": null, "failure": "wrong", "seconds": 1.0}]}"#;
-    const BENCH: &str = r#"{"version": 1, "command": "cargo xtask bench --quick", "commit": "0123456789abcdef",
+    const BENCH: &str = r#"{"version": 1, "note": "Typed off.", "command": "cargo xtask bench --quick", "commit": "0123456789abcdef",
         "machine": {"model": "a processor"}, "limits": [{"threads": 2,
             "f32_flops": {"per_second": 2e11, "by": "FMA"}, "bf16_flops": null,
             "read_bytes": {"per_second": 2e10, "by": "sums"}, "copy_bytes": {"per_second": 1e10, "by": "copies"}}],
@@ -237,7 +242,7 @@ mod tests {
         for part in [
             row,
             "| small | f32 | ours | 1.5 | 700 | 445 |",
-            "0123456789ab",
+            "0123456789ab. Typed off.\n",
             "200.0 GFLOP/s",
             "The end.",
             "in f32, f16: 1 of 3 passed",
