@@ -56,7 +56,7 @@ pub fn norms<R: Runtime, W: Float>(
         return Ok(());
     }
     // Wider vectors of all rows would take half of the units' registers.
-    let width = launch.vector_width::<f32>(in_features).min(4);
+    let width = launch.vector_width::<f32>(in_features).min(2);
     let grid = launch.rows(out_features.div_ceil(ROWS), in_features / width);
     launch.cube(grid.dim, ROWS * cube_reduce_bytes(grid.units))?;
     unchecked!(norms_kernel::launch_unchecked::<W, R>(

@@ -238,7 +238,7 @@ pub fn backward<R: Runtime, E: Float>(
     if tokens == 0 || hidden_size == 0 || vocab_size == 0 {
         return Ok(());
     }
-    let width = launch.vector_width::<E>(hidden_size);
+    let width = launch.vector_width::<f32>(hidden_size);
     let grid = launch.rows(tokens, hidden_size / width);
     launch.cube(grid.dim, 0)?;
     unchecked!(backward_kernel::launch_unchecked::<E, R>(

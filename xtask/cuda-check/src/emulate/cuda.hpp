@@ -70,7 +70,7 @@ template <typename A, typename B> static auto max(A a, B b) {
     else return T(a) > T(b) ? T(a) : T(b);
 }
 static float rsqrt(float x) { return 1.0f / sqrtf(x); }
-static float __expf(float x) { return expf(x); }
+#define __expf expf
 static uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 
 // All shared memory of a cube: more than any cube of today's cards has.
