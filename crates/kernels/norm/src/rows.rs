@@ -100,6 +100,8 @@ pub(crate) fn forward<R: Runtime, E: Float, W: Float>(
         )),
         Some(residual) => {
             let residual = launch.vectors::<E>("residual", residual, len, width)?;
+            // Sums are rounded by going through memory.
+            let form = Form { held: 0, ..form };
             unchecked!(add_forward_kernel::launch_unchecked::<E, W, R>(
                 client,
                 grid.count,
@@ -298,21 +300,22 @@ fn add_forward_kernel<E: Float, W: Float, N: Size>(
     let cols = cols as usize;
     let row = CUBE_POS;
     if row < rows as usize {
-        let mut kept = registers::<E, N>(form);
+        let kept = registers::<E, N>(form);
         let mut part = Vector::<f32, N>::new(0.0);
-        #[unroll(form.held > 0)]
         for step in 0..each(cols, form) {
             let i = UNIT_POS as usize + step * form.units;
             if i < cols {
                 let at = row * cols + i;
                 let sum = Vector::<f32, N>::cast_from(x[at]) + Vector::<f32, N>::cast_from(residual[at]);
-                // What is normalised is the sum that backward reads.
-                let rounded = Vector::<E, N>::cast_from(sum);
-                x[at] = rounded;
-                part += first_term::<E, N>(rounded, form);
-                if comptime!(form.held > 0) {
-                    kept[step] = rounded;
-                }
+                x[at] = Vector::cast_from(sum);
+            }
+        }
+        // What is normalised is the sum that backward reads, in a loop of its own: a shader's compiler leaves out a rounding that a
+        // conversion back follows.
+        for step in 0..each(cols, form) {
+            let i = UNIT_POS as usize + step * form.units;
+            if i < cols {
+                part += first_term::<E, N>(x[row * cols + i], form);
             }
         }
         let x = x.to_slice();
