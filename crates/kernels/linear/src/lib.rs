@@ -8,6 +8,7 @@ mod few_rows;
 pub mod linear;
 pub mod lora_linear;
 mod measure;
+mod planes;
 pub mod product;
 mod strategy;
 mod sums;

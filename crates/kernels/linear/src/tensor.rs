@@ -18,7 +18,10 @@ use unsloth_common::{
     unchecked,
 };
 
-use crate::product::{self, Form, Job};
+use crate::{
+    planes::{join, part},
+    product::{self, Form, Job},
+};
 
 /// How the work of a product is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,7 +37,7 @@ pub(crate) struct Tile {
     /// Columns of the block that a plane makes.
     plane_cols: usize,
     /// Planes that share a block, each with a part of the terms.
-    splits: usize,
+    pub(crate) splits: usize,
 }
 
 /// Shared memory of a cube, at most: most tiles leave room for several cubes on a multiprocessor.
@@ -102,12 +105,12 @@ impl Tile {
     }
 
     /// Products side by side in a block.
-    fn tiles_of_sums(&self) -> usize {
+    pub(crate) fn tiles_of_sums(&self) -> usize {
         self.plane_rows / mma::ROWS * (self.plane_cols / 8)
     }
 
     /// Pairs of sums that planes pass on to the first one of their block.
-    fn passed(&self) -> usize {
+    pub(crate) fn passed(&self) -> usize {
         if self.splits > 1 { self.blocks() * self.tiles_of_sums() * 2 * mma::PLANE } else { 0 }
     }
 
@@ -347,50 +350,6 @@ fn store<D: Numeric, Y: Numeric, N: Size>(
         total += Vector::<f32, N>::cast_from(out[at / width]);
     }
     out[at / width] = Vector::cast_from(total);
-}
-
-/// Adds up the sums of the planes that share a block, in order, on the first of them.
-#[cube]
-fn join(sums: &mut Sums, #[comptime] tile: Tile) {
-    let mut passed = SharedMemory::<Pair<f32>>::new(comptime!(tile.passed()));
-    let count = comptime!(tile.tiles_of_sums());
-    let of_block = UNIT_POS as usize / comptime!(mma::PLANE * tile.splits) * comptime!(count * 2 * mma::PLANE);
-    let at = of_block + UNIT_POS_PLANE as usize;
-    let own = part(tile);
-    for from in 1..tile.splits {
-        if own == from {
-            #[unroll]
-            for i in 0..count {
-                #[unroll]
-                for row in 0..2usize {
-                    passed[at + comptime!((2 * i + row) * mma::PLANE)] = sums.index(i)[row];
-                }
-            }
-        }
-        sync_cube();
-        if own == 0 {
-            #[unroll]
-            for i in 0..count {
-                #[unroll]
-                for row in 0..2usize {
-                    let total = sums.index(i)[row] + passed[at + comptime!((2 * i + row) * mma::PLANE)];
-                    put_sum(sums.index_mut(i), row, total);
-                }
-            }
-        }
-        sync_cube();
-    }
-}
-
-#[cube]
-fn put_sum(tile: &mut Array<Pair<f32>>, #[comptime] row: usize, pair: Pair<f32>) {
-    tile[row] = pair;
-}
-
-/// Which part of the terms this unit's plane multiplies.
-#[cube]
-fn part(#[comptime] tile: Tile) -> usize {
-    UNIT_POS as usize / mma::PLANE % tile.splits
 }
 
 /// First row and column of the block of this unit's plane.
