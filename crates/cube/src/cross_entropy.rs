@@ -40,11 +40,11 @@ impl<R: Runtime> CrossEntropy for CubeBackend<R> {
 
     fn cross_entropy_backward(&self, spec: &Spec, logits: Tensor, targets: &Tensor, lse: &Tensor) -> Result<Tensor> {
         let mut dlogits = self.reusable(logits)?;
-        let logits = handle_mut("cross_entropy_backward", "logits", &mut dlogits)?;
-        let args = kernels::Backward { logits, targets: handle(targets), lse: handle(lse) };
+        let in_place = handle_mut("cross_entropy_backward", "logits", &mut dlogits)?;
+        let args = kernels::Backward { logits: None, dlogits: in_place, targets: handle(targets), lse: handle(lse) };
         self.launch(
             "cross_entropy_backward",
-            |client| dispatch_float!(spec.dtype, E => kernels::backward::<R, E>(client, shape(spec), args)),
+            |client| dispatch_float!(spec.dtype, E => kernels::backward::<R, E, E>(client, shape(spec), args)),
         )?;
         Ok(dlogits)
     }

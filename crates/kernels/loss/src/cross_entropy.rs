@@ -207,19 +207,8 @@ fn forward_kernel<E: Float, N: Size>(
 /// Buffers of the backward pass.
 #[derive(Clone, Copy, Debug)]
 pub struct Backward<'a> {
-    /// `[tokens, vocab_size]` of `E`: the logits on entry, their gradient on return; 0 in rows without a target.
-    pub logits: &'a Handle,
-    /// i32 `[tokens]`
-    pub targets: &'a Handle,
-    /// f32 `[tokens]`, from the forward pass.
-    pub lse: &'a Handle,
-}
-
-/// Buffers of the backward pass that keeps the logits.
-#[derive(Clone, Copy, Debug)]
-pub struct BackwardInto<'a> {
-    /// `[tokens, vocab_size]` of `E`
-    pub logits: &'a Handle,
+    /// `[tokens, vocab_size]` of `E`; `None` if they stand in `dlogits`.
+    pub logits: Option<&'a Handle>,
     /// `[tokens, vocab_size]` of `D`, overwritten: the gradient of the logits; 0 in rows without a target.
     pub dlogits: &'a Handle,
     /// i32 `[tokens]`
@@ -228,67 +217,32 @@ pub struct BackwardInto<'a> {
     pub lse: &'a Handle,
 }
 
-/// Launches the gradient of the logits, written over them.
+/// Launches the gradient of the logits, written over them or, in any of the types, into a buffer of its own.
 ///
 /// # Errors
 /// As [`forward`].
-pub fn backward<R: Runtime, E: Float>(
+pub fn backward<R: Runtime, E: Float, D: Float>(
     client: &ComputeClient<R>,
     shape: Shape,
     args: Backward<'_>,
 ) -> Result<(), LaunchError> {
     let launch = Launch::new(client, "cross_entropy_backward");
     launch.element::<E>()?;
-    let Shape { tokens, vocab_size, loss } = shape;
-    if tokens == 0 || vocab_size == 0 {
-        return Ok(());
-    }
-    let width = launch.vector_width::<E>(vocab_size);
-    let grid = launch.rows(tokens, vocab_size / width);
-    launch.cube(grid.dim, 0)?;
-    unchecked!(backward_kernel::launch_unchecked::<E, R>(
-        client,
-        grid.count,
-        grid.dim,
-        width,
-        launch.vectors::<E>("logits", args.logits, tokens * vocab_size, width)?,
-        launch.array::<i32>("targets", args.targets, tokens)?,
-        launch.array::<f32>("lse", args.lse, tokens)?,
-        loss.terms(),
-        tokens as u32,
-        (vocab_size / width) as u32,
-        loss.form(),
-        grid.units,
-    ));
-    Ok(())
-}
-
-/// Launches the gradient of the logits, rounded to another type in a buffer of its own.
-///
-/// # Errors
-/// As [`forward`].
-pub fn backward_into<R: Runtime, E: Float, D: Float>(
-    client: &ComputeClient<R>,
-    shape: Shape,
-    args: BackwardInto<'_>,
-) -> Result<(), LaunchError> {
-    let launch = Launch::new(client, "cross_entropy_backward_into");
-    launch.element::<E>()?;
     launch.element::<D>()?;
     let Shape { tokens, vocab_size, loss } = shape;
     if tokens == 0 || vocab_size == 0 {
         return Ok(());
     }
-    let width = launch.vector_width::<E>(vocab_size);
+    let (len, width) = (tokens * vocab_size, launch.vector_width::<E>(vocab_size));
     let grid = launch.rows(tokens, vocab_size / width);
     launch.cube(grid.dim, 0)?;
-    unchecked!(backward_into_kernel::launch_unchecked::<E, D, R>(
+    unchecked!(backward_kernel::launch_unchecked::<E, D, R>(
         client,
         grid.count,
         grid.dim,
         width,
-        launch.vectors::<E>("logits", args.logits, tokens * vocab_size, width)?,
-        launch.vectors::<D>("dlogits", args.dlogits, tokens * vocab_size, width)?,
+        args.logits.map(|logits| launch.vectors::<E>("logits", logits, len, width)).transpose()?.into(),
+        launch.vectors::<D>("dlogits", args.dlogits, len, width)?,
         launch.array::<i32>("targets", args.targets, tokens)?,
         launch.array::<f32>("lse", args.lse, tokens)?,
         loss.terms(),
@@ -302,8 +256,8 @@ pub fn backward_into<R: Runtime, E: Float, D: Float>(
 
 /// Gradient of one vector of the logits of a row that has a target. The vector begins at class `first` of so many classes.
 #[cube]
-fn gradient<E: Float, N: Size>(
-    logits: Vector<E, N>,
+fn gradient<N: Size>(
+    logits: Vector<f32, N>,
     first: usize,
     target: usize,
     log_sum: f32,
@@ -314,7 +268,7 @@ fn gradient<E: Float, N: Size>(
     let probability = terms.factor * (1.0 + 2.0 * terms.z_loss * log_sum);
     let spread = terms.factor * terms.label_smoothing / classes;
     let hit = terms.factor * (1.0 - terms.label_smoothing);
-    let z = scores::<E, N>(logits, terms, form);
+    let z = scores::<f32, N>(logits, terms, form);
     let softmax = Vector::<f32, N>::exp(z - Vector::new(log_sum));
     let mut dz = softmax * Vector::new(probability) - Vector::new(spread);
     #[unroll]
@@ -333,40 +287,8 @@ fn gradient<E: Float, N: Size>(
 
 /// Grid as [`forward_kernel`]. Each unit overwrites only what it alone reads.
 #[cube(launch_unchecked)]
-fn backward_kernel<E: Float, N: Size>(
-    logits: &mut Array<Vector<E, N>>,
-    targets: &Array<i32>,
-    lse: &Array<f32>,
-    terms: &Terms,
-    rows: u32,
-    cols: u32,
-    #[comptime] form: Form,
-    #[comptime] units: usize,
-) {
-    let width = N::value();
-    let row = CUBE_POS;
-    if row < rows as usize {
-        let target = u32::reinterpret(targets[row]) as usize;
-        let has_target = target < cols as usize * width;
-        let log_sum = lse[row];
-        let classes = f32::cast_from(cols) * comptime!(width as f32);
-        let mut i = UNIT_POS as usize;
-        while i < cols as usize {
-            let at = row * cols as usize + i;
-            let mut dz = Vector::<f32, N>::new(0.0);
-            if has_target {
-                dz = gradient::<E, N>(logits[at], i * width, target, log_sum, classes, terms, form);
-            }
-            logits[at] = Vector::cast_from(dz);
-            i += units;
-        }
-    }
-}
-
-/// Grid as [`forward_kernel`].
-#[cube(launch_unchecked)]
-fn backward_into_kernel<E: Float, D: Float, N: Size>(
-    logits: &Array<Vector<E, N>>,
+fn backward_kernel<E: Float, D: Float, N: Size>(
+    logits: &ComptimeOption<Array<Vector<E, N>>>,
     dlogits: &mut Array<Vector<D, N>>,
     targets: &Array<i32>,
     lse: &Array<f32>,
@@ -388,7 +310,12 @@ fn backward_into_kernel<E: Float, D: Float, N: Size>(
             let at = row * cols as usize + i;
             let mut dz = Vector::<f32, N>::new(0.0);
             if has_target {
-                dz = gradient::<E, N>(logits[at], i * width, target, log_sum, classes, terms, form);
+                #[comptime]
+                let value = match logits {
+                    ComptimeOption::Some(logits) => Vector::<f32, N>::cast_from(logits[at]),
+                    ComptimeOption::None => Vector::<f32, N>::cast_from(dlogits[at]),
+                };
+                dz = gradient::<N>(value, i * width, target, log_sum, classes, terms, form);
             }
             dlogits[at] = Vector::cast_from(dz);
             i += units;
@@ -430,13 +357,18 @@ pub fn mean<R: Runtime>(client: &ComputeClient<R>, shape: Shape, args: Mean<'_>)
     Ok(())
 }
 
-/// Grid: one cube, units stride the rows.
+/// Grid: one cube, units stride the rows. Each unit carries what its sum could not hold (Kahan 1965): losses are alike, and the roundings of
+/// a long sum of them would all go the same way.
 #[cube(launch_unchecked)]
 fn mean_kernel(nll: &Array<f32>, loss: &mut Array<f32>, rows: u32, num_targets: f32, #[comptime] units: usize) {
     let mut sum = 0.0f32;
+    let mut excess = 0.0f32;
     let mut i = UNIT_POS as usize;
     while i < rows as usize {
-        sum += nll[i];
+        let value = nll[i] - excess;
+        let next = sum + value;
+        excess = (next - sum) - value;
+        sum = next;
         i += units;
     }
     let total = cube_sum(sum, units);

@@ -134,13 +134,14 @@ fn chunk<R: Runtime, X: Float, W: Float>(
     }
     let dlogits = match args.dlogits {
         Some(dlogits) => {
-            let backward = cross_entropy::BackwardInto { logits: args.logits, dlogits, targets: &targets, lse: &lse };
-            cross_entropy::backward_into::<R, f32, X>(launch.client(), losses, backward)?;
+            let logits = Some(args.logits);
+            let backward = cross_entropy::Backward { logits, dlogits, targets: &targets, lse: &lse };
+            cross_entropy::backward::<R, f32, X>(launch.client(), losses, backward)?;
             Matrix::new::<X>(launch, "dlogits", dlogits, rows * vocab_size)?
         }
         None => {
-            let backward = cross_entropy::Backward { logits: args.logits, targets: &targets, lse: &lse };
-            cross_entropy::backward::<R, f32>(launch.client(), losses, backward)?;
+            let backward = cross_entropy::Backward { logits: None, dlogits: args.logits, targets: &targets, lse: &lse };
+            cross_entropy::backward::<R, f32, f32>(launch.client(), losses, backward)?;
             of_logits()?
         }
     };

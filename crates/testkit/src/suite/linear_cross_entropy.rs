@@ -282,7 +282,10 @@ fn holds_no_matrix_of_logits(device: &Device, case: &Case) -> Checked {
     // A device that has much memory works on more rows at a time.
     let (tokens, vocab_size) = (if device.memory_bytes().is_some() { 8192 } else { 1024 }, 65_537);
     let target = |token: usize| 7 * token;
-    let values: Vec<f64> = (0..tokens).map(|token| (1 + token % 13) as f64).collect();
+    // Few enough are not 0 for a sum over them to be nearly exact in any order: among them the ends of every chunk.
+    let is_counted = |token: usize| token.is_multiple_of(16) || token % 128 == 127;
+    let value = |token: usize| if is_counted(token) { (1 + token % 13) as f64 } else { 0.0 };
+    let values: Vec<f64> = (0..tokens).map(value).collect();
     let x = data::tensor(device, &values, [tokens, 1], DType::F32)?;
     let weight = device.prepare_weight(device.zeros([vocab_size, 1], DType::F32, Category::Weights)?)?;
     let mut dweight = device.zeros([vocab_size, 1], DType::F32, Category::Gradients)?;
@@ -299,16 +302,13 @@ fn holds_no_matrix_of_logits(device: &Device, case: &Case) -> Checked {
         let floor = Floor::Cancelling { dtype: DType::F32, magnitude };
         check_tensor(case, name, tensor, Expected { exact, naive: exact, floor })
     };
-    let loss = (vocab_size as f64).ln();
-    // Partial sums of thousands of equal losses all round the same way.
-    near("loss", &results.loss, &[loss], 4.0 * loss)?;
+    near("loss", &results.loss, &[(vocab_size as f64).ln()], (vocab_size as f64).ln())?;
     let dx = results.dx.ok_or_else(|| case.hazard("gives no dx where it is wanted"))?;
     expect::holds(case, "dx is 0", data::read(&dx)?.iter().all(|&value| value == 0.0))?;
     let mut sums = vec![values.iter().sum::<f64>() / vocab_size as f64; vocab_size];
     (0..tokens).for_each(|token| sums[target(token)] -= values[token]);
     let exact: Vec<f64> = sums.iter().map(|sum| sum / tokens as f64).collect();
-    // A probability is as wrong, in relation to itself, as the logarithm that it comes from is in absolute terms.
-    near("dweight", &dweight, &exact, 4.0 * largest(&exact))
+    near("dweight", &dweight, &exact, largest(&exact))
 }
 
 /// Where the host can see the targets the call is refused; elsewhere a wrong target is never used as an index.
