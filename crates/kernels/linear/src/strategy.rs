@@ -82,7 +82,10 @@ pub fn names() -> Vec<String> {
     let names = own.chain(tensor::Tile::ALL.iter().map(tensor::Tile::name));
     #[cfg(feature = "cubek")]
     let names = names.chain([cubek::NAME.to_owned()]);
-    names.collect()
+    // Two tiles of one size, for operands that are whole and in parts, have one name.
+    let mut names: Vec<String> = names.collect();
+    names.dedup();
+    names
 }
 
 /// Launches a product whose sizes are checked.

@@ -44,11 +44,10 @@ pub(crate) struct Tile {
 const SHARED_BYTES: usize = 79 * 1024;
 
 impl Tile {
-    /// The larger a tile, the more often it uses each number that it loads; the smaller ones leave more cubes. The fourth takes the place
-    /// of the third where operands are in parts, for which a unit of that has too few registers. The last two are for matrices as
+    /// The larger a tile, the more often it uses each number that it loads; the smaller ones leave more cubes. The third takes the place
+    /// of the second where operands are in parts, for which a unit of that has too few registers. The last two are for matrices as
     /// narrow as an adapter's, which have few tiles and long sums: the very last for sums over the rows of a batch alone.
-    pub(crate) const ALL: [Self; 6] = [
-        Self { rows: 128, cols: 256, depth: 32, plane_rows: 64, plane_cols: 64, splits: 1 },
+    pub(crate) const ALL: [Self; 5] = [
         Self { rows: 128, cols: 128, depth: 32, plane_rows: 64, plane_cols: 32, splits: 1 },
         Self { rows: 64, cols: 64, depth: 32, plane_rows: 32, plane_cols: 32, splits: 1 },
         Self { rows: 64, cols: 64, depth: 32, plane_rows: 32, plane_cols: 16, splits: 1 },
@@ -56,13 +55,12 @@ impl Tile {
         Self { rows: 16, cols: 64, depth: 128, plane_rows: 16, plane_cols: 32, splits: 4 },
     ];
 
-    /// The first square tile whose cubes are enough for the device, else a narrow one, if the sums are long; of those that fit. The
-    /// largest only where it was measured to be faster.
+    /// The first square tile whose cubes are enough for the device, else a narrow one, if the sums are long; of those that fit.
     pub(crate) fn for_device(client: &ComputeClient<impl Runtime>, job: &Job, operands: Operands) -> Self {
         let size = job.size;
         let enough = client.properties().hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
         let cubes = |tile: &Self| size.rows.div_ceil(tile.rows) * size.cols.div_ceil(tile.cols);
-        let [_, large, small, in_parts, columns, rows] = Self::ALL;
+        let [large, small, in_parts, columns, rows] = Self::ALL;
         let small = if operands.parts.are_whole() { small } else { in_parts };
         let narrow = if size.rows < size.cols && job.form.a_transposed { rows } else { columns };
         let fits = |tile: &Self| Self::fitting(client, job, operands).any(|fitting| fitting == *tile);
