@@ -118,13 +118,13 @@ fn unfused(context: &Context<'_>, model: &ModelShape, shape: (usize, DType)) -> 
     let (q, k) = heads(context, model, shape)?;
     let separate = |x: &Tensor| -> unsloth_rs::Result<Tensor> {
         let (product, turned) = (elementwise::copy(x)?, elementwise::copy(x)?);
-        elementwise::add(product, &elementwise::scale(turned, 2.0)?)
+        elementwise::add(product, &elementwise::scale(turned, 1.0)?)
     };
     let input = q.clone();
     let check = move || {
         let at = spread(input.shape()[0], 3);
-        let expected: Vec<f64> = Host::read(&input)?.rows(&at).iter().map(|x| 3.0 * x).collect();
-        let floor = unsloth_testkit::budget::Floor::Stored(input.dtype());
+        let expected: Vec<f64> = Host::read(&input)?.rows(&at).iter().map(|x| 2.0 * x).collect();
+        let floor = unsloth_testkit::budget::Floor::Exact;
         hold((OP, "out"), &Host::read(&separate(&input)?)?.rows(&at), (&expected, &expected), floor)
     };
     Ok(Prepared::new(check, Run::call(move || separate(&q).and_then(|_| separate(&k)))))

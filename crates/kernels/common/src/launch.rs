@@ -5,7 +5,7 @@ use cubecl::{ir::StorageType, prelude::*, server::Handle};
 use crate::{Choices, LaunchError, Target};
 
 /// Launches a kernel of this workspace without CubeCL's checks of every index: those wait for each load at once, where the kernel
-/// has put other work between a load and its use. (Tensor cores' products took nearly twice as long.)
+/// has put other work between a load and its use.
 ///
 /// Kernels hold their part: an index is compared with sizes that the launch passes, and [`Launch::vectors`] has compared those with
 /// the buffers.

@@ -2,8 +2,8 @@
 //! have in common.
 //!
 //! Work: one cube per row, units stride the columns. Traffic: the row is read once and kept in registers, or where it is too long
-//! for that once more in each pass (two, or three where it is centred; all but the first time from cache); the result is written
-//! once.
+//! for that once more in each pass (two, or three where it is centred; all but the first time from cache), as the sum with a residual is
+//! always; the result is written once.
 //! Numerics: sums are f32 for every element type. The variance is that of the differences from the mean, which squares would lose.
 
 use cubecl::{prelude::*, server::Handle};
