@@ -1,7 +1,6 @@
 //! Adafactor in three passes over the gradient: averages, the size of the change, the change. Parts of a pass have a fixed size, and
 //! their sums are added in their order.
 
-use rayon::prelude::*;
 use unsloth_core::{
     FloatElement, Result, Tensor,
     ops::{
@@ -122,10 +121,8 @@ impl CpuBackend {
                 *row = factors.average(*row, (total / columns as f64) as f32);
             }
         };
-        self.run(|| {
-            let parts = grad.par_chunks(part * columns).zip(row.par_chunks_mut(part));
-            parts.zip(sums.par_chunks_mut(columns)).for_each(task);
-        });
+        let parts = grad.chunks(part * columns).zip(row.chunks_mut(part));
+        self.for_each_part(parts.zip(sums.chunks_mut(columns)), task);
         for (j, col) in col.iter_mut().enumerate() {
             let total: f64 = sums.chunks(columns).map(|sums| f64::from(sums[j])).sum();
             *col = factors.average(*col, (total / rows as f64) as f32);
@@ -146,8 +143,7 @@ impl CpuBackend {
             }
             total
         };
-        let starts: Vec<usize> = (0..len).step_by(TASK).collect();
-        self.run(|| starts.into_par_iter().map(task).collect())
+        self.map_parts((0..len).step_by(TASK), task)
     }
 
     fn change<T: FloatElement>(
@@ -164,7 +160,7 @@ impl CpuBackend {
                 let mut buffer = [0.0; PIECE];
                 part.chunks(PIECE).map(|piece| sum_of_squares(simd::widened(piece, &mut buffer))).sum()
             };
-            let sums = self.run(|| param.par_chunks(TASK).map(task).collect());
+            let sums = self.map_parts(param.chunks(TASK), task);
             learning_rate * rms(sums, len).max(least)
         });
         let size = alpha / (rms_of_changes / clip_threshold).max(1.0);
@@ -182,7 +178,7 @@ impl CpuBackend {
                 });
             }
         };
-        self.run(|| param.par_chunks_mut(TASK).enumerate().for_each(task));
+        self.for_each_part(param.chunks_mut(TASK).enumerate(), task);
         Ok(())
     }
 

@@ -1,6 +1,5 @@
 //! AdamW in one pass over parameter, gradient and moments, steered by the state's scalars.
 
-use rayon::prelude::*;
 use unsloth_core::{
     FloatElement, Result, Tensor,
     ops::adamw::{AdamW, Buffers, ControlSpec, Spec, StepState},
@@ -72,9 +71,9 @@ impl CpuBackend {
         if grad.len() <= TASK {
             task(param, grad, m, v);
         } else {
-            let parts =
-                (param.par_chunks_mut(TASK), grad.par_chunks(TASK), m.par_chunks_mut(TASK), v.par_chunks_mut(TASK));
-            self.run(|| parts.into_par_iter().for_each(|(param, grad, m, v)| task(param, grad, m, v)));
+            let moments = m.chunks_mut(TASK).zip(v.chunks_mut(TASK));
+            let parts = param.chunks_mut(TASK).zip(grad.chunks(TASK)).zip(moments);
+            self.for_each_part(parts, |((param, grad), (m, v))| task(param, grad, m, v));
         }
         Ok(())
     }

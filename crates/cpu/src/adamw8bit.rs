@@ -1,7 +1,6 @@
 //! AdamW with moments in 8 bits: a block's moments are decoded, changed as in [`crate::adamw`] and encoded again while they are in
 //! the first-level cache.
 
-use rayon::prelude::*;
 use unsloth_core::{
     FloatElement, Result, Tensor,
     ops::{
@@ -105,14 +104,12 @@ impl CpuBackend {
         let v_codes = write::<i32>(OP, "v_codes", buffers.v_codes)?;
         let v_absmax = write::<f32>(OP, "v_absmax", buffers.v_absmax)?;
         let maps = (&Codebook::new(signed_map()), &Codebook::new(unsigned_map()));
-        let params = param.par_chunks_mut(TASK).zip(grad.par_chunks(TASK));
-        let m = m_codes.par_chunks_mut(BLOCKS * WORDS).zip(m_absmax.par_chunks_mut(BLOCKS));
-        let v = v_codes.par_chunks_mut(BLOCKS * WORDS).zip(v_absmax.par_chunks_mut(BLOCKS));
-        self.run(|| {
-            params.zip(m).zip(v).for_each(|((part, m), v)| {
-                let state = |(codes, absmax)| State { codes, absmax };
-                blocks(factors, part, (state(m), state(v)), maps);
-            });
+        let params = param.chunks_mut(TASK).zip(grad.chunks(TASK));
+        let m = m_codes.chunks_mut(BLOCKS * WORDS).zip(m_absmax.chunks_mut(BLOCKS));
+        let v = v_codes.chunks_mut(BLOCKS * WORDS).zip(v_absmax.chunks_mut(BLOCKS));
+        self.for_each_part(params.zip(m).zip(v), |((part, m), v)| {
+            let state = |(codes, absmax)| State { codes, absmax };
+            blocks(factors, part, (state(m), state(v)), maps);
         });
         Ok(())
     }

@@ -8,7 +8,10 @@ use unsloth_core::{
 };
 use unsloth_memory::{Charge, HostBlock, HostPool, Ledger};
 
-use crate::matmul::Isa;
+use crate::{
+    matmul::Isa,
+    team::{self, Team},
+};
 
 /// How a CPU backend is made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,7 +30,7 @@ pub struct CpuOptions {
 /// The processor that runs this program. The default device: no feature, driver or library is needed.
 pub struct CpuBackend {
     pool: Arc<HostPool>,
-    threads: Option<rayon::ThreadPool>,
+    team: Team,
     isa: Isa,
     fill_arbitrary_with_nan: bool,
 }
@@ -37,43 +40,41 @@ impl CpuBackend {
     /// [`Error::InvalidSpec`] for zero threads or an instruction set that the processor lacks; [`Error::Launch`] if the system
     /// refuses to start the threads.
     pub fn new(options: CpuOptions) -> Result<Self> {
-        let threads = match options.num_threads {
-            Some(0) => {
-                let (value, rule) = ("0".to_owned(), "at least 1");
-                return Err(Error::InvalidSpec { op: "cpu", field: "num_threads", value, rule });
-            }
-            Some(n) => Some(rayon::ThreadPoolBuilder::new().num_threads(n).build().map_err(|source| {
-                Error::Launch { op: "start threads", device: "cpu".into(), source: Box::new(source) }
-            })?),
-            None => None,
-        };
+        let num_threads = options.num_threads.unwrap_or_else(team::available);
+        if num_threads == 0 {
+            let (value, rule) = ("0".to_owned(), "at least 1");
+            return Err(Error::InvalidSpec { op: "cpu", field: "num_threads", value, rule });
+        }
         let isa = Isa::choose(options.isa)?;
+        let team = Team::new(num_threads).map_err(|source| Error::Launch {
+            op: "start threads",
+            device: "cpu".into(),
+            source: Box::new(source),
+        })?;
         let pool = HostPool::new(Ledger::new("cpu", options.budget_bytes));
-        Ok(Self { pool, threads, isa, fill_arbitrary_with_nan: options.fill_arbitrary_with_nan })
+        Ok(Self { pool, team, isa, fill_arbitrary_with_nan: options.fill_arbitrary_with_nan })
     }
 
-    /// All cores, no budget.
+    /// All cores, or the caller's thread alone where the system starts no others; no budget.
     pub(crate) fn with_defaults() -> Self {
         let pool = HostPool::new(Ledger::new("cpu", None));
-        Self { pool, threads: None, isa: Isa::fastest(), fill_arbitrary_with_nan: false }
+        let team = Team::new(team::available()).unwrap_or_else(|_| Team::alone());
+        Self { pool, team, isa: Isa::fastest(), fill_arbitrary_with_nan: false }
     }
 
-    /// Threads that operators called now would use: this backend's, or those of the pool that the caller runs in.
+    /// Threads that operators use.
     pub(crate) fn num_threads(&self) -> usize {
-        self.threads.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads)
+        self.team.num_threads()
+    }
+
+    /// Those threads.
+    pub(crate) fn team(&self) -> &Team {
+        &self.team
     }
 
     /// Instructions that attention and the products of linear layers and the loss are made of.
     pub fn isa(&self) -> Isa {
         self.isa
-    }
-
-    /// Runs `work` on this backend's threads.
-    pub(crate) fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        match &self.threads {
-            Some(threads) => threads.install(work),
-            None => work(),
-        }
     }
 
     /// Scratch for one operator call: `len` f32 of arbitrary contents, counted in the ledger, returned to the pool on drop.

@@ -1,7 +1,6 @@
 //! Cross entropy over rows of logits, and the row arithmetic that linear cross entropy shares.
 
 use half::bf16;
-use rayon::prelude::*;
 use unsloth_core::{
     Category, DType, Error, FloatElement, Result, Tensor,
     ops::cross_entropy::{CrossEntropy, Forward, IGNORE_INDEX, LossSpec, Spec},
@@ -209,16 +208,16 @@ impl CrossEntropy for CpuBackend {
         check_targets("cross_entropy", targets, spec.vocab_size)?;
         let mut lse = output(logits, DType::F32, [spec.tokens], Category::Activations)?;
         let mut nll = self.workspace(spec.tokens)?;
-        let outputs = nll[..spec.tokens].par_iter_mut().zip(write::<f32>("cross_entropy", "lse", &mut lse)?);
+        let outputs = nll[..spec.tokens].iter_mut().zip(write::<f32>("cross_entropy", "lse", &mut lse)?);
         dispatch_float!(spec.dtype, T => {
-            let rows = read::<T>(logits).par_chunks(spec.vocab_size).zip(targets);
-            self.run(|| rows.zip(outputs).for_each(|((logits, &target), (nll, lse))| {
+            let rows = read::<T>(logits).chunks(spec.vocab_size).zip(targets);
+            self.for_each_part(rows.zip(outputs), |((logits, &target), (nll, lse))| {
                 let loss = match usize::try_from(target) {
                     Ok(target) => row_loss(logits, target, &spec.loss),
                     Err(_) => RowLoss::default(),
                 };
                 (*nll, *lse) = (loss.nll, loss.lse);
-            }));
+            });
         });
         let loss = mean_loss(logits, &nll, spec.loss.num_targets)?;
         Ok(Forward { loss, lse })
@@ -229,11 +228,11 @@ impl CrossEntropy for CpuBackend {
         check_targets("cross_entropy", targets, spec.vocab_size)?;
         let mut dlogits = take_or_copy(logits)?;
         dispatch_float!(spec.dtype, T => {
-            let rows = write::<T>("cross_entropy", "dlogits", &mut dlogits)?.par_chunks_mut(spec.vocab_size);
-            self.run(|| rows.zip(targets).zip(lse).for_each(|((row, &target), &lse)| match usize::try_from(target) {
+            let rows = write::<T>("cross_entropy", "dlogits", &mut dlogits)?.chunks_mut(spec.vocab_size);
+            self.for_each_part(rows.zip(targets).zip(lse), |((row, &target), &lse)| match usize::try_from(target) {
                 Ok(target) => row_gradient(row, target, lse, &spec.loss),
                 Err(_) => row.fill(T::from_f32(0.0)),
-            }));
+            });
         });
         Ok(dlogits)
     }

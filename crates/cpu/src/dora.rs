@@ -1,6 +1,5 @@
 //! Trained lengths of the rows of an adapted matrix.
 
-use rayon::prelude::*;
 use unsloth_core::{
     Category, DType, FloatElement, Result, Tensor, Weight,
     ops::dora::{Dora, Lengths, NormSpec, Spec},
@@ -38,26 +37,23 @@ fn row_norm<W: FloatElement>(row: &[W], a: &[f32], b: &[f32], scale: f32) -> f32
     lanes.iter().sum::<f32>().sqrt()
 }
 
-/// `sums[j] += sum_rows(dy * t)[j] / norms[j]`
-fn add_magnitudes<T: FloatElement>(dy: &[T], t: &[T], norms: &[f32], sums: &mut [f32]) {
-    let width = norms.len().max(1);
-    let partials: Vec<Vec<f32>> = dy
-        .par_chunks(width * SUM_BLOCK)
-        .zip(t.par_chunks(width * SUM_BLOCK))
-        .map(|(dy, t)| {
+impl CpuBackend {
+    /// `sums[j] += sum_rows(dy * t)[j] / norms[j]`
+    fn add_magnitudes<T: FloatElement>(&self, dy: &[T], t: &[T], norms: &[f32], sums: &mut [f32]) {
+        let width = norms.len().max(1);
+        let blocks = dy.chunks(width * SUM_BLOCK).zip(t.chunks(width * SUM_BLOCK));
+        let partials = self.map_parts(blocks, |(dy, t)| {
             let mut sums = vec![0.0f32; norms.len()];
             for (dy, t) in dy.chunks_exact(width).zip(t.chunks_exact(width)) {
                 sums.iter_mut().zip(dy.iter().zip(t)).for_each(|(sum, (dy, t))| *sum += dy.to_f32() * t.to_f32());
             }
             sums
-        })
-        .collect();
-    for partial in partials {
-        sums.iter_mut().zip(partial.iter().zip(norms)).for_each(|(sum, (partial, norm))| *sum += partial / norm);
+        });
+        for partial in partials {
+            sums.iter_mut().zip(partial.iter().zip(norms)).for_each(|(sum, (partial, norm))| *sum += partial / norm);
+        }
     }
-}
 
-impl CpuBackend {
     /// `magnitude / norm`, and the bias beside it, widened; zeros without one.
     fn factors(&self, lengths: Lengths<'_>, bias: Option<&Tensor>) -> Result<crate::backend::Workspace> {
         let (magnitude, norms) = (read::<f32>(lengths.magnitude), read::<f32>(lengths.norms));
@@ -81,12 +77,10 @@ impl Dora for CpuBackend {
         let (a, b) = (read::<f32>(lora_a), read::<f32>(lora_b));
         let target = write::<f32>("dora", "norms", &mut norms)?;
         let width = spec.in_features;
-        self.run(|| {
-            dispatch_float!(weight.dtype(), W => {
-                let rows = read::<W>(weight);
-                target.par_iter_mut().zip(b.par_chunks(spec.rank)).enumerate().for_each(|(j, (norm, b))| {
-                    *norm = row_norm(&rows[j * width..(j + 1) * width], a, b, spec.scale);
-                });
+        dispatch_float!(weight.dtype(), W => {
+            let rows = read::<W>(weight);
+            self.for_each_part(target.iter_mut().zip(b.chunks(spec.rank)).enumerate(), |(j, (norm, b))| {
+                *norm = row_norm(&rows[j * width..(j + 1) * width], a, b, spec.scale);
             });
         });
         Ok(norms)
@@ -99,10 +93,10 @@ impl Dora for CpuBackend {
         let width = spec.out_features.max(1);
         dispatch_float!(spec.dtype, T => {
             let target = write::<T>("dora", "y", &mut y)?;
-            self.run(|| target.par_chunks_mut(width).zip(read::<T>(t).par_chunks(width)).for_each(|(y, t)| {
-                let factors = quotients.iter().zip(shifts);
+            self.for_each_part(target.chunks_mut(width).zip(read::<T>(t).chunks(width)), |(y, t)| {
+                let factors = quotients.iter().zip(&*shifts);
                 y.iter_mut().zip(t).zip(factors).for_each(|((y, t), (c, b))| *y = T::from_f32(c * t.to_f32() + b));
-            }));
+            });
         });
         Ok(y)
     }
@@ -118,7 +112,7 @@ impl Dora for CpuBackend {
         if let Some(dmagnitude) = dmagnitude {
             let sums = write::<f32>("dora", "dmagnitude", dmagnitude)?;
             let norms = read::<f32>(lengths.norms);
-            self.run(|| dispatch_float!(spec.dtype, T => add_magnitudes::<T>(read(&dy), read(t), norms, sums)));
+            dispatch_float!(spec.dtype, T => self.add_magnitudes::<T>(read(&dy), read(t), norms, sums));
         }
         let mut dt = take_or_copy(dy)?;
         let factors = self.factors(lengths, None)?;
@@ -126,9 +120,9 @@ impl Dora for CpuBackend {
         let width = spec.out_features.max(1);
         dispatch_float!(spec.dtype, T => {
             let target = write::<T>("dora", "dt", &mut dt)?;
-            self.run(|| target.par_chunks_mut(width).for_each(|row| {
+            self.for_each_part(target.chunks_mut(width), |row| {
                 row.iter_mut().zip(quotients).for_each(|(value, c)| *value = T::from_f32(c * value.to_f32()));
-            }));
+            });
         });
         Ok(dt)
     }

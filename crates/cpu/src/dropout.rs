@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
 use unsloth_core::{
     Result, Tensor,
     ops::lora_linear::{Dropout, RowDropout},
@@ -43,14 +42,20 @@ impl<'a> Mask<'a> {
     }
 
     /// Zeros what is dropped of these rows, of which `values` holds the `width` channels from `first` on, row after row.
-    pub(crate) fn zero(&self, rows: Range<usize>, (first, width): (usize, usize), values: &mut [f32]) {
+    pub(crate) fn zero(
+        &self,
+        backend: &CpuBackend,
+        rows: Range<usize>,
+        (first, width): (usize, usize),
+        values: &mut [f32],
+    ) {
         let zero = |(values, row): (&mut [f32], usize)| {
             vectorised(
                 #[inline(always)]
                 || self.zero_row(row, first, values),
             );
         };
-        values.par_chunks_mut(width.max(1)).zip(rows).for_each(zero);
+        backend.for_each_part(values.chunks_mut(width.max(1)).zip(rows), zero);
     }
 
     #[inline(always)]
@@ -78,13 +83,11 @@ impl CpuBackend {
     pub(crate) fn dropped(&self, x: &Tensor, rows: Range<usize>, mask: &Mask<'_>) -> Result<Workspace> {
         let width = x.shape()[1];
         let mut values = self.workspace(rows.len() * width)?;
-        self.run(|| {
-            dispatch_float!(x.dtype(), T => {
-                let x = read::<T>(x)[rows.start * width..rows.end * width].par_chunks(width.max(1));
-                values.par_chunks_mut(width.max(1)).zip(x).for_each(|(to, from)| simd::widen(from, to));
-            });
-            mask.zero(rows, (0, width), &mut values);
+        dispatch_float!(x.dtype(), T => {
+            let x = read::<T>(x)[rows.start * width..rows.end * width].chunks(width.max(1));
+            self.for_each_part(values.chunks_mut(width.max(1)).zip(x), |(to, from)| simd::widen(from, to));
         });
+        mask.zero(self, rows, (0, width), &mut values);
         Ok(values)
     }
 }

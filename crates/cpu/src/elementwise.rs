@@ -1,6 +1,5 @@
 //! Elementwise operators, in parallel over blocks; memory-bound, so every operator reads and writes once.
 
-use rayon::prelude::*;
 use unsloth_core::{Category, DType, Element, Error, FloatElement, Result, Tensor, ops::elementwise::Elementwise};
 
 use crate::{
@@ -58,7 +57,7 @@ impl CpuBackend {
         if out.len() <= TASK {
             return task(0, out);
         }
-        self.run(|| out.par_chunks_mut(TASK).enumerate().for_each(|(i, part)| task(i * TASK, part)));
+        self.for_each_part(out.chunks_mut(TASK).enumerate(), |(i, part)| task(i * TASK, part));
     }
 
     /// `x[i] = f(x[i], b[i])`, reusing `x`.

@@ -1,7 +1,6 @@
 //! Embedding lookup. The gradient is parallel over ranges of the vocabulary, so each row has one writer, which adds in the
 //! order of the tokens.
 
-use rayon::prelude::*;
 use unsloth_core::{
     Category, Error, FloatElement, Result, Tensor, Weight,
     ops::embedding::{Embedding, Spec},
@@ -79,8 +78,8 @@ impl Embedding for CpuBackend {
             if spec.tokens <= rows {
                 gather(spec, table, ids, out);
             } else {
-                let parts = (out.par_chunks_mut(rows * spec.hidden_size), ids.par_chunks(rows));
-                self.run(|| parts.into_par_iter().for_each(|(out, ids)| gather(spec, table, ids, out)));
+                let parts = out.chunks_mut(rows * spec.hidden_size).zip(ids.chunks(rows));
+                self.for_each_part(parts, |(out, ids)| gather(spec, table, ids, out));
             }
         }));
         Ok(out)
@@ -99,8 +98,8 @@ impl Embedding for CpuBackend {
         let rows = spec.vocab_size.div_ceil(VOCABULARY_PARTS);
         dispatch_float!(spec.dtype, T => {
             let dout = read::<T>(dout);
-            let parts = dweight.par_chunks_mut(rows * spec.hidden_size).enumerate();
-            self.run(|| parts.for_each(|(i, part)| scatter(i * rows, part, &tokens, dout, spec.hidden_size)));
+            let parts = dweight.chunks_mut(rows * spec.hidden_size).enumerate();
+            self.for_each_part(parts, |(i, part)| scatter(i * rows, part, &tokens, dout, spec.hidden_size));
         });
         Ok(())
     }

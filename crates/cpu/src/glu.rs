@@ -1,6 +1,5 @@
 //! Gated linear units in one pass over the inputs; the activation's polynomial is vectorised with the product.
 
-use rayon::prelude::*;
 use unsloth_core::{
     Category, FloatElement, Result, Tensor,
     ops::glu::{Activation, Glu, Gradients, Spec},
@@ -141,8 +140,8 @@ impl CpuBackend {
         if dgate.len() <= TASK {
             task(0, dgate, dup);
         } else {
-            let parts = (dgate.par_chunks_mut(TASK), dup.par_chunks_mut(TASK)).into_par_iter().enumerate();
-            self.run(|| parts.for_each(|(i, (dgate, dup))| task(i * TASK, dgate, dup)));
+            let parts = dgate.chunks_mut(TASK).zip(dup.chunks_mut(TASK)).enumerate();
+            self.for_each_part(parts, |(i, (dgate, dup))| task(i * TASK, dgate, dup));
         }
         Ok(())
     }

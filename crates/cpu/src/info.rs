@@ -3,6 +3,8 @@
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 use unsloth_core::{DType, DeviceInfo, DeviceName};
 
+use crate::team;
+
 /// This processor: its memory is that of the machine.
 pub fn info() -> DeviceInfo {
     let wanted =
@@ -11,7 +13,7 @@ pub fn info() -> DeviceInfo {
     let first = system.as_ref().and_then(|system| system.cpus().first());
     let model = first.map(|cpu| cpu.brand().trim()).filter(|model| !model.is_empty()).unwrap_or("unknown model");
     let memory_bytes = system.as_ref().map(System::total_memory).filter(|&bytes| bytes > 0);
-    let mut features = vec![format!("{} threads", rayon::current_num_threads())];
+    let mut features = vec![format!("{} threads", team::available())];
     let (there, missing): (Vec<_>, Vec<_>) = instruction_sets().into_iter().partition(|(_, there)| *there);
     let names = |sets: Vec<(&str, bool)>| -> Vec<String> { sets.iter().map(|(name, _)| (*name).to_owned()).collect() };
     features.extend(names(there));

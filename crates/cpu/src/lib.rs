@@ -42,6 +42,7 @@ mod rope;
 mod sgd;
 mod simd;
 mod stochastic_rounding;
+mod team;
 
 pub use backend::{CpuBackend, CpuOptions};
 pub use info::info;

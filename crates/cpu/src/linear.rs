@@ -4,7 +4,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
 use unsloth_core::{Category, Error, FloatElement, Result, Tensor, Weight, ops::linear};
 
 use crate::{
@@ -21,12 +20,36 @@ pub(crate) fn dense<'a>(op: &'static str, weight: &'a Weight) -> Result<&'a Tens
     }
 }
 
+/// Rows of one partial sum; the boundaries do not depend on the number of threads.
+const SUM_BLOCK: usize = 64;
+
 /// A loop over `total` items in blocks.
 pub(crate) fn blocks(total: usize, block: usize) -> impl Iterator<Item = Range<usize>> {
     (0..total).step_by(block.max(1)).map(move |start| start..(start + block).min(total))
 }
 
 impl CpuBackend {
+    fn sum_rows<T: FloatElement>(&self, dy: &[T], dbias: &mut [f32]) {
+        let features = dbias.len();
+        if features == 0 {
+            return;
+        }
+        let partials = self.map_parts(dy.chunks(features * SUM_BLOCK), |rows| {
+            let mut sum = vec![0.0f32; features];
+            for row in rows.chunks_exact(features) {
+                for (sum, value) in sum.iter_mut().zip(row) {
+                    *sum += value.to_f32();
+                }
+            }
+            sum
+        });
+        for partial in partials {
+            for (dbias, partial) in dbias.iter_mut().zip(partial) {
+                *dbias += partial;
+            }
+        }
+    }
+
     /// `product`, and the term of rank r if there is one, in a new tensor like `like`.
     fn activations(
         &self,
@@ -76,33 +99,6 @@ impl CpuBackend {
     }
 }
 
-/// Rows of one partial sum; the boundaries do not depend on the number of threads.
-const SUM_BLOCK: usize = 64;
-
-fn sum_rows<T: FloatElement>(dy: &[T], dbias: &mut [f32]) {
-    let features = dbias.len();
-    if features == 0 {
-        return;
-    }
-    let partials: Vec<Vec<f32>> = dy
-        .par_chunks(features * SUM_BLOCK)
-        .map(|rows| {
-            let mut sum = vec![0.0f32; features];
-            for row in rows.chunks_exact(features) {
-                for (sum, value) in sum.iter_mut().zip(row) {
-                    *sum += value.to_f32();
-                }
-            }
-            sum
-        })
-        .collect();
-    for partial in partials {
-        for (dbias, partial) in dbias.iter_mut().zip(partial) {
-            *dbias += partial;
-        }
-    }
-}
-
 impl linear::Linear for CpuBackend {
     fn linear_forward(
         &self,
@@ -133,7 +129,7 @@ impl linear::Linear for CpuBackend {
 
     fn linear_bias_gradient(&self, _spec: &linear::Spec, dy: &Tensor, dbias: &mut Tensor) -> Result<()> {
         let dbias = write::<f32>("linear", "dbias", dbias)?;
-        self.run(|| dispatch_float!(dy.dtype(), T => sum_rows::<T>(read(dy), dbias)));
+        dispatch_float!(dy.dtype(), T => self.sum_rows::<T>(read(dy), dbias));
         Ok(())
     }
 }

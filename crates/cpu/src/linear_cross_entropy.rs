@@ -1,7 +1,6 @@
 //! Linear cross entropy by chunks of rows that have a target: logits, loss and gradients of a chunk, then the next.
 
 use half::bf16;
-use rayon::prelude::*;
 use unsloth_core::{
     Category, DType, FloatElement, Result, Tensor, Weight,
     ops::{
@@ -19,12 +18,35 @@ use crate::{
     simd,
 };
 
-/// f32 elements of a chunk's logits: 32 MiB, or [`MIN_ROWS`] rows where that is more.
+/// f32 elements of a chunk's logits: 32 MiB, or [`ROWS`] rows where that is more.
 const CHUNK: usize = 8 << 20;
-/// Fewest rows of a chunk: the products need them to reuse each weight they load.
+/// Rows of a chunk that make up for packing the whole weight twice for each chunk; more of them would gain little.
+const ROWS: usize = 384;
+/// f32 elements that a chunk's logits may take for that many rows: 168 MiB, or [`MIN_ROWS`] rows where that is more.
+const MOST: usize = 42 << 20;
+/// Fewest rows of a chunk, whatever they take.
 const MIN_ROWS: usize = 128;
 
+/// Rows of a chunk.
+fn chunk_rows(vocab_size: usize) -> usize {
+    (CHUNK / vocab_size).max(ROWS.min(MOST / vocab_size)).max(MIN_ROWS)
+}
+
 impl CpuBackend {
+    /// Losses of rows of logits.
+    fn losses(&self, logits: &mut [f32], rows: &[Row], nll: &mut [f32], spec: &LossSpec, gradient: Gradient) {
+        let vocab = logits.len() / rows.len();
+        self.for_each_part(logits.chunks_mut(vocab).zip(rows).zip(nll), |((logits, row), nll)| {
+            let loss = row_loss(logits, row.target, spec);
+            *nll = loss.nll;
+            match gradient {
+                Gradient::None => (),
+                Gradient::InF32 => row_gradient(logits, row.target, loss.lse, spec),
+                Gradient::InBf16 => row_gradient_in_bf16(logits, row.target, loss.lse, spec),
+            }
+        });
+    }
+
     /// Loss and gradients of the rows `rows` of `x`: losses to `nll`, `dx` rows to the result.
     fn loss_chunk<T: FloatElement>(
         &self,
@@ -50,7 +72,7 @@ impl CpuBackend {
             true => Gradient::InBf16,
             false => Gradient::InF32,
         };
-        self.run(|| losses(&mut logits, rows, nll, &call.spec.loss, gradient));
+        self.losses(&mut logits, rows, nll, &call.spec.loss, gradient);
         let dlogits = match gradient {
             Gradient::InBf16 => {
                 let halves = Elements::from_slice(bytemuck::cast_slice::<f32, bf16>(&logits));
@@ -113,20 +135,6 @@ enum Gradient {
     InBf16,
 }
 
-/// Losses of rows of logits.
-fn losses(logits: &mut [f32], rows: &[Row], nll: &mut [f32], spec: &LossSpec, gradient: Gradient) {
-    let vocab = logits.len() / rows.len();
-    logits.par_chunks_mut(vocab).zip(rows).zip(nll).for_each(|((logits, row), nll)| {
-        let loss = row_loss(logits, row.target, spec);
-        *nll = loss.nll;
-        match gradient {
-            Gradient::None => (),
-            Gradient::InF32 => row_gradient(logits, row.target, loss.lse, spec),
-            Gradient::InBf16 => row_gradient_in_bf16(logits, row.target, loss.lse, spec),
-        }
-    });
-}
-
 impl LinearCrossEntropy for CpuBackend {
     fn linear_cross_entropy(
         &self,
@@ -154,7 +162,7 @@ impl LinearCrossEntropy for CpuBackend {
         let mut nll = self.workspace(rows.len())?;
         let call = Call { spec, x, weight };
         dispatch_float!(spec.dtype, T => {
-            for chunk in blocks(rows.len(), (CHUNK / spec.vocab_size).max(MIN_ROWS)) {
+            for chunk in blocks(rows.len(), chunk_rows(spec.vocab_size)) {
                 let rows = &rows[chunk.clone()];
                 let chunk_dx = self.loss_chunk::<T>(&call, rows, &mut nll[chunk], dweight.as_deref_mut())?;
                 if let (Some(dx), Some(chunk_dx)) = (&mut dx, chunk_dx) {

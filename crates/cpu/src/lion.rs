@@ -1,6 +1,5 @@
 //! Lion in one pass over parameter, gradient and momentum, steered by the state's scalars.
 
-use rayon::prelude::*;
 use unsloth_core::{
     FloatElement, Result, Tensor,
     ops::{
@@ -49,8 +48,8 @@ impl CpuBackend {
         if grad.len() <= TASK {
             task(param, grad, m);
         } else {
-            let parts = (param.par_chunks_mut(TASK), grad.par_chunks(TASK), m.par_chunks_mut(TASK));
-            self.run(|| parts.into_par_iter().for_each(|(param, grad, m)| task(param, grad, m)));
+            let parts = param.chunks_mut(TASK).zip(grad.chunks(TASK)).zip(m.chunks_mut(TASK));
+            self.for_each_part(parts, |((param, grad), m)| task(param, grad, m));
         }
         Ok(())
     }

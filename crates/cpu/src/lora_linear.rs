@@ -61,7 +61,7 @@ impl CpuBackend {
             let term = Term { factor: mask.kept_scale(), left: update.left.rows(block.clone()), right: update.right };
             let into = MatMut::new(target, block.len(), cols, cols);
             self.product(Sum::new(&[term], Into::Overwrite), into)?;
-            self.run(|| mask.zero(block.clone(), (0, cols), target));
+            mask.zero(self, block.clone(), (0, cols), target);
             let term = Term::new(Mat::of(dy).rows(block.clone()), Mat::of(weight).t());
             self.product(Sum::new(&[term], Into::Add), MatMut::new(target, block.len(), cols, cols))
         };

@@ -1,6 +1,5 @@
 //! Muon beside its matrix products: momentum and the size of a direction in one pass, its scale in another.
 
-use rayon::prelude::*;
 use unsloth_core::{
     Category, DType, FloatElement, Result, Tensor,
     ops::{
@@ -47,8 +46,8 @@ impl CpuBackend {
             let blocks = grad.chunks(BLOCK).zip(buf.chunks_mut(BLOCK)).zip(out.chunks_mut(BLOCK));
             blocks.map(|((grad, buf), out)| block(grad, buf, out)).sum::<f64>()
         };
-        let tasks = grad.par_chunks(TASK).zip(buf.par_chunks_mut(TASK)).zip(out.par_chunks_mut(TASK));
-        self.run(|| tasks.map(task).collect())
+        let tasks = grad.chunks(TASK).zip(buf.chunks_mut(TASK)).zip(out.chunks_mut(TASK));
+        self.map_parts(tasks, task)
     }
 
     fn muon_elements<T: FloatElement>(&self, (kept, size): (f32, f32), param: &mut [T], direction: &[f32]) {

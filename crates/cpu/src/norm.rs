@@ -2,7 +2,6 @@
 //! centred, in parallel over groups of rows. Gradients of parameters are summed within parts of the rows whose number does not
 //! depend on the threads, then over the parts in order.
 
-use rayon::prelude::*;
 use unsloth_core::{FloatElement, Result, Tensor};
 
 use crate::{
@@ -107,8 +106,8 @@ impl CpuBackend {
         // Without means each task gets an empty slice.
         let mut means: Vec<&mut [f32]> = mean.chunks_mut(rows).collect();
         means.resize_with(norm.rows.div_ceil(rows), Default::default);
-        let parts = (x.par_chunks(size), out.par_chunks_mut(size), means, rstd.par_chunks_mut(rows));
-        self.run(|| parts.into_par_iter().for_each(|(x, out, mean, rstd)| task(x, out, mean, rstd)));
+        let parts = x.chunks(size).zip(out.chunks_mut(size)).zip(means.into_iter().zip(rstd.chunks_mut(rows)));
+        self.for_each_part(parts, |((x, out), (mean, rstd))| task(x, out, mean, rstd));
     }
 
     /// Replaces `dout`, or what is to be copied there first, by `dx`.
@@ -141,8 +140,8 @@ impl CpuBackend {
         if norm.rows * hidden_size <= TASK {
             dx.chunks_mut(size).zip(&mut sums).enumerate().for_each(|(part, (dx, sums))| task(part, dx, sums));
         } else {
-            let parts = (dx.par_chunks_mut(size), &mut sums).into_par_iter().enumerate();
-            self.run(|| parts.for_each(|(part, (dx, sums))| task(part, dx, sums)));
+            let parts = dx.chunks_mut(size).zip(&mut sums).enumerate();
+            self.for_each_part(parts, |(part, (dx, sums))| task(part, dx, sums));
         }
         if width > 0 {
             let (total, others) = partial[..num_parts * width].split_at_mut(width);

@@ -3,12 +3,15 @@
 use std::{
     marker::PhantomData,
     ops::Range,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use unsloth_core::Result;
 
-use crate::CpuBackend;
+use crate::{CpuBackend, team::lock};
 
 /// A slice of which tasks write disjoint ranges, each contiguous but interleaved with the ranges of other tasks.
 pub(crate) struct Disjoint<'a, T> {
@@ -81,23 +84,53 @@ impl CpuBackend {
         if num_threads == 1 {
             return tasks.iter().for_each(|task| work(task, &mut scratch[..scratch_len]));
         }
+        // Each thread has a slab to itself; a lock that nobody else asks for says so to the compiler.
         let mut rest = &mut scratch[..num_threads * scratch_len];
         let mut slabs = Vec::with_capacity(num_threads);
         for _ in 0..num_threads {
             let (slab, others) = std::mem::take(&mut rest).split_at_mut(scratch_len);
-            slabs.push(slab);
+            slabs.push(Mutex::new(slab));
             rest = others;
         }
         // Tasks are taken in their order as threads become free, so the small ones at the end even out what came before.
         let next = AtomicUsize::new(0);
-        let worker = |slab: &mut [f32]| {
+        self.team().run(num_threads, |thread| {
+            let mut slab = lock(&slabs[thread]);
             while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                work(task, slab);
+                work(task, &mut slab);
             }
-        };
-        let worker = &worker;
-        self.run(|| {
-            rayon::scope(|scope| slabs.into_iter().for_each(|slab| scope.spawn(move |_| worker(slab))));
         });
+    }
+
+    /// Calls `work` for every part, on all threads. Parts are taken in their order as threads become free.
+    pub(crate) fn for_each_part<P: Send>(
+        &self,
+        parts: impl IntoIterator<Item = P, IntoIter: Send>,
+        work: impl Fn(P) + Sync,
+    ) {
+        let parts = parts.into_iter();
+        if parts.size_hint().1.is_some_and(|len| len < 2) {
+            return parts.for_each(work);
+        }
+        let parts = Mutex::new(parts);
+        let next = || lock(&parts).next();
+        self.team().run(self.num_threads(), |_| {
+            while let Some(part) = next() {
+                work(part);
+            }
+        });
+    }
+
+    /// What `work` makes of every part, in the order of the parts; on all threads.
+    pub(crate) fn map_parts<P: Send, R: Send + Default>(
+        &self,
+        parts: impl IntoIterator<Item = P, IntoIter: Send + ExactSizeIterator>,
+        work: impl Fn(P) -> R + Sync,
+    ) -> Vec<R> {
+        let parts = parts.into_iter();
+        let mut results = Vec::new();
+        results.resize_with(parts.len(), R::default);
+        self.for_each_part(parts.zip(&mut results), |(part, result)| *result = work(part));
+        results
     }
 }

@@ -1,6 +1,5 @@
 //! Reductions: a partial result for each block of fixed size, combined in the order of the blocks.
 
-use rayon::prelude::*;
 use unsloth_core::{FloatElement, Result, Tensor, ops::reduce::Reduce};
 
 use crate::{
@@ -20,7 +19,7 @@ impl CpuBackend {
         if x.len() <= TASK {
             return task(x);
         }
-        let partial: Vec<f64> = self.run(|| x.par_chunks(TASK).map(task).collect());
+        let partial: Vec<f64> = self.map_parts(x.chunks(TASK), task);
         partial.into_iter().sum()
     }
 }

@@ -1,6 +1,5 @@
 //! RoPE, in place where the buffers allow it, in parallel over tokens.
 
-use rayon::prelude::*;
 use unsloth_core::{
     Error, FloatElement, Result, Tensor,
     ops::rope::{Angles, Direction, Layout, Rope, Spec},
@@ -82,8 +81,8 @@ impl CpuBackend {
         if x.len() <= tokens * row {
             task(0, x);
         } else {
-            let parts = x.par_chunks_mut(tokens * row).enumerate();
-            self.run(|| parts.for_each(|(i, part)| task(i * tokens, part)));
+            let parts = x.chunks_mut(tokens * row).enumerate();
+            self.for_each_part(parts, |(i, part)| task(i * tokens, part));
         }
         Ok(())
     }

@@ -1,6 +1,5 @@
 //! Gradient descent in one pass over parameter, gradient and momentum, steered by the state's scalars.
 
-use rayon::prelude::*;
 use unsloth_core::{
     FloatElement, Result, Tensor,
     ops::{
@@ -60,8 +59,8 @@ impl CpuBackend {
         if grad.len() <= TASK {
             task(param, grad, buf);
         } else {
-            let parts = (param.par_chunks_mut(TASK), grad.par_chunks(TASK), buf.par_chunks_mut(TASK));
-            self.run(|| parts.into_par_iter().for_each(|(param, grad, buf)| task(param, grad, buf)));
+            let parts = param.chunks_mut(TASK).zip(grad.chunks(TASK)).zip(buf.chunks_mut(TASK));
+            self.for_each_part(parts, |((param, grad), buf)| task(param, grad, buf));
         }
         Ok(())
     }

@@ -13,6 +13,9 @@ const MAX_ROW_QUERIES: usize = 4;
 const CACHED_KEYS: usize = 4 * K_BLOCK;
 /// Elements of a chunk of logits that are made by the operator itself.
 const LOGITS: usize = 8 << 20;
+/// Rows of such a chunk where so many logits are no more than [`MOST_LOGITS`].
+const LOSS_ROWS: usize = 384;
+const MOST_LOGITS: usize = 42 << 20;
 /// Fewest rows of such a chunk.
 const MIN_ROWS: usize = 128;
 /// Columns of a task of a product, and elements of the dimension summed over in a panel and in all panels at hand, at most.
@@ -206,7 +209,7 @@ pub(crate) fn losses(spec: &ops::linear_cross_entropy::Spec) -> usize {
 /// Gathered rows of a chunk, its logits, and the largest of the products' scratch.
 pub(crate) fn loss_chunk(spec: &ops::linear_cross_entropy::Spec, with_dweight: bool, num_threads: usize) -> [usize; 3] {
     let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
-    let rows = rows_with_target(spec).min((LOGITS / vocab).max(MIN_ROWS));
+    let rows = rows_with_target(spec).min((LOGITS / vocab).max(LOSS_ROWS.min(MOST_LOGITS / vocab)).max(MIN_ROWS));
     let logits = product_of_rows((spec.dtype, spec.weight_dtype), true, [rows, vocab, hidden], num_threads);
     let dweight = if with_dweight { product(true, [vocab, hidden, rows], num_threads) } else { 0 };
     let dx = if spec.needs_dx { product(true, [rows, hidden, vocab], num_threads) } else { 0 };

@@ -155,8 +155,7 @@ impl Wide<'_> {
             };
         }
         match (self.right.data, self.pairs, sums) {
-            // Short lines of f32 pass by faster as the compiler has them.
-            (Elements::F32(right), _, sums) if self.right.cols >= LONG => {
+            (Elements::F32(right), _, sums) => {
                 sums.iter_mut().enumerate().for_each(|(i, sums)| add!(right, self.row(i), sums, dots));
             }
             (Elements::BF16(right), Some(left), [sums]) => add!(right, left, sums, dots_bf16),

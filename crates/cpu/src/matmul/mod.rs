@@ -138,13 +138,8 @@ impl CpuBackend {
         }
         let (num_threads, len) = self.scratch(&sum, (m, n), T::DTYPE == DType::F32);
         let mut scratch = self.workspace(len)?;
-        self.on_threads(num_threads, || self.passes(sum, result, &mut scratch));
+        self.passes(sum, result, num_threads, &mut scratch);
         Ok(())
-    }
-
-    /// Runs `work` on a thread of the backend where it will share tasks with others: they are woken once for all of them.
-    fn on_threads(&self, num_threads: usize, work: impl FnOnce() + Send) {
-        if num_threads == 1 { work() } else { self.run(work) }
     }
 
     /// [`Self::product`] of few columns, as its transpose: then the long factor is the right one, whose panels are used as soon
@@ -159,7 +154,7 @@ impl CpuBackend {
         let mut scratch = self.workspace(transpose_len + len)?;
         let (transpose, scratch) = scratch.split_at_mut(transpose_len);
         let target = MatMut::new(&mut *transpose, n, m, m);
-        self.on_threads(num_threads, || self.passes(by_columns, target, scratch));
+        self.passes(by_columns, target, num_threads, scratch);
         let mut bias = [0.0; NARROW];
         let bias = sum.bias.map(|elements| {
             elements.add_to(&mut bias[..n]);
@@ -190,11 +185,16 @@ impl CpuBackend {
     }
 
     /// Computes the parts of the rows and of the dimension summed over one after another.
-    fn passes<T: FloatElement>(&self, sum: Sum<'_>, mut result: MatMut<'_, T>, scratch: &mut [f32]) {
+    fn passes<T: FloatElement>(
+        &self,
+        sum: Sum<'_>,
+        mut result: MatMut<'_, T>,
+        num_threads: usize,
+        scratch: &mut [f32],
+    ) {
         let (m, n) = (result.rows, result.cols);
         let k: usize = sum.terms.iter().map(|term| term.left.cols).sum();
         let waits = T::DTYPE == DType::F32;
-        let (num_threads, _) = self.scratch(&sum, (m, n), waits);
         let (rows, depth) = passes((m, k), waits);
         let (_, parts) = scratch_parts((rows, n, depth));
         for rows in (0..m).step_by(rows).map(|start| start..m.min(start + rows)) {
