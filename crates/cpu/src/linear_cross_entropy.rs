@@ -21,15 +21,16 @@ use crate::{
 /// f32 elements of a chunk's logits: 32 MiB, or [`ROWS`] rows where that is more.
 const CHUNK: usize = 8 << 20;
 /// Rows of a chunk that make up for packing the whole weight twice for each chunk; more of them would gain little.
-const ROWS: usize = 384;
+const ROWS: usize = 256;
 /// f32 elements that a chunk's logits may take for that many rows: 168 MiB, or [`MIN_ROWS`] rows where that is more.
 const MOST: usize = 42 << 20;
 /// Fewest rows of a chunk, whatever they take.
 const MIN_ROWS: usize = 128;
 
-/// Rows of a chunk.
-fn chunk_rows(vocab_size: usize) -> usize {
-    (CHUNK / vocab_size).max(ROWS.min(MOST / vocab_size)).max(MIN_ROWS)
+/// Rows of each chunk of `rows` but the last, which is hardly smaller: its buffers are to be those of the others.
+fn chunk_rows(rows: usize, vocab_size: usize) -> usize {
+    let most = (CHUNK / vocab_size).max(ROWS.min(MOST / vocab_size)).max(MIN_ROWS);
+    rows.div_ceil(rows.div_ceil(most).max(1))
 }
 
 impl CpuBackend {
@@ -162,7 +163,7 @@ impl LinearCrossEntropy for CpuBackend {
         let mut nll = self.workspace(rows.len())?;
         let call = Call { spec, x, weight };
         dispatch_float!(spec.dtype, T => {
-            for chunk in blocks(rows.len(), chunk_rows(spec.vocab_size)) {
+            for chunk in blocks(rows.len(), chunk_rows(rows.len(), spec.vocab_size)) {
                 let rows = &rows[chunk.clone()];
                 let chunk_dx = self.loss_chunk::<T>(&call, rows, &mut nll[chunk], dweight.as_deref_mut())?;
                 if let (Some(dx), Some(chunk_dx)) = (&mut dx, chunk_dx) {

@@ -14,7 +14,7 @@ const CACHED_KEYS: usize = 4 * K_BLOCK;
 /// Elements of a chunk of logits that are made by the operator itself.
 const LOGITS: usize = 8 << 20;
 /// Rows of such a chunk where so many logits are no more than [`MOST_LOGITS`].
-const LOSS_ROWS: usize = 384;
+const LOSS_ROWS: usize = 256;
 const MOST_LOGITS: usize = 42 << 20;
 /// Fewest rows of such a chunk.
 const MIN_ROWS: usize = 128;
