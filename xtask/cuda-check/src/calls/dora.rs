@@ -1,4 +1,4 @@
-//! Trained lengths of rows: sizes of models, and odd ones.
+//! Trained lengths of rows: sizes of models, even and odd ones.
 
 use unsloth_core::{
     DType, Result,
@@ -8,7 +8,7 @@ use unsloth_core::{
 use super::{Caller, dtype_pairs};
 
 /// `rows`, `in_features`, `out_features`, `rank`.
-const SIZES: [[usize; 4]; 2] = [[512, 4096, 4096, 16], [65, 97, 33, 5]];
+const SIZES: [[usize; 4]; 3] = [[512, 4096, 4096, 16], [65, 98, 34, 6], [65, 97, 33, 5]];
 
 pub(super) fn calls(caller: &mut Caller) -> Result<()> {
     for [rows, in_features, out_features, rank] in SIZES {

@@ -1,4 +1,4 @@
-//! Gated linear units: a length that vectors divide, and an odd one.
+//! Gated linear units: lengths that vectors of eight, four and two divide, and an odd one.
 
 use unsloth_core::{
     DType, Result,
@@ -7,7 +7,7 @@ use unsloth_core::{
 
 use super::Caller;
 
-const LENGTHS: [usize; 2] = [1 << 20, 4099];
+const LENGTHS: [usize; 4] = [1 << 20, 4100, 4098, 4099];
 
 pub(super) fn calls(caller: &mut Caller) -> Result<()> {
     for length in LENGTHS {

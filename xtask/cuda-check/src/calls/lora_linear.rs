@@ -1,4 +1,5 @@
-//! LoRA linear: many rows, as in training, few, as in generation, and odd sizes.
+//! LoRA linear: many rows, as in training, few, as in generation, and even and odd sizes; and each kernel that may be measured to be the
+//! fastest.
 
 use unsloth_core::{
     DType, Result,
@@ -6,10 +7,12 @@ use unsloth_core::{
     rng::Philox,
 };
 
+use unsloth_cube::{Choosing, product_kernels};
+
 use super::{Caller, dtype_pairs};
 
 /// `rows`, `in_features`, `out_features`, `rank`.
-const SIZES: [[usize; 4]; 3] = [[512, 4096, 4096, 16], [1, 4096, 4096, 16], [65, 97, 33, 5]];
+const SIZES: [[usize; 4]; 4] = [[512, 4096, 4096, 16], [1, 4096, 4096, 16], [65, 98, 34, 6], [65, 97, 33, 5]];
 
 pub(super) fn calls(caller: &mut Caller) -> Result<()> {
     for [rows, in_features, out_features, rank] in SIZES {
@@ -46,5 +49,40 @@ pub(super) fn calls(caller: &mut Caller) -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// Products with an update that are measured on a card, by each kernel that takes part.
+pub(super) fn every_kernel(caller: &mut Caller) -> Result<()> {
+    for kernel in product_kernels() {
+        caller.choose(Choosing::Always(kernel.clone()))?;
+        // Types that some tensor cores or the portable kernel take alike differ in how they are loaded alone.
+        let are_kin = |(a, b): &(DType, DType)| a == b || (*a != DType::F16 && *b != DType::F16);
+        for (dtype, weight_dtype) in dtype_pairs().filter(are_kin) {
+            plain(caller, &kernel, (dtype, weight_dtype, DType::F32))?;
+            if dtype == weight_dtype {
+                plain(caller, &kernel, (dtype, weight_dtype, dtype))?;
+            }
+        }
+    }
+    caller.choose(Choosing::ByRule)
+}
+
+/// A layer without bias and dropout, and its input's gradient.
+fn plain(caller: &mut Caller, kernel: &str, (dtype, weight_dtype, adapter_dtype): (DType, DType, DType)) -> Result<()> {
+    let [rows, in_features, out_features, rank] = SIZES[0];
+    let weight = caller.tensor(weight_dtype, [out_features, in_features])?;
+    let weight = caller.device.prepare_weight(weight)?;
+    let (x, dy) = (caller.tensor(dtype, [rows, in_features])?, caller.tensor(dtype, [rows, out_features])?);
+    let h = caller.tensor(DType::F32, [rows, rank])?;
+    let lora_a = caller.tensor(adapter_dtype, [rank, in_features])?;
+    let lora_b = caller.tensor(adapter_dtype, [out_features, rank])?;
+    let adapter = Adapter { lora_a: &lora_a, lora_b: &lora_b, scale: 2.0, dropout: None };
+    let inputs = Backward { dy: &dy, x: &x, h: &h, weight: &weight, adapter, needs_dx: true };
+    let size = format!("{rows} x {in_features} -> {out_features}, rank {rank}");
+    let detail =
+        |what: &str| format!("{kernel}, {what} {size} {dtype}, weight {weight_dtype}, adapter {adapter_dtype}");
+    caller.call(detail("forward"), || lora_linear::forward(&x, &weight, None, adapter));
+    caller.call(detail("backward"), || lora_linear::backward(inputs, ParameterGradients::default()));
     Ok(())
 }

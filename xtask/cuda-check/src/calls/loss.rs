@@ -1,5 +1,5 @@
-//! Cross entropy, alone and with the output projection: a vocabulary that vectors divide, and an odd one, with each option that
-//! changes the code.
+//! Cross entropy, alone and with the output projection: vocabularies that vectors of eight, four and two divide, an odd one, and small ones,
+//! which fewer units share, with each option that changes the code.
 
 use unsloth_core::{
     DType, Result,
@@ -11,9 +11,9 @@ use unsloth_core::{
 
 use super::{Caller, dtype_pairs};
 
-const VOCAB_SIZES: [usize; 2] = [32_000, 4099];
+const VOCAB_SIZES: [usize; 6] = [32_000, 4100, 4098, 4099, 256, 64];
 /// Rows long enough to be shared by more units, so few are 512 of them.
-const LARGE_VOCAB_SIZE: usize = 128_256;
+const LARGE_VOCAB_SIZES: [usize; 4] = [128_256, 128_260, 128_258, 128_257];
 const TOKENS: usize = 512;
 const HIDDEN_SIZE: usize = 64;
 
@@ -29,7 +29,7 @@ fn specs() -> [(&'static str, LossSpec); 4] {
 }
 
 pub(super) fn cross_entropy(caller: &mut Caller) -> Result<()> {
-    for vocab_size in VOCAB_SIZES.into_iter().chain([LARGE_VOCAB_SIZE]) {
+    for vocab_size in VOCAB_SIZES.into_iter().chain(LARGE_VOCAB_SIZES) {
         for dtype in DType::FLOATS {
             for (name, spec) in specs() {
                 let targets = caller.tensor(DType::I32, [TOKENS])?;

@@ -1,7 +1,8 @@
 //! Calls of every operator through the contract, so that what is compiled is what the library launches.
 //!
-//! Each operator is called in every combination of storage types and options, with sizes of real models and with an odd size,
-//! which no vector divides. That no kernel is left out is checked by name: see [`crate::kernels`].
+//! Each operator is called in every combination of storage types and options, with sizes of real models and with such that only
+//! shorter vectors divide, or none: a kernel is made anew for each width of vectors, number of units or tensors, and tile. That no kernel is
+//! left out is checked by name: see [`crate::kernels`].
 
 use std::fmt::Display;
 
@@ -30,7 +31,7 @@ mod rope;
 type Calls = fn(&mut Caller) -> unsloth_core::Result<()>;
 
 /// Every operator.
-const OPERATORS: [(&str, Calls); 21] = [
+const OPERATORS: [(&str, Calls); 22] = [
     ("adafactor", pointwise::adafactor),
     ("adamw", pointwise::adamw),
     ("adamw8bit", pointwise::adamw8bit),
@@ -48,6 +49,7 @@ const OPERATORS: [(&str, Calls); 21] = [
     ("linear with every kernel", linear::every_kernel),
     ("linear_cross_entropy", loss::linear_cross_entropy),
     ("lora_linear", lora_linear::calls),
+    ("lora_linear with every kernel", lora_linear::every_kernel),
     ("reduce", pointwise::reduce),
     ("rms_norm", rms_norm::calls),
     ("rope", rope::calls),
@@ -125,6 +127,18 @@ impl Caller {
             self.outcome.refused.push(format!("{name}: {}", causes.join(": ")));
         }
     }
+}
+
+/// Sizes of rows: those that vectors of eight, four, two and none divide, in rows too long to be kept in registers, in such that 256 units
+/// keep in one to four vectors each, and in short ones that 64 and 32 units share.
+const ROW_SIZES: [usize; 18] =
+    [12_288, 12_292, 12_290, 12_289, 4096, 3072, 2048, 1024, 1028, 1026, 513, 65, 128, 66, 33, 64, 30, 15];
+
+/// [`ROW_SIZES`], with storage types as [`dtype_pairs`] for one size of a model and an odd one, and of one type for both elsewhere.
+fn rows() -> impl Iterator<Item = (usize, (DType, DType))> {
+    let is_called = |size: usize, (dtype, weight): (DType, DType)| [4096, 65].contains(&size) || dtype == weight;
+    let pairs = move |size| dtype_pairs().filter(move |pair| is_called(size, *pair)).map(move |pair| (size, pair));
+    ROW_SIZES.into_iter().flat_map(pairs)
 }
 
 /// Storage types of activations with those of weights beside them.

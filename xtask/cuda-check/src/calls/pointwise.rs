@@ -1,4 +1,4 @@
-//! Elementwise operators, reductions and the optimiser: a length that vectors divide, and an odd one.
+//! Elementwise operators, reductions and optimisers: lengths that vectors of eight, four and two divide, and an odd one.
 
 use unsloth_core::{
     DType, Result, Shape,
@@ -13,7 +13,9 @@ use unsloth_core::{
 
 use super::{Caller, dtype_pairs};
 
-const LENGTHS: [usize; 2] = [1 << 20, 4099];
+const LENGTHS: [usize; 4] = [1 << 20, 4100, 4098, 4099];
+/// Tensors of one launch, where it takes several.
+const COUNTS: std::ops::RangeInclusive<usize> = 1..=8;
 
 pub(super) fn elementwise(caller: &mut Caller) -> Result<()> {
     for length in LENGTHS {
@@ -48,7 +50,10 @@ pub(super) fn reduce(caller: &mut Caller) -> Result<()> {
             let detail = |what: &str| format!("{what} [{length}] {dtype}");
             caller.call(detail("sum"), || reductions::sum(&x));
             caller.call(detail("all_finite"), || reductions::all_finite(&[&x, &x]));
-            caller.call(detail("grad_norm"), || reductions::grad_norm(&[&x, &x]));
+            for count in COUNTS {
+                let tensors = vec![&x; count];
+                caller.call(detail(&format!("grad_norm of {count}")), || reductions::grad_norm(&tensors));
+            }
         }
     }
     Ok(())
@@ -69,7 +74,7 @@ pub(super) fn adamw(caller: &mut Caller) -> Result<()> {
     for length in LENGTHS {
         for dtype in DType::FLOATS {
             let state = StepState::new(&caller.device, 0)?;
-            for count in [1, 8] {
+            for count in COUNTS {
                 let tensors = |dtype| (0..count).map(|_| caller.tensor(dtype, [length])).collect::<Result<Vec<_>>>();
                 let (mut params, grads) = (tensors(dtype)?, tensors(DType::F32)?);
                 let (mut ms, mut vs) = (tensors(DType::F32)?, tensors(DType::F32)?);
@@ -117,7 +122,7 @@ pub(super) fn adafactor(caller: &mut Caller) -> Result<()> {
 pub(super) fn stochastic_rounding(caller: &mut Caller) -> Result<()> {
     let spec = rounding::Spec { stream: Philox::new(0, 0), step: 0, tensor: 0 };
     // The third is even where its words are not.
-    for length in [LENGTHS[0], LENGTHS[1], 4098] {
+    for length in LENGTHS {
         let (x, mut out) = (caller.tensor(DType::F32, [length])?, caller.tensor(DType::BF16, [length])?);
         caller.call(format!("[{length}]"), || rounding::round(&spec, &x, &mut out));
     }
@@ -169,7 +174,7 @@ pub(super) fn muon(caller: &mut Caller) -> Result<()> {
         eps: 1e-7,
         weight_decay: 0.01,
     };
-    for shape in [[1024, 1024], [17, 241]] {
+    for shape in [[1024, 1024], [18, 241], [17, 241]] {
         for dtype in DType::FLOATS {
             let state = StepState::new(&caller.device, 0)?;
             let (mut param, grad) = (caller.tensor(dtype, shape)?, caller.tensor(DType::F32, shape)?);

@@ -1,31 +1,28 @@
-//! RMSNorm: hidden sizes of real models, which units keep in registers or not, of a head, and an odd one.
+//! RMSNorm: every width of vectors and number of units.
 
 use unsloth_core::{DType, Result, ops::rms_norm};
 
-use super::{Caller, dtype_pairs};
+use super::{Caller, rows};
 
-const HIDDEN_SIZES: [usize; 5] = [12_288, 4096, 2048, 128, 65];
 const ROWS: usize = 512;
 const EPS: f32 = 1e-5;
 
 pub(super) fn calls(caller: &mut Caller) -> Result<()> {
-    for (dtype, weight_dtype) in dtype_pairs() {
-        for hidden_size in HIDDEN_SIZES {
-            let row = [ROWS, hidden_size];
-            let detail = |what: &str| format!("{what} [{ROWS}, {hidden_size}] {dtype}, weight {weight_dtype}");
-            let weight = caller.tensor(weight_dtype, [hidden_size])?;
-            let x = caller.tensor(dtype, row)?;
-            caller.call(detail("forward"), || rms_norm::forward(x.clone(), None, &weight, EPS, 0.0));
-            let sum = caller.tensor(dtype, row)?;
-            caller.call(detail("forward with residual"), || rms_norm::forward(sum, Some(&x), &weight, EPS, 0.0));
-            let rstd = caller.tensor(DType::F32, [ROWS])?;
-            for dsum in [None, Some(&x)] {
-                let dout = caller.tensor(dtype, row)?;
-                let mut dweight = caller.tensor(DType::F32, [hidden_size])?;
-                let inputs = rms_norm::Backward { dout, dsum, sum: &x, weight: &weight, rstd: &rstd };
-                let what = if dsum.is_some() { "backward with dsum" } else { "backward" };
-                caller.call(detail(what), || rms_norm::backward(inputs, Some(&mut dweight), EPS, 0.0));
-            }
+    for (hidden_size, (dtype, weight_dtype)) in rows() {
+        let row = [ROWS, hidden_size];
+        let detail = |what: &str| format!("{what} [{ROWS}, {hidden_size}] {dtype}, weight {weight_dtype}");
+        let weight = caller.tensor(weight_dtype, [hidden_size])?;
+        let x = caller.tensor(dtype, row)?;
+        caller.call(detail("forward"), || rms_norm::forward(x.clone(), None, &weight, EPS, 0.0));
+        let sum = caller.tensor(dtype, row)?;
+        caller.call(detail("forward with residual"), || rms_norm::forward(sum, Some(&x), &weight, EPS, 0.0));
+        let rstd = caller.tensor(DType::F32, [ROWS])?;
+        for dsum in [None, Some(&x)] {
+            let dout = caller.tensor(dtype, row)?;
+            let mut dweight = caller.tensor(DType::F32, [hidden_size])?;
+            let inputs = rms_norm::Backward { dout, dsum, sum: &x, weight: &weight, rstd: &rstd };
+            let what = if dsum.is_some() { "backward with dsum" } else { "backward" };
+            caller.call(detail(what), || rms_norm::backward(inputs, Some(&mut dweight), EPS, 0.0));
         }
     }
     Ok(())

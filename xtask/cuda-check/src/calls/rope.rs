@@ -7,8 +7,8 @@ use unsloth_core::{
 
 use super::Caller;
 
-/// Those of real models, and one whose halves are odd.
-const HEAD_DIMS: [usize; 2] = [128, 6];
+/// Those of real models, and those whose halves are even or odd.
+const HEAD_DIMS: [usize; 3] = [128, 4, 6];
 const TOKENS: usize = 512;
 
 pub(super) fn calls(caller: &mut Caller) -> Result<()> {
