@@ -280,7 +280,7 @@ fn large_logits(device: &Device, case: &Case) -> Checked {
 /// divided by `V`, less the `x` of the tokens that have it for a target.
 fn holds_no_matrix_of_logits(device: &Device, case: &Case) -> Checked {
     // A device that has much memory works on more rows at a time.
-    let (tokens, vocab_size) = (if device.memory_bytes().is_some() { 8192 } else { 1024 }, 65_537);
+    let (tokens, vocab_size) = (if device.memory_bytes().is_some() { 8192 } else { 2048 }, 65_537);
     let target = |token: usize| 7 * token;
     // Few enough are not 0 for a sum over them to be nearly exact in any order: among them the ends of every chunk.
     let is_counted = |token: usize| token.is_multiple_of(16) || token % 128 == 127;
