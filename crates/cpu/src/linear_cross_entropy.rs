@@ -27,10 +27,11 @@ const MOST: usize = 42 << 20;
 /// Fewest rows of a chunk, whatever they take.
 const MIN_ROWS: usize = 128;
 
-/// Rows of each chunk of `rows` but the last, which is hardly smaller: its buffers are to be those of the others.
-fn chunk_rows(rows: usize, vocab_size: usize) -> usize {
+/// Rows of each chunk but the last, which is hardly smaller where all tokens have a target: its buffers are to be those of the others.
+/// How many have one does not matter, so that fewer of them never take more memory than was planned.
+fn chunk_rows(tokens: usize, vocab_size: usize) -> usize {
     let most = (CHUNK / vocab_size).max(ROWS.min(MOST / vocab_size)).max(MIN_ROWS);
-    rows.div_ceil(rows.div_ceil(most).max(1))
+    tokens.div_ceil(tokens.div_ceil(most).max(1))
 }
 
 impl CpuBackend {
@@ -163,7 +164,7 @@ impl LinearCrossEntropy for CpuBackend {
         let mut nll = self.workspace(rows.len())?;
         let call = Call { spec, x, weight };
         dispatch_float!(spec.dtype, T => {
-            for chunk in blocks(rows.len(), chunk_rows(rows.len(), spec.vocab_size)) {
+            for chunk in blocks(rows.len(), chunk_rows(spec.tokens, spec.vocab_size)) {
                 let rows = &rows[chunk.clone()];
                 let chunk_dx = self.loss_chunk::<T>(&call, rows, &mut nll[chunk], dweight.as_deref_mut())?;
                 if let (Some(dx), Some(chunk_dx)) = (&mut dx, chunk_dx) {

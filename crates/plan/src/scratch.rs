@@ -209,7 +209,8 @@ pub(crate) fn losses(spec: &ops::linear_cross_entropy::Spec) -> usize {
 /// Gathered rows of a chunk, its logits, and the largest of the products' scratch.
 pub(crate) fn loss_chunk(spec: &ops::linear_cross_entropy::Spec, with_dweight: bool, num_threads: usize) -> [usize; 3] {
     let (hidden, vocab) = (spec.hidden_size, spec.vocab_size);
-    let rows = rows_with_target(spec).min((LOGITS / vocab).max(LOSS_ROWS.min(MOST_LOGITS / vocab)).max(MIN_ROWS));
+    let most = (LOGITS / vocab).max(LOSS_ROWS.min(MOST_LOGITS / vocab)).max(MIN_ROWS);
+    let rows = rows_with_target(spec).min(spec.tokens.div_ceil(spec.tokens.div_ceil(most).max(1)));
     let logits = product_of_rows((spec.dtype, spec.weight_dtype), true, [rows, vocab, hidden], num_threads);
     let dweight = if with_dweight { product(true, [vocab, hidden, rows], num_threads) } else { 0 };
     let dx = if spec.needs_dx { product(true, [rows, hidden, vocab], num_threads) } else { 0 };
