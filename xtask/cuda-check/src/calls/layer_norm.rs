@@ -1,4 +1,4 @@
-//! LayerNorm: every width of vectors and number of units.
+//! LayerNorm: rows of the sizes in [`super::ROW_SIZES`].
 
 use unsloth_core::{
     DType, Result,

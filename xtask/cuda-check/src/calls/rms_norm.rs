@@ -1,4 +1,4 @@
-//! RMSNorm: every width of vectors and number of units.
+//! RMSNorm: rows of the sizes in [`super::ROW_SIZES`].
 
 use unsloth_core::{DType, Result, ops::rms_norm};
 
