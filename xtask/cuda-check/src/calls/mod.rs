@@ -129,8 +129,8 @@ impl Caller {
     }
 }
 
-/// Sizes of rows: those that vectors of eight, four, two and none divide, in rows too long to be kept in registers, in such that 256 units
-/// keep in one to four vectors each, and in short ones that 64 and 32 units share.
+/// Sizes of rows: those that vectors of eight, four, two and none divide, in rows too long to be kept in registers and in such that 256 units
+/// keep; and short ones that 128, 64 and 32 units share, not each in every width.
 const ROW_SIZES: [usize; 18] =
     [12_288, 12_292, 12_290, 12_289, 4096, 3072, 2048, 1024, 1028, 1026, 513, 65, 128, 66, 33, 64, 30, 15];
 
