@@ -68,13 +68,9 @@ impl CpuBackend {
                 });
             }
         };
-        if grad.len() <= TASK {
-            task(param, grad, m, v);
-        } else {
-            let moments = m.chunks_mut(TASK).zip(v.chunks_mut(TASK));
-            let parts = param.chunks_mut(TASK).zip(grad.chunks(TASK)).zip(moments);
-            self.for_each_part(parts, |((param, grad), (m, v))| task(param, grad, m, v));
-        }
+        let moments = m.chunks_mut(TASK).zip(v.chunks_mut(TASK));
+        let parts = param.chunks_mut(TASK).zip(grad.chunks(TASK)).zip(moments);
+        self.for_each_part(parts, |((param, grad), (m, v))| task(param, grad, m, v));
         Ok(())
     }
 }

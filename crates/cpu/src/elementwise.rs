@@ -54,9 +54,6 @@ impl CpuBackend {
                 work(start + i * BLOCK, block, &mut buffers);
             }
         };
-        if out.len() <= TASK {
-            return task(0, out);
-        }
         self.for_each_part(out.chunks_mut(TASK).enumerate(), |(i, part)| task(i * TASK, part));
     }
 

@@ -137,12 +137,8 @@ impl CpuBackend {
                 });
             }
         };
-        if dgate.len() <= TASK {
-            task(0, dgate, dup);
-        } else {
-            let parts = dgate.chunks_mut(TASK).zip(dup.chunks_mut(TASK)).enumerate();
-            self.for_each_part(parts, |(i, (dgate, dup))| task(i * TASK, dgate, dup));
-        }
+        let parts = dgate.chunks_mut(TASK).zip(dup.chunks_mut(TASK)).enumerate();
+        self.for_each_part(parts, |(i, (dgate, dup))| task(i * TASK, dgate, dup));
         Ok(())
     }
 }

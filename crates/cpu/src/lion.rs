@@ -45,12 +45,8 @@ impl CpuBackend {
                 });
             }
         };
-        if grad.len() <= TASK {
-            task(param, grad, m);
-        } else {
-            let parts = param.chunks_mut(TASK).zip(grad.chunks(TASK)).zip(m.chunks_mut(TASK));
-            self.for_each_part(parts, |((param, grad), m)| task(param, grad, m));
-        }
+        let parts = param.chunks_mut(TASK).zip(grad.chunks(TASK)).zip(m.chunks_mut(TASK));
+        self.for_each_part(parts, |((param, grad), m)| task(param, grad, m));
         Ok(())
     }
 }

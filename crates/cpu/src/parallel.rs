@@ -102,7 +102,8 @@ impl CpuBackend {
         });
     }
 
-    /// Calls `work` for every part, on all threads. Parts are taken in their order as threads become free.
+    /// Calls `work` for every part, on all threads; for a single one on the calling thread. Parts are taken in their order as threads become
+    /// free.
     pub(crate) fn for_each_part<P: Send>(
         &self,
         parts: impl IntoIterator<Item = P, IntoIter: Send>,

@@ -56,12 +56,8 @@ impl CpuBackend {
             let blocks = param.chunks_mut(BLOCK).zip(grad.chunks(BLOCK)).zip(buf.chunks_mut(BLOCK));
             blocks.for_each(|((param, grad), buf)| block(param, grad, Some(buf)));
         };
-        if grad.len() <= TASK {
-            task(param, grad, buf);
-        } else {
-            let parts = param.chunks_mut(TASK).zip(grad.chunks(TASK)).zip(buf.chunks_mut(TASK));
-            self.for_each_part(parts, |((param, grad), buf)| task(param, grad, buf));
-        }
+        let parts = param.chunks_mut(TASK).zip(grad.chunks(TASK)).zip(buf.chunks_mut(TASK));
+        self.for_each_part(parts, |((param, grad), buf)| task(param, grad, buf));
         Ok(())
     }
 }
