@@ -31,6 +31,7 @@ fn instruction_sets() -> Vec<(&'static str, bool)> {
         ("f16c", is_x86_feature_detected!("f16c")),
         ("avx512f", is_x86_feature_detected!("avx512f")),
         ("avx512bf16", is_x86_feature_detected!("avx512bf16")),
+        ("amx", crate::amx::is_available()),
     ]
 }
 

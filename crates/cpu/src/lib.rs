@@ -15,6 +15,8 @@ mod access;
 mod adafactor;
 mod adamw;
 mod adamw8bit;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;

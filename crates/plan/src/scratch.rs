@@ -31,6 +31,8 @@ const NARROW: (usize, usize) = (64, 4);
 const DROPOUT_ROWS: usize = 512;
 /// Products of fewer multiplications run on one thread.
 const SMALL_PRODUCT: usize = 64 * 64 * 64;
+/// Rows of a tile, on any path, divide it.
+const ROW_UNIT: usize = 96;
 /// Up to this many rows are not packed, where the other factor is f32.
 const FEW_ROWS: usize = 2;
 /// Parts of the rows that gradients of a norm's parameters are summed in, at most, and rows of a part, at least.
@@ -104,7 +106,7 @@ fn packed_left(rows: usize, depth: usize, may_cut: bool) -> (usize, usize) {
         return (rows, depth);
     }
     let even = |total: usize, most: usize, unit: usize| total.div_ceil(total.div_ceil(most)).next_multiple_of(unit);
-    let rows = rows.min(even(rows, (elements / depth / 6 * 6).max(min_rows), 6));
+    let rows = rows.min(even(rows, (elements / depth / ROW_UNIT * ROW_UNIT).max(min_rows), ROW_UNIT));
     let step = (elements / rows / PRODUCT.depth).max(1) * PRODUCT.depth;
     (rows, if may_cut { depth.min(even(depth, step, PRODUCT.depth)) } else { depth })
 }
@@ -125,8 +127,9 @@ fn panels(may_cut: bool, [rows, cols, depth]: [usize; 3], num_threads: usize) ->
     }
     let num_threads = if rows * cols * depth < SMALL_PRODUCT { 1 } else { num_threads };
     let (rows, depth) = packed_left(rows, depth, may_cut);
-    let (panels, cols) = (rows.div_ceil(6), cols.next_multiple_of(64).min(PRODUCT.cols));
-    (panels * 8 * depth).next_multiple_of(16) + num_threads * (cols * depth.min(PRODUCT.stage) + panels * 6 * cols)
+    let (cols, length) = (cols.next_multiple_of(64).min(PRODUCT.cols), (depth.next_multiple_of(32) + 32) * 3 / 2);
+    let sums = rows.next_multiple_of(32).max(rows.next_multiple_of(6)) * cols;
+    rows.next_multiple_of(16) * length + num_threads * (cols * length.min(PRODUCT.stage) + sums)
 }
 
 /// Whether a product of factors that are read by whole rows does not pack them.

@@ -270,7 +270,7 @@ impl Product<'_> {
         assert!(last(m, self.c.1) + n <= self.c.0.len(), "c lies in its slice");
         match path.isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx512Bf16 => self.tiles(path.pairs),
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => self.tiles(path.pairs),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
                 let Some(v3) = pulp::x86::V3::try_new() else { unreachable!("a path is made for this processor") };

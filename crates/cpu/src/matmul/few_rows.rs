@@ -126,7 +126,7 @@ impl Wide<'_> {
     /// Adds the products of rows `cols` of the right factor, [`GROUP`] at most, with the rows of the left one.
     fn add_columns(&self, cols: &Range<usize>, sums: &mut [[f32; GROUP]]) {
         #[cfg(target_arch = "x86_64")]
-        if matches!(self.isa, Isa::Avx512 | Isa::Avx512Bf16) && self.add_vectors(cols, sums) {
+        if self.isa.has_avx512() && self.add_vectors(cols, sums) {
             return;
         }
         for (j, col) in cols.clone().enumerate() {

@@ -15,11 +15,13 @@ pub enum Isa {
     Avx512,
     /// AVX-512 and its dot products of bf16 pairs, which products of two bf16 matrices and attention between bf16 heads use.
     Avx512Bf16,
+    /// AVX-512 and AMX, whose products of bf16 tiles matrix products are made of: those of wider types as products of their parts.
+    Amx,
 }
 
 impl Isa {
     /// From the slowest to the fastest.
-    pub(super) const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub(super) const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
     /// Those that this processor has, the fastest last.
     pub fn available() -> impl Iterator<Item = Self> {
@@ -33,6 +35,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
         }
     }
 
@@ -46,6 +49,7 @@ impl Isa {
             Self::Avx2 => has_avx2(),
             Self::Avx512 => has_avx512(),
             Self::Avx512Bf16 => has_avx512() && is_x86_feature_detected!("avx512bf16"),
+            Self::Amx => Self::Avx512Bf16.is_available() && crate::amx::is_available(),
         }
     }
 
@@ -56,7 +60,12 @@ impl Isa {
 
     /// Whether its products of two bf16 factors are dot products of pairs.
     pub(crate) fn multiplies_pairs(self) -> bool {
-        self == Self::Avx512Bf16
+        matches!(self, Self::Avx512Bf16 | Self::Amx)
+    }
+
+    /// Whether it has vectors of AVX-512.
+    pub(crate) fn has_avx512(self) -> bool {
+        matches!(self, Self::Avx512 | Self::Avx512Bf16 | Self::Amx)
     }
 
     /// The fastest that this processor has.

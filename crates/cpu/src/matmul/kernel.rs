@@ -1,10 +1,10 @@
-//! Micro-kernels: a tile of the result from two packed panels.
+//! Micro-kernels: a tile of the result from two packed panels, by vectors.
 
 use super::{isa::Isa, pack::Panels};
 #[cfg(target_arch = "x86_64")]
 use crate::avx512::{self, Operands};
 
-/// Rows of a tile, on every path: with four vectors of AVX-512 or two of AVX2 they fill the registers.
+/// Rows of a tile: with four vectors of AVX-512 or two of AVX2 they fill the registers.
 pub(super) const ROWS: usize = 6;
 /// Width of a panel of the left factor: squares of eight lines can be transposed into it.
 pub(super) const LEFT_WIDTH: usize = 8;
@@ -39,7 +39,7 @@ impl Kernel {
         // Twelve sums, two vectors and a factor of sixteen registers; 24, four and one of 32.
         let (step, panel) = match isa {
             Isa::Portable | Isa::Avx2 => (lanes::STEP, 2 * lanes::STEP),
-            Isa::Avx512 | Isa::Avx512Bf16 => (16, 64),
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => (16, 64),
         };
         Self { step, panel, pairs: both_bf16 && isa.multiplies_pairs(), isa }
     }
@@ -64,7 +64,7 @@ impl Kernel {
                 lanes::run(v3, tile);
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx512Bf16 => {
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
                 let (a, b, c) = (tile.a.as_ptr(), tile.b.as_ptr(), tile.c.as_mut_ptr());
                 let strides = Operands {
                     depth,

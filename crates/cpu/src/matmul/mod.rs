@@ -8,11 +8,14 @@
 //!
 //! Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication", doi:10.1145/1356052.1356053.
 
+mod block;
 mod few_rows;
 mod isa;
 mod kernel;
 mod mat;
 mod pack;
+#[cfg(target_arch = "x86_64")]
+mod parts;
 #[cfg(target_arch = "x86_64")]
 mod transpose;
 mod work;
@@ -22,8 +25,8 @@ use std::ops::Range;
 use unsloth_core::{DType, FloatElement, Result};
 
 use self::{
-    kernel::{LEFT_WIDTH, ROWS},
-    work::{Block, Work},
+    block::{Block, tile_rows},
+    work::Work,
 };
 pub use isa::Isa;
 pub(crate) use mat::{Elements, Into, Mat, MatMut, Sum, Term};
@@ -42,7 +45,9 @@ const TASK_COLS: usize = 128;
 const LEFT_CUT: usize = 9 << 18;
 /// The same where only rows may be: 43 MiB, or [`MIN_ROWS`] rows where those are more.
 const LEFT: usize = 8 << 20;
-/// Fewest rows that are packed at once, a multiple of [`ROWS`]: below it packing the right factor once more for the others would
+/// Rows of a tile, on any path, divide it.
+const ROW_UNIT: usize = 96;
+/// Fewest rows that are packed at once, a multiple of [`ROW_UNIT`]: below it packing the right factor once more for the others would
 /// cost as much as multiplying.
 const MIN_ROWS: usize = 192;
 /// The same where the dimension summed over may be cut instead, which costs another pass over the result.
@@ -69,13 +74,13 @@ fn even(total: usize, most: usize, unit: usize) -> usize {
 
 /// How a result is cut: by columns, as wide as the cache allows, and what is left over when each thread has as many of these as the
 /// others, by rows as well. Cutting rows packs the columns once more.
-fn tasks((m, n, k): (usize, usize, usize), num_threads: usize) -> Vec<Task> {
+fn tasks((m, n, k): (usize, usize, usize), tile_rows: usize, num_threads: usize) -> Vec<Task> {
     let num_threads = num_threads.min(m * n * k / SMALL).max(1);
     let even_share = n / TASK_COLS / num_threads * num_threads;
     let left_over = n.div_ceil(TASK_COLS) - even_share;
     // The fewest parts that make their number a multiple of that of the threads.
     let parts = (1..=num_threads).find(|parts| (left_over * parts).is_multiple_of(num_threads)).unwrap_or(1);
-    let rows = m.div_ceil(parts).next_multiple_of(ROWS);
+    let rows = m.div_ceil(parts).next_multiple_of(tile_rows);
     let cols = (0..n).step_by(TASK_COLS).map(|start| start..n.min(start + TASK_COLS));
     let cut = |cols: Range<usize>| {
         let rows = if cols.start < even_share * TASK_COLS { m } else { rows };
@@ -91,7 +96,7 @@ fn passes((m, k): (usize, usize), waits: bool) -> (usize, usize) {
     if m * k <= most {
         return (m, k);
     }
-    let rows = m.min(even(m, (most / k / ROWS * ROWS).max(min_rows), ROWS));
+    let rows = m.min(even(m, (most / k / ROW_UNIT * ROW_UNIT).max(min_rows), ROW_UNIT));
     let depth = if waits { even(k, (most / rows / DEPTH).max(1) * DEPTH, DEPTH) } else { k };
     (rows, k.min(depth))
 }
@@ -110,10 +115,12 @@ fn cut<'a>(terms: &[Term<'a>], depth: usize) -> Vec<Vec<Term<'a>>> {
 /// f32 elements of scratch: the packed left factor, and for each thread a block of the right one and sums. It does not depend on
 /// the path or on how the result is cut.
 fn scratch_parts((m, n, k): (usize, usize, usize)) -> (usize, [usize; 2]) {
-    // Six rows are packed as eight. Whole cache lines, so that panels start at one.
+    // Of tiles of AMX: three halves of an element, each of at most two terms filled up to whole tiles. Vectors take less: six rows
+    // are packed as eight.
+    let length = (k.next_multiple_of(32) + 32) * 3 / 2;
     let cols = n.next_multiple_of(COL_UNIT).min(TASK_COLS);
-    let rows = m.div_ceil(ROWS);
-    ((rows * LEFT_WIDTH * k).next_multiple_of(16), [cols * k.min(STAGE), rows * ROWS * cols])
+    let rows = m.next_multiple_of(32).max(m.next_multiple_of(6));
+    (m.next_multiple_of(16) * length, [cols * length.min(STAGE), rows * cols])
 }
 
 impl CpuBackend {
@@ -218,11 +225,11 @@ impl CpuBackend {
     ) {
         let MatMut { data, rows: m, cols: n, row_stride } = result;
         let blocks = Block::of(self.isa(), sum.terms);
-        let packed = blocks.last().map_or(0, |block| block.start + m.div_ceil(ROWS) * LEFT_WIDTH * block.length);
+        let packed = blocks.last().map_or(0, |block| block.start + block.left_len(m));
         let (left, slabs) = scratch.split_at_mut(packed.next_multiple_of(16));
         self.pack_left(&blocks, m, num_threads, left);
         let k: usize = sum.terms.iter().map(|term| term.left.cols).sum();
-        let tasks = tasks((m, n, k), num_threads);
+        let tasks = tasks((m, n, k), tile_rows(self.isa()), num_threads);
         let (left, result) = (&*left, Disjoint::new(data));
         self.share_tasks(&tasks, slabs, (num_threads, parts.iter().sum()), |task, slab| {
             let (right, sums) = slab.split_at_mut(parts[0]);
@@ -240,16 +247,15 @@ impl CpuBackend {
 
     /// Packs the left factors of all blocks, on several threads where there is enough of them.
     fn pack_left(&self, blocks: &[Block<'_>], m: usize, num_threads: usize, left: &mut [f32]) {
-        let target = Disjoint::new(left);
+        let (target, unit) = (Disjoint::new(left), tile_rows(self.isa()));
         let mut tasks = Vec::new();
         for block in blocks {
-            let rows = (PACKED / block.depth.len().max(1) / ROWS).max(1) * ROWS;
+            let rows = (PACKED / block.depth.len().max(1) / unit).max(1) * unit;
             tasks.extend((0..m).step_by(rows).map(|start| (block, start..m.min(start + rows))));
         }
         let num_threads = if tasks.len() < 2 { 1 } else { num_threads };
         self.share_tasks(&tasks, &mut [], (num_threads, 0), |(block, rows), _| {
-            let start = block.start + rows.start / ROWS * LEFT_WIDTH * block.length;
-            let len = rows.len().div_ceil(ROWS) * LEFT_WIDTH * block.length;
+            let (start, len) = (block.start + block.left_len(rows.start), block.left_len(rows.len()));
             #[allow(unsafe_code, reason = "tasks write pieces of one buffer")]
             // SAFETY: panels of different rows or blocks are disjoint, and rows are cut between panels.
             block.pack_left(rows.clone(), unsafe { target.piece(start..start + len) });

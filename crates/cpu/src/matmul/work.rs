@@ -5,50 +5,11 @@ use std::ops::Range;
 use unsloth_core::FloatElement;
 
 use super::{
-    DEPTH, Elements, Into, Isa, STAGE, Sum, TASK_COLS, Term, even,
-    kernel::{Kernel, LEFT_WIDTH, ROWS, Tile},
-    pack::{Form, Panels, prefetch_all},
+    Elements, Into, Isa, STAGE, Sum, TASK_COLS,
+    block::{Block, Ready, tile_columns, tile_rows},
+    pack::{Panels, prefetch_all},
 };
 use crate::simd::{self, vectorised};
-
-/// Some of the dimension summed over of one term.
-pub(super) struct Block<'a> {
-    term: &'a Term<'a>,
-    kernel: Kernel,
-    form: Form,
-    pub(super) depth: Range<usize>,
-    /// Elements of a panel along the depth.
-    pub(super) length: usize,
-    /// Where the panels of its left factor start.
-    pub(super) start: usize,
-}
-
-impl<'a> Block<'a> {
-    /// The blocks of all terms, in the order in which they are added.
-    pub(super) fn of(isa: Isa, terms: &'a [Term<'a>]) -> Vec<Self> {
-        let (mut blocks, mut start) = (Vec::new(), 0);
-        for term in terms.iter().filter(|term| term.left.cols > 0) {
-            let kernel = Kernel::new(isa, term.left.is_bf16() && term.right.is_bf16() && term.factor == 1.0);
-            let form = Form { pairs: kernel.pairs, isa };
-            let (k, most) = (term.left.cols, if kernel.pairs { 2 * DEPTH } else { DEPTH });
-            let step = even(k, most, 16);
-            for depth in (0..k).step_by(step).map(|start| start..k.min(start + step)) {
-                let length = form.depth(depth.len());
-                blocks.push(Self { term, kernel, form, depth, length, start });
-                start += term.left.rows.div_ceil(ROWS) * LEFT_WIDTH * length;
-            }
-        }
-        blocks
-    }
-
-    /// Packs rows of the left factor.
-    pub(super) fn pack_left(&self, rows: Range<usize>, to: &mut [f32]) {
-        self.form.pack(&self.term.left, rows, self.depth.clone(), self.kernel.left_panels(), to);
-        if self.term.factor != 1.0 {
-            simd::scale(to, self.term.factor);
-        }
-    }
-}
 
 /// A task at work.
 pub(super) struct Work<'a> {
@@ -69,8 +30,7 @@ impl Work<'_> {
         let (mut starts, mut start) = (Vec::with_capacity(stage.len()), 0);
         let padded: usize = panels.of(self.task_cols.len()).map(|(_, width)| width).sum();
         for block in stage {
-            let (cols, to) = (self.task_cols.clone(), &mut self.right[start..]);
-            block.form.pack(&block.term.right, cols, block.depth.clone(), panels, to);
+            block.pack_right(self.task_cols.clone(), &mut self.right[start..]);
             starts.push(start);
             start += padded * block.length;
         }
@@ -90,28 +50,25 @@ impl Work<'_> {
             &bias[..self.task_cols.len()]
         });
         let num_cols = self.task_cols.len();
-        let panels = Kernel::new(self.isa, false).right_panels();
+        let (panels, most_rows, ready) = (tile_columns(self.isa), tile_rows(self.isa), Ready::new(self.isa));
         let padded: usize = panels.of(num_cols).map(|(_, width)| width).sum();
         let stages = stages(self.blocks);
         for (i, stage) in stages.iter().enumerate() {
             let (starts, is_last) = (self.pack_right(stage, panels), i + 1 == stages.len());
-            let (left, right) =
-                (bytemuck::cast_slice::<f32, u32>(self.left), bytemuck::cast_slice::<f32, u32>(self.right));
-            for first_row in rows.clone().step_by(ROWS) {
+            for first_row in rows.clone().step_by(most_rows) {
                 for (first, width) in panels.of(num_cols) {
-                    let waiting = if stages.len() == 1 { 0 } else { (first_row - rows.start) * padded + first * ROWS };
-                    let c = &mut self.sums[waiting..][..ROWS * width];
+                    let waiting =
+                        if stages.len() == 1 { 0 } else { (first_row - rows.start) * padded + first * most_rows };
+                    let c = &mut self.sums[waiting..][..most_rows * width];
                     let (tile_rows, cols) =
-                        (first_row..rows.end.min(first_row + ROWS), first..num_cols.min(first + width));
+                        (first_row..rows.end.min(first_row + most_rows), first..num_cols.min(first + width));
                     if is_last {
                         // By the time the tile is complete its place in the result has come.
                         tile_rows.clone().for_each(|i| prefetch_all(&row(i)[cols.clone()]));
                     }
                     for (j, (block, start)) in stage.iter().zip(&starts).enumerate() {
-                        let depth = block.length;
-                        let a = &left[block.start + first_row / ROWS * LEFT_WIDTH * depth..][..LEFT_WIDTH * depth];
-                        let b = &right[start + first * depth..][..width * depth];
-                        block.kernel.run(Tile { depth, width, a, b, c, add: i + j > 0 });
+                        let right = &self.right[start + first * block.length..];
+                        block.multiply(&ready, (self.left, first_row), (right, width), (c, i + j > 0));
                     }
                     if is_last {
                         let tile = Complete { sums: c, width, bias: bias.map(|bias| &bias[first..]), into: sum.into };

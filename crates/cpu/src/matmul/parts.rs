@@ -1,0 +1,374 @@
+//! Factors as sums of bf16, in the order in which tiles of AMX take them.
+//!
+//! An f32 is the sum of three bf16, each the rest after the ones before it, rounded to nearest; an f16 of two; so products of bf16
+//! make those of wider factors. A part is at most 2^-9 of the unit that the one before it is rounded to, and what is left after
+//! three is nothing. Infinities and f32 above the largest bf16 have no finite rest: what they meet is not finite either.
+//!
+//! Henry, Tang & Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations",
+//! arXiv:1904.06376.
+
+use std::{arch::x86_64::*, mem::transmute, ops::Range};
+
+use half::{bf16, f16};
+
+use super::{Elements, Mat, pack::prefetch};
+use crate::amx::{BLOCK, DEPTH, SIDE, TILE};
+
+/// Which factor of a product it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    /// A row of a tile is 32 neighbours of a line.
+    Left,
+    /// A row of a tile is a pair of neighbours of each of sixteen lines.
+    Right,
+}
+
+/// How a factor is packed: block after block of up to 32 lines, in each step after step of the dimension summed over, in each part
+/// after part, in each one tile for every sixteen lines.
+#[derive(Clone, Copy)]
+pub(super) struct Parts {
+    /// Parts of an element.
+    pub(super) count: usize,
+    side: Side,
+    /// What the elements are multiplied by first.
+    factor: f32,
+}
+
+/// Bytes of a line that are asked for before they are read.
+const AHEAD: usize = 512;
+
+impl Parts {
+    pub(super) fn new(from: &Mat<'_>, side: Side, factor: f32) -> Self {
+        let count = match from.data {
+            Elements::BF16(_) if factor == 1.0 => 1,
+            Elements::F16(_) if factor == 1.0 => 2,
+            _ => 3,
+        };
+        Self { count, side, factor }
+    }
+
+    /// 32-bit elements of a line for so many elements.
+    pub(super) fn length(self, depth: usize) -> usize {
+        self.count * depth.div_ceil(DEPTH) * SIDE
+    }
+
+    /// Packs elements `depth` of lines `lines`. What fills a tile up along the dimension summed over is zero; lines that fill up a
+    /// tile are arbitrary, since they can only meet sums that nobody stores.
+    pub(super) fn pack(self, from: &Mat<'_>, lines: Range<usize>, depth: Range<usize>, to: &mut [f32]) {
+        if lines.is_empty() || depth.is_empty() {
+            return;
+        }
+        assert!(lines.end <= from.rows && depth.end <= from.cols, "tiles inside the matrix");
+        assert!(from.lies_in(from.data.len()), "the matrix lies in its slice");
+        assert!(to.len() >= lines.len().next_multiple_of(SIDE) * self.length(depth.len()), "tiles are whole");
+        let start = lines.start * from.row_stride + depth.start * from.col_stride;
+        let place = Place {
+            parts: self,
+            lines: lines.len(),
+            depth: depth.len(),
+            by_lines: from.row_stride != 1,
+            stride: if from.row_stride != 1 { from.row_stride } else { from.col_stride },
+            to: to.as_mut_ptr().cast(),
+        };
+        #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
+        // SAFETY: only the path of AMX packs tiles, which has AVX-512 with bf16 (`Isa::choose`); the extents are asserted above.
+        unsafe {
+            match from.data {
+                Elements::BF16(data) if self.count == 1 => place.fill::<Narrow>(data.as_ptr().wrapping_add(start)),
+                Elements::BF16(data) => place.fill::<Wide<bf16>>(data.as_ptr().wrapping_add(start)),
+                Elements::F16(data) => place.fill::<Wide<f16>>(data.as_ptr().wrapping_add(start)),
+                Elements::F32(data) => place.fill::<Wide<f32>>(data.as_ptr().wrapping_add(start)),
+            }
+        }
+    }
+}
+
+/// Where a factor lies and its tiles belong.
+#[derive(Clone, Copy)]
+struct Place {
+    parts: Parts,
+    lines: usize,
+    depth: usize,
+    /// Elements of a line are neighbours; else those of several lines are.
+    by_lines: bool,
+    /// Distance of neighbours in the other direction.
+    stride: usize,
+    to: *mut u32,
+}
+
+/// Splits 32 elements, two vectors of sixteen, and writes each part where it belongs.
+trait Split {
+    type Element;
+
+    /// Neighbours, of which the mask says which are there.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 with bf16; elements of the mask can be read, and sixteen for each part be written.
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    unsafe fn neighbours(from: *const Self::Element, mask: __mmask32, parts: Parts, to: *mut u32, part: usize);
+
+    /// Pairs of one element of each of two rows of sixteen, of which the masks say which are there.
+    ///
+    /// # Safety
+    /// As above.
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    unsafe fn pairs(from: [*const Self::Element; 2], masks: [__mmask16; 2], parts: Parts, to: *mut u32, part: usize);
+}
+
+/// Elements that are bf16 already.
+struct Narrow;
+
+impl Split for Narrow {
+    type Element = bf16;
+
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[inline]
+    unsafe fn neighbours(from: *const bf16, mask: __mmask32, _: Parts, to: *mut u32, _: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_si512(to.cast(), _mm512_maskz_loadu_epi16(mask, from.cast())) };
+    }
+
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[inline]
+    unsafe fn pairs(from: [*const bf16; 2], masks: [__mmask16; 2], _: Parts, to: *mut u32, _: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(masks[0], from[0].cast()));
+            let high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(masks[1], from[1].cast()));
+            _mm512_storeu_si512(to.cast(), _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)));
+        }
+    }
+}
+
+/// Elements that become f32 first.
+struct Wide<T>(T);
+
+/// A storage type that is loaded as f32.
+trait Load {
+    /// # Safety
+    /// The processor has AVX-512; elements of the mask can be read.
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    unsafe fn load(from: *const Self, mask: __mmask16) -> __m512;
+}
+
+impl Load for f32 {
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn load(from: *const Self, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_maskz_loadu_ps(mask, from) }
+    }
+}
+
+impl Load for bf16 {
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn load(from: *const Self, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's promise.
+        widened(unsafe { _mm256_maskz_loadu_epi16(mask, from.cast()) })
+    }
+}
+
+impl Load for f16 {
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    #[inline]
+    unsafe fn load(from: *const Self, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's promise.
+        _mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(mask, from.cast()) })
+    }
+}
+
+/// Sixteen bf16 as f32.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn widened(halves: __m256i) -> __m512 {
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+}
+
+impl<T: Load> Split for Wide<T> {
+    type Element = T;
+
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[inline]
+    unsafe fn neighbours(from: *const T, mask: __mmask32, parts: Parts, to: *mut u32, part: usize) {
+        let factor = _mm512_set1_ps(parts.factor);
+        // SAFETY: the caller's promise.
+        let mut low = _mm512_mul_ps(factor, unsafe { T::load(from, mask as __mmask16) });
+        // SAFETY: as above.
+        let mut high = _mm512_mul_ps(factor, unsafe { T::load(from.wrapping_add(SIDE), (mask >> SIDE) as __mmask16) });
+        for i in 0..parts.count {
+            // SAFETY: two views of 64 bytes for which every pattern is valid.
+            let halves = unsafe { transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) };
+            // SAFETY: the caller's promise.
+            unsafe { _mm512_storeu_si512(to.wrapping_add(i * part).cast(), halves) };
+            low = _mm512_sub_ps(low, widened(_mm512_castsi512_si256(halves)));
+            high = _mm512_sub_ps(high, widened(_mm512_extracti64x4_epi64::<1>(halves)));
+        }
+    }
+
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[inline]
+    unsafe fn pairs(from: [*const T; 2], masks: [__mmask16; 2], parts: Parts, to: *mut u32, part: usize) {
+        let factor = _mm512_set1_ps(parts.factor);
+        // SAFETY: the caller's promise.
+        let mut low = _mm512_mul_ps(factor, unsafe { T::load(from[0], masks[0]) });
+        // SAFETY: as above.
+        let mut high = _mm512_mul_ps(factor, unsafe { T::load(from[1], masks[1]) });
+        for i in 0..parts.count {
+            // SAFETY: two views of 32 bytes for which every pattern is valid.
+            let [first, second] =
+                [low, high].map(|x| unsafe { transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)) });
+            let (first, second) = (_mm512_cvtepu16_epi32(first), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(second)));
+            // SAFETY: the caller's promise.
+            unsafe { _mm512_storeu_si512(to.wrapping_add(i * part).cast(), _mm512_or_si512(first, second)) };
+            low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(first)));
+            high = _mm512_sub_ps(high, _mm512_castsi512_ps(second));
+        }
+    }
+}
+
+impl Place {
+    /// Steps of the dimension summed over.
+    fn steps(self) -> usize {
+        self.depth.div_ceil(DEPTH)
+    }
+
+    /// Tiles side by side in the block that starts at a line.
+    fn across(self, first: usize) -> usize {
+        (self.lines - first).min(BLOCK).div_ceil(SIDE)
+    }
+
+    /// Where the first part of a step of the sixteen lines from `first` on belongs, and how far apart parts are.
+    fn tile(self, first: usize, step: usize) -> (*mut u32, usize) {
+        let block = first / BLOCK * BLOCK;
+        let across = self.across(block);
+        let part = across * TILE;
+        let start = block * self.parts.length(self.depth) + step * self.parts.count * part;
+        (self.to.wrapping_add(start + (first - block) / SIDE * TILE), part)
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 with bf16; all elements can be read, and tiles for them be written.
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn fill<S: Split>(self, from: *const S::Element) {
+        // SAFETY: the caller's promises.
+        unsafe { if self.by_lines { self.lines::<S>(from) } else { self.rows::<S>(from) } }
+    }
+
+    /// Lines whose elements are neighbours: sixteen at a time, all along.
+    ///
+    /// # Safety
+    /// As for [`Self::fill`].
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn lines<S: Split>(self, from: *const S::Element) {
+        for first in (0..self.lines).step_by(SIDE) {
+            for step in 0..self.steps() {
+                let (to, part) = self.tile(first, step);
+                let k = step * DEPTH;
+                let mask = u32::MAX >> (DEPTH - (self.depth - k).min(DEPTH));
+                for line in 0..(self.lines - first).min(SIDE) {
+                    let from = from.wrapping_add((first + line) * self.stride + k);
+                    prefetch(from.wrapping_byte_add(AHEAD));
+                    // SAFETY: the mask is of elements of this line; a row of a tile is written for each part.
+                    unsafe { S::neighbours(from, mask, self.parts, to.wrapping_add(line * SIDE), part) };
+                }
+                if self.parts.side == Side::Right {
+                    // SAFETY: the tiles of all parts are there.
+                    unsafe { self.transpose(to, part) };
+                }
+            }
+        }
+    }
+
+    /// Lines side by side: two elements of all lines at a time.
+    ///
+    /// # Safety
+    /// As for [`Self::fill`].
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn rows<S: Split>(self, from: *const S::Element) {
+        for step in 0..self.steps() {
+            for row in 0..SIDE {
+                let k = step * DEPTH + 2 * row;
+                let rows = [k, k + 1].map(|k| from.wrapping_add(k * self.stride));
+                for first in (0..self.lines).step_by(SIDE) {
+                    let there = u16::MAX >> (SIDE - (self.lines - first).min(SIDE));
+                    let masks = [k, k + 1].map(|k| if k < self.depth { there } else { 0 });
+                    let (to, part) = self.tile(first, step);
+                    let from = rows.map(|row| row.wrapping_add(first));
+                    // SAFETY: the masks are of elements of these lines below the depth; a row of a tile is written for each part.
+                    unsafe { S::pairs(from, masks, self.parts, to.wrapping_add(row * SIDE), part) };
+                }
+            }
+            if self.parts.side == Side::Left {
+                for first in (0..self.lines).step_by(SIDE) {
+                    let (to, part) = self.tile(first, step);
+                    // SAFETY: the tiles of all parts are there.
+                    unsafe { self.transpose(to, part) };
+                }
+            }
+        }
+    }
+
+    /// Transposes a tile of each part where it lies.
+    ///
+    /// # Safety
+    /// The processor has AVX-512; the tiles can be read and written.
+    #[allow(unsafe_code, reason = "intrinsics on pointers")]
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn transpose(self, to: *mut u32, part: usize) {
+        for tile in (0..self.parts.count).map(|i| to.wrapping_add(i * part)) {
+            let mut rows = [_mm512_setzero_si512(); SIDE];
+            for (i, row) in rows.iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                *row = unsafe { _mm512_loadu_si512(tile.wrapping_add(i * SIDE).cast()) };
+            }
+            for (i, row) in transposed(rows).into_iter().enumerate() {
+                // SAFETY: the caller's promise.
+                unsafe { _mm512_storeu_si512(tile.wrapping_add(i * SIDE).cast(), row) };
+            }
+        }
+    }
+}
+
+/// The transpose of a square of 32-bit elements.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn transposed(r: [__m512i; SIDE]) -> [__m512i; SIDE] {
+    let zero = _mm512_setzero_si512();
+    // Within each quarter of 128 bits: squares of two, then of four.
+    let mut twos = [zero; SIDE];
+    for i in (0..SIDE).step_by(2) {
+        twos[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        twos[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    let mut fours = [zero; SIDE];
+    for i in (0..SIDE).step_by(4) {
+        for j in 0..2 {
+            fours[i + 2 * j] = _mm512_unpacklo_epi64(twos[i + j], twos[i + j + 2]);
+            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(twos[i + j], twos[i + j + 2]);
+        }
+    }
+    // `fours[4 i + j]` has column `4 q + j` of rows `4 i ..` in quarter `q`: a transpose of quarters is left.
+    let mut columns = [zero; SIDE];
+    for j in 0..4 {
+        let (a, b, c, d) = (fours[j], fours[4 + j], fours[8 + j], fours[12 + j]);
+        let (low_ab, high_ab) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xDD>(a, b));
+        let (low_cd, high_cd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xDD>(c, d));
+        columns[j] = _mm512_shuffle_i32x4::<0x88>(low_ab, low_cd);
+        columns[4 + j] = _mm512_shuffle_i32x4::<0x88>(high_ab, high_cd);
+        columns[8 + j] = _mm512_shuffle_i32x4::<0xDD>(low_ab, low_cd);
+        columns[12 + j] = _mm512_shuffle_i32x4::<0xDD>(high_ab, high_cd);
+    }
+    columns
+}
