@@ -131,11 +131,11 @@ macro_rules! block {
         /// # Safety
         /// As for [`Tiles::multiply`].
         #[allow(unsafe_code, reason = "assembly")]
-        unsafe fn $name(products: &Products, a: *const u32, b: *const u32, steps: usize, (c, c_bytes): (*mut f32, usize), add: bool) {
+        unsafe fn $name(products: &Products, [a, b, ahead]: [*const u32; 3], steps: usize, (c, c_bytes): (*mut f32, usize), add: bool) {
             // SAFETY: the caller's promises: all that is read and written lies in `a`, `b`, `c` and `products`.
             unsafe {
                 asm!(
-                    "test {add:e}, {add:e}",
+                    "test {list:e}, {list:e}",
                     "jz 2f",
                     $($load,)*
                     "jmp 3f",
@@ -150,10 +150,16 @@ macro_rules! block {
                     "mov {right}, [{list} + 8]",
                     "add {left}, {a}",
                     "add {right}, {b}",
+                    "prefetcht1 [{ahead}]",
+                    "prefetcht1 [{ahead} + 64]",
+                    "add {ahead}, 128",
                     $($product,)*
                     "add {list}, 16",
                     "cmp {list}, {end}",
                     "jne 4b",
+                    "prefetcht1 [{ahead}]",
+                    "prefetcht1 [{ahead} + 64]",
+                    "add {ahead}, 128",
                     "add {a}, [{products}]",
                     "add {b}, [{products} + 8]",
                     "dec {steps}",
@@ -166,9 +172,9 @@ macro_rules! block {
                     c = in(reg) c,
                     below = in(reg) c.wrapping_byte_add(SIDE * c_bytes),
                     c_bytes = in(reg) c_bytes,
-                    add = in(reg) usize::from(add),
                     row = in(reg) ROW_BYTES,
-                    list = out(reg) _,
+                    ahead = inout(reg) ahead => _,
+                    list = inout(reg) usize::from(add) => _,
                     end = out(reg) _,
                     left = out(reg) _,
                     right = out(reg) _,
@@ -248,7 +254,8 @@ block!(
 impl Tiles {
     /// `c = a b` or `c += a b` of a block whose factors have one or two tiles across, `sides`. For each of `steps` of the dimension
     /// summed over, `a` and `b` hold the tiles of each part, a part after the other: those of `a` rows of 32 elements, those of `b`
-    /// sixteen rows of pairs. Rows of `c` are `c_bytes` apart.
+    /// sixteen rows of pairs. Rows of `c` are `c_bytes` apart. What the third address of `factors` points to is asked for on the way,
+    /// 256 bytes a step or more: it may be any.
     ///
     /// # Safety
     /// `products` is for these `sides`; `a` and `b` hold `steps` of its steps; `c` holds sixteen rows for each tile of `a`, of sixteen
@@ -257,17 +264,17 @@ impl Tiles {
     pub(crate) unsafe fn multiply(
         &self,
         (products, sides): (&Products, [usize; 2]),
-        (a, b, steps): (*const u32, *const u32, usize),
+        (factors, steps): ([*const u32; 3], usize),
         c: (*mut f32, usize),
         add: bool,
     ) {
         // SAFETY: the caller's promises; the tiles are configured while `self` lives, on the thread that it cannot leave.
         unsafe {
             match sides {
-                [1, 1] => one_by_one(products, a, b, steps, c, add),
-                [1, _] => one_by_two(products, a, b, steps, c, add),
-                [_, 1] => two_by_one(products, a, b, steps, c, add),
-                _ => two_by_two(products, a, b, steps, c, add),
+                [1, 1] => one_by_one(products, factors, steps, c, add),
+                [1, _] => one_by_two(products, factors, steps, c, add),
+                [_, 1] => two_by_one(products, factors, steps, c, add),
+                _ => two_by_two(products, factors, steps, c, add),
             }
         }
     }

@@ -19,7 +19,7 @@ const MOST_LOGITS: usize = 42 << 20;
 /// Fewest rows of such a chunk.
 const MIN_ROWS: usize = 128;
 /// Columns of a task of a product, and elements of the dimension summed over in a panel and in all panels at hand, at most.
-const PRODUCT: Product = Product { cols: 128, depth: 1024, stage: 1024 + 128 };
+const PRODUCT: Product = Product { cols: 256, depth: 1024, stage: 1024 + 128 };
 /// Elements of a left factor that are packed at once where the dimension summed over may be cut, or so many rows where those
 /// are more.
 const LEFT_CUT: (usize, usize) = (9 << 18, 768);

@@ -42,6 +42,15 @@ pub(super) fn tile_rows(isa: Isa) -> usize {
     }
 }
 
+/// Columns of a task, at most. Their panels fill half a second-level cache: 1 MiB, or, where there are tiles, 2 MiB.
+pub(super) fn task_cols(isa: Isa) -> usize {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => TASK_COLS,
+        _ => 128,
+    }
+}
+
 /// Columns of tiles of the result.
 pub(super) fn tile_columns(isa: Isa) -> Panels {
     match isa {
@@ -199,16 +208,19 @@ fn tile_product(
     let by_width = [1, 2].map(|others| Products::new([left.count, right.count], [across, others]));
     for start in (0..steps).step_by(chunk) {
         let len = chunk.min(steps - start);
-        let a = a[start * left.count * across * amx::TILE..].as_ptr().cast();
+        let step = left.count * across * amx::TILE;
+        let a = a[start * step..].as_ptr().cast::<u32>();
         for col in (0..width).step_by(amx::BLOCK) {
             let others = (width - col).min(amx::BLOCK) / amx::SIDE;
             let b = b[col * right.length(depth) + start * right.count * others * amx::TILE..].as_ptr().cast();
             let c = (c[col..].as_mut_ptr(), size_of::<f32>() * width);
             let (products, sides) = (&by_width[others - 1], [across, others]);
+            // The next rows come from beyond the second-level cache, a part of them while each of these columns is at work.
+            let ahead = a.wrapping_add(steps * step + len * step / width.div_ceil(amx::BLOCK) * (col / amx::BLOCK));
             #[allow(unsafe_code, reason = "forwards what was asserted")]
             // SAFETY: the lengths are asserted above, and `Parts` packs blocks as `multiply` reads them.
             unsafe {
-                tiles.multiply((products, sides), (a, b, len), c, add || start > 0);
+                tiles.multiply((products, sides), ([a, b, ahead], len), c, add || start > 0);
             }
         }
     }

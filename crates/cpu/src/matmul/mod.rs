@@ -25,7 +25,7 @@ use std::ops::Range;
 use unsloth_core::{DType, FloatElement, Result};
 
 use self::{
-    block::{Block, tile_rows},
+    block::{Block, task_cols, tile_rows},
     work::Work,
 };
 pub use isa::Isa;
@@ -39,8 +39,8 @@ const DEPTH: usize = 1024;
 const STAGE: usize = DEPTH + 128;
 /// Columns of a panel, on any path, divide it.
 const COL_UNIT: usize = 64;
-/// Columns of a task, at most. Their panels fill half a second-level cache.
-const TASK_COLS: usize = 128;
+/// Columns of a task, at most, on any path: a multiple of those of each.
+const TASK_COLS: usize = 256;
 /// Elements of the left factor that are packed at once where the dimension summed over may be cut: 12 MiB with what fills panels up.
 const LEFT_CUT: usize = 9 << 18;
 /// The same where only rows may be: 43 MiB, or [`MIN_ROWS`] rows where those are more.
@@ -74,16 +74,16 @@ fn even(total: usize, most: usize, unit: usize) -> usize {
 
 /// How a result is cut: by columns, as wide as the cache allows, and what is left over when each thread has as many of these as the
 /// others, by rows as well. Cutting rows packs the columns once more.
-fn tasks((m, n, k): (usize, usize, usize), tile_rows: usize, num_threads: usize) -> Vec<Task> {
+fn tasks((m, n, k): (usize, usize, usize), (tile_rows, task_cols): (usize, usize), num_threads: usize) -> Vec<Task> {
     let num_threads = num_threads.min(m * n * k / SMALL).max(1);
-    let even_share = n / TASK_COLS / num_threads * num_threads;
-    let left_over = n.div_ceil(TASK_COLS) - even_share;
+    let even_share = n / task_cols / num_threads * num_threads;
+    let left_over = n.div_ceil(task_cols) - even_share;
     // The fewest parts that make their number a multiple of that of the threads.
     let parts = (1..=num_threads).find(|parts| (left_over * parts).is_multiple_of(num_threads)).unwrap_or(1);
     let rows = m.div_ceil(parts).next_multiple_of(tile_rows);
-    let cols = (0..n).step_by(TASK_COLS).map(|start| start..n.min(start + TASK_COLS));
+    let cols = (0..n).step_by(task_cols).map(|start| start..n.min(start + task_cols));
     let cut = |cols: Range<usize>| {
-        let rows = if cols.start < even_share * TASK_COLS { m } else { rows };
+        let rows = if cols.start < even_share * task_cols { m } else { rows };
         (0..m).step_by(rows).map(move |start| Task { rows: start..m.min(start + rows), cols: cols.clone() })
     };
     cols.flat_map(cut).collect()
@@ -229,7 +229,7 @@ impl CpuBackend {
         let (left, slabs) = scratch.split_at_mut(packed.next_multiple_of(16));
         self.pack_left(&blocks, m, num_threads, left);
         let k: usize = sum.terms.iter().map(|term| term.left.cols).sum();
-        let tasks = tasks((m, n, k), tile_rows(self.isa()), num_threads);
+        let tasks = tasks((m, n, k), (tile_rows(self.isa()), task_cols(self.isa())), num_threads);
         let (left, result) = (&*left, Disjoint::new(data));
         self.share_tasks(&tasks, slabs, (num_threads, parts.iter().sum()), |task, slab| {
             let (right, sums) = slab.split_at_mut(parts[0]);
