@@ -297,3 +297,35 @@ pub(crate) unsafe fn narrow_pairs(low: &[f32], high: &[f32], to: &mut [u32]) {
         }
     }
 }
+
+/// The transpose of a square of 32-bit elements.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(crate) fn transposed(r: [__m512i; LANES]) -> [__m512i; LANES] {
+    let zero = _mm512_setzero_si512();
+    // Within each quarter of 128 bits: squares of two, then of four.
+    let mut twos = [zero; LANES];
+    for i in (0..LANES).step_by(2) {
+        twos[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        twos[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    let mut fours = [zero; LANES];
+    for i in (0..LANES).step_by(4) {
+        for j in 0..2 {
+            fours[i + 2 * j] = _mm512_unpacklo_epi64(twos[i + j], twos[i + j + 2]);
+            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(twos[i + j], twos[i + j + 2]);
+        }
+    }
+    // `fours[4 i + j]` has column `4 q + j` of rows `4 i ..` in quarter `q`: a transpose of quarters is left.
+    let mut columns = [zero; LANES];
+    for j in 0..4 {
+        let (a, b, c, d) = (fours[j], fours[4 + j], fours[8 + j], fours[12 + j]);
+        let (low_ab, high_ab) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xDD>(a, b));
+        let (low_cd, high_cd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xDD>(c, d));
+        columns[j] = _mm512_shuffle_i32x4::<0x88>(low_ab, low_cd);
+        columns[4 + j] = _mm512_shuffle_i32x4::<0x88>(high_ab, high_cd);
+        columns[8 + j] = _mm512_shuffle_i32x4::<0xDD>(low_ab, low_cd);
+        columns[12 + j] = _mm512_shuffle_i32x4::<0xDD>(high_ab, high_cd);
+    }
+    columns
+}

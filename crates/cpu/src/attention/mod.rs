@@ -3,6 +3,8 @@
 //! Work is cut into tasks by sequence, head and block, never by the number of threads, and every task runs on one thread: the
 //! bits of a sequence depend on that sequence only, whether it is packed with others or alone.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod backward;
 mod cached;
 mod forward;

@@ -242,6 +242,18 @@ impl<'a> Left<'a> {
     pub(super) fn t(self) -> Self {
         Self { row: self.col, col: self.row, ..self }
     }
+
+    /// Where an element lies.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn at(self, i: usize, k: usize) -> *const u32 {
+        self.data.as_ptr().wrapping_add(i * self.row + k * self.col)
+    }
+
+    /// Distances of rows and of elements of a row.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn strides(self) -> [usize; 2] {
+        [self.row, self.col]
+    }
 }
 
 /// `c = alpha * a b`, or `c += alpha * a b`.
@@ -269,6 +281,14 @@ impl Product<'_> {
         assert!(k == 0 || last(k, self.b.1) + n <= self.b.0.len(), "b lies in its slice");
         assert!(last(m, self.c.1) + n <= self.c.0.len(), "c lies in its slice");
         match path.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx if path.pairs && k > 0 => {
+                #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
+                // SAFETY: `Isa::choose` gives only what the processor has; all elements of the matrices have been checked above.
+                unsafe {
+                    super::amx::run(self);
+                }
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => self.tiles(path.pairs),
             #[cfg(target_arch = "x86_64")]
