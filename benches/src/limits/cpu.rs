@@ -17,10 +17,17 @@ type Kernel = fn(iterations: u64) -> u64;
 /// Measures with `threads` threads, each rate for about `time`, streaming through `bytes` bytes.
 pub fn measure(threads: usize, time: Duration, bytes: usize) -> Limits {
     let rate = |(name, kernel): (&str, Kernel)| Rate::new(products(threads, time, kernel), name);
+    let faster =
+        |a: Rate, b: Option<Rate>| b.into_iter().fold(a, |a, b| if b.per_second > a.per_second { b } else { a });
     let [read, copy] = streams(threads, time, bytes);
+    let tiles = tiles().map(rate);
+    // Products of f32 are made of those of their parts where that is faster.
+    let parts = tiles
+        .as_ref()
+        .map(|tiles| Rate::new(tiles.per_second / PARTS_PRODUCTS, "a sixth of AMX tiles of bf16 in registers"));
     Limits {
-        f32_flops: rate(fma()),
-        bf16_flops: bf16_dot().map(rate),
+        f32_flops: faster(rate(fma()), parts),
+        bf16_flops: bf16_dot().map(rate).map(|dot| faster(dot, tiles)),
         f16_flops: None,
         read_bytes: Rate::new(read, "sums of a buffer"),
         copy_bytes: Rate::new(copy, "copies of a buffer, bytes read and written"),
@@ -191,6 +198,67 @@ fn plain(iterations: u64) -> u64 {
     }
     black_box(sums);
     iterations * (12 * 4 * 2) as u64
+}
+
+/// Products of bf16 parts that make one of f32 with AMX.
+const PARTS_PRODUCTS: f64 = 6.0;
+
+/// Products of tiles of bf16, where the processor has them and the system lets this process use them.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, reason = "instructions that not every processor has")]
+fn tiles() -> Option<(&'static str, Kernel)> {
+    /// Eight tiles of sixteen rows of 64 bytes, of the only palette there is.
+    #[repr(align(64))]
+    struct Configuration([u8; 64]);
+    static CONFIGURATION: Configuration = {
+        let mut bytes = [0; 64];
+        bytes[0] = 1;
+        let mut tile = 0;
+        while tile < 8 {
+            (bytes[16 + 2 * tile], bytes[48 + tile]) = (64, 16);
+            tile += 1;
+        }
+        Configuration(bytes)
+    };
+    /// One as bf16, twice.
+    static ONES: [u32; 256] = [0x3F80_3F80; 256];
+
+    fn products(iterations: u64) -> u64 {
+        // SAFETY: the backend has asked the system for tiles, which are given back at the end; one of ones is read.
+        unsafe {
+            std::arch::asm!(
+                "ldtilecfg [{configuration}]",
+                "tileloadd tmm4, [{ones} + {row}]",
+                "tileloadd tmm5, [{ones} + {row}]",
+                "tileloadd tmm6, [{ones} + {row}]",
+                "tileloadd tmm7, [{ones} + {row}]",
+                "2:",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "dec {iterations}",
+                "jnz 2b",
+                "tilerelease",
+                configuration = in(reg) &raw const CONFIGURATION,
+                ones = in(reg) ONES.as_ptr(),
+                row = in(reg) 64,
+                iterations = inout(reg) iterations.max(1) => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, readonly)
+            );
+        }
+        iterations * 4 * 16 * 16 * 32 * 2
+    }
+
+    let is_there = unsloth_rs::cpu::Isa::available().any(|isa| isa == unsloth_rs::cpu::Isa::Amx);
+    is_there.then_some(("AMX tiles of bf16 in registers", products as Kernel))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn tiles() -> Option<(&'static str, Kernel)> {
+    None
 }
 
 /// Dot products of bf16 pairs, where the processor has them.

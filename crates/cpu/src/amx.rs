@@ -243,11 +243,7 @@ block!(
     one_by_one,
     ["tileloadd tmm0, [{c} + {c_bytes}]", "/* {below} */"],
     ["tilezero tmm0"],
-    [
-        "tileloadd tmm4, [{left} + {row}]",
-        "tileloadd tmm6, [{right} + {row}]",
-        "tdpbf16ps tmm0, tmm4, tmm6"
-    ],
+    ["tileloadd tmm4, [{left} + {row}]", "tileloadd tmm6, [{right} + {row}]", "tdpbf16ps tmm0, tmm4, tmm6"],
     ["tilestored [{c} + {c_bytes}], tmm0"]
 );
 

@@ -55,7 +55,10 @@ pub(super) unsafe fn run(product: Product<'_>) {
             for i in (0..m).step_by(LINES) {
                 let rows = (m - i).min(LINES);
                 // SAFETY: as above, of `a`.
-                unsafe { pack_left(a.at(i, k), a.strides(), (rows, pairs), left) };
+                unsafe {
+                    let from = a.data.as_ptr().wrapping_add(i * a.row + k * a.col);
+                    pack_left(from, [a.row, a.col], (rows, pairs), left);
+                }
                 let to = c.0.as_mut_ptr().wrapping_add(i * c.1 + j);
                 // SAFETY: the factors are packed, and `rows` of `cols` lie in `c`.
                 unsafe { multiply(&tiles, [left, right], (rows, cols, steps), alpha, (to, c.1), into) };

@@ -228,9 +228,9 @@ fn transpose(from: &[f32], (rows, cols): (usize, usize), to: &mut [f32]) {
 /// A left factor: element `(i, k)` is at `i * row + k * col`.
 #[derive(Clone, Copy)]
 pub(super) struct Left<'a> {
-    data: &'a [u32],
-    row: usize,
-    col: usize,
+    pub(super) data: &'a [u32],
+    pub(super) row: usize,
+    pub(super) col: usize,
 }
 
 impl<'a> Left<'a> {
@@ -241,18 +241,6 @@ impl<'a> Left<'a> {
     /// The transpose, without moving data.
     pub(super) fn t(self) -> Self {
         Self { row: self.col, col: self.row, ..self }
-    }
-
-    /// Where an element lies.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn at(self, i: usize, k: usize) -> *const u32 {
-        self.data.as_ptr().wrapping_add(i * self.row + k * self.col)
-    }
-
-    /// Distances of rows and of elements of a row.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn strides(self) -> [usize; 2] {
-        [self.row, self.col]
     }
 }
 

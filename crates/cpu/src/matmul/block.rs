@@ -2,16 +2,16 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use super::parts::{Parts, Side};
 use super::{
     DEPTH, Isa, TASK_COLS, Term, even,
     kernel::{Kernel, LEFT_WIDTH, ROWS, Tile},
     pack::{Form, Panels},
 };
 #[cfg(target_arch = "x86_64")]
-use super::parts::{Parts, Side};
-use crate::simd;
-#[cfg(target_arch = "x86_64")]
 use crate::amx::{self, Products, Tiles};
+use crate::simd;
 
 /// What a thread has to have ready to multiply.
 pub(super) struct Ready {

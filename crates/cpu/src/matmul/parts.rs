@@ -226,9 +226,9 @@ impl<T: Load> Split for Wide<T> {
         let mut high = _mm512_mul_ps(factor, unsafe { T::load(from[1], masks[1]) });
         for i in 0..parts.count {
             // SAFETY: two views of 32 bytes for which every pattern is valid.
-            let [first, second] =
-                [low, high].map(|x| unsafe { transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)) });
-            let (first, second) = (_mm512_cvtepu16_epi32(first), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(second)));
+            let [first, second] = [low, high].map(|x| unsafe { transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)) });
+            let (first, second) =
+                (_mm512_cvtepu16_epi32(first), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(second)));
             // SAFETY: the caller's promise.
             unsafe { _mm512_storeu_si512(to.wrapping_add(i * part).cast(), _mm512_or_si512(first, second)) };
             low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(first)));
@@ -303,6 +303,11 @@ impl Place {
             for row in 0..SIDE {
                 let k = step * DEPTH + 2 * row;
                 let rows = [k, k + 1].map(|k| from.wrapping_add(k * self.stride));
+                for row in rows {
+                    // Rows may lie pages apart, which no processor foresees.
+                    let next = row.wrapping_add(DEPTH * self.stride);
+                    (0..self.lines).step_by(64 / size_of::<S::Element>()).for_each(|i| prefetch(next.wrapping_add(i)));
+                }
                 for first in (0..self.lines).step_by(SIDE) {
                     let there = u16::MAX >> (SIDE - (self.lines - first).min(SIDE));
                     let masks = [k, k + 1].map(|k| if k < self.depth { there } else { 0 });
@@ -340,6 +345,99 @@ impl Place {
                 // SAFETY: the caller's promise.
                 unsafe { _mm512_storeu_si512(tile.wrapping_add(i * SIDE).cast(), row) };
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Isa;
+
+    /// Numbers of every magnitude that have three parts, none of which a device may take for zero.
+    fn values(len: usize) -> Vec<f32> {
+        let random =
+            |i: usize| (i as u32).wrapping_mul(0x9E37_79B9).wrapping_add(0x7F4A_7C15).wrapping_mul(0x85EB_CA6B);
+        let magnitude = |bits: u32| (bits >> 8) % 200 + 27;
+        (0..len)
+            .map(|i| (random(i), random(i + len)))
+            .map(|(x, y)| f32::from_bits(x & 0x807F_FFFF | magnitude(y) << 23))
+            .collect()
+    }
+
+    /// What tiles hold for an element: the sum of its parts, and how many there are.
+    fn packed(parts: Parts, tiles: &[f32], (lines, depth): (usize, usize), (line, k): (usize, usize)) -> f64 {
+        let steps = depth.div_ceil(DEPTH);
+        let block = line / BLOCK * BLOCK;
+        let across = (lines - block).min(BLOCK).div_ceil(SIDE);
+        let (row, col) = match parts.side {
+            Side::Left => (line % SIDE, k % DEPTH),
+            Side::Right => (k % DEPTH / 2, 2 * (line % SIDE) + k % 2),
+        };
+        let halves = bytemuck::cast_slice::<f32, bf16>(tiles);
+        let part = |i: usize| {
+            let tile =
+                block / SIDE * steps * parts.count + (k / DEPTH * parts.count + i) * across + (line - block) / SIDE;
+            halves[2 * (tile * TILE + row * SIDE) + col].to_f64()
+        };
+        (0..parts.count).map(part).sum()
+    }
+
+    /// Parts add up to the element, exactly, wherever it lies; what fills up the dimension summed over is zero.
+    #[test]
+    fn parts_of_every_remainder_add_up() {
+        if !Isa::available().any(|isa| isa == Isa::Avx512Bf16) {
+            return;
+        }
+        for (lines, depth) in [(1, 1), (3, 33), (16, 32), (17, 31), (32, 64), (49, 70), (100, 129)] {
+            for by_lines in [true, false] {
+                let (rows, cols) = if by_lines { (lines + 2, depth + 3) } else { (depth + 3, lines + 2) };
+                let wide = values(rows * cols);
+                let half: Vec<f16> =
+                    wide.iter().enumerate().map(|(i, x)| f16::from_f32(x.signum() * i as f32 / 3.0)).collect();
+                let narrow: Vec<bf16> = wide.iter().map(|&x| bf16::from_f32(x)).collect();
+                for (data, count) in
+                    [(Elements::F32(&wide), 3), (Elements::F16(&half), 2), (Elements::BF16(&narrow), 1)]
+                {
+                    let mat = Mat::new(data, rows, cols, cols);
+                    let mat = if by_lines { mat } else { mat.t() };
+                    let element = |line: usize, k: usize| {
+                        let at = (line + 1) * mat.row_stride + (k + 1) * mat.col_stride;
+                        let mut value = [0.0];
+                        data.slice(at..at + 1).add_to(&mut value);
+                        f64::from(value[0])
+                    };
+                    for side in [Side::Left, Side::Right] {
+                        let parts = Parts::new(&mat, side, 1.0);
+                        assert_eq!(parts.count, count);
+                        let mut tiles = vec![f32::NAN; lines.next_multiple_of(SIDE) * parts.length(depth)];
+                        parts.pack(&mat, 1..lines + 1, 1..depth + 1, &mut tiles);
+                        for (line, k) in
+                            (0..lines).flat_map(|line| (0..depth.next_multiple_of(DEPTH)).map(move |k| (line, k)))
+                        {
+                            let expected = if k < depth { element(line, k) } else { 0.0 };
+                            let actual = packed(parts, &tiles, (lines, depth), (line, k));
+                            assert_eq!(actual, expected, "{lines} {depth} {by_lines} {count} {line} {k}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// A factor is multiplied in before an element is split.
+    #[test]
+    fn a_scaled_element_has_three_parts() {
+        if !Isa::available().any(|isa| isa == Isa::Avx512Bf16) {
+            return;
+        }
+        let narrow = [bf16::from_f32(3.0), bf16::from_f32(-0.7)];
+        let mat = Mat::new(Elements::BF16(&narrow), 1, 2, 2);
+        let parts = Parts::new(&mat, Side::Left, 1.1);
+        let mut tiles = vec![f32::NAN; SIDE * parts.length(2)];
+        parts.pack(&mat, 0..1, 0..2, &mut tiles);
+        for (k, value) in narrow.iter().enumerate() {
+            assert_eq!(packed(parts, &tiles, (1, 2), (0, k)), f64::from(value.to_f32() * 1.1));
         }
     }
 }

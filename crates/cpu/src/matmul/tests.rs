@@ -214,6 +214,30 @@ fn bits_do_not_depend_on_threads() {
     }
 }
 
+/// Whatever a path makes products of, f32 factors give results no worse than sums taken one term after another in f32.
+#[test]
+fn products_of_f32_are_as_good_as_plain_sums() {
+    let (m, n, k) = (33, 40, 2000);
+    let random = |len: usize, seed: usize| -> Vec<f32> {
+        (0..len).map(|i| ((i * 7919 + seed) % 100_003) as f32 / 50_000.0 - 1.0).collect()
+    };
+    let (x, w) = (random(m * k, 1), random(n * k, 2));
+    for isa in Isa::available() {
+        let mut result = vec![0.0f32; m * n];
+        let term = Term::new(Mat::f32(&x, m, k), Mat::f32(&w, n, k));
+        backend(isa, 2).product(Sum::new(&[term], Into::Overwrite), MatMut::new(&mut result, m, n, n)).unwrap();
+        let (mut worst, mut plain) = (0.0f64, 0.0f64);
+        for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+            let terms = || x[i * k..][..k].iter().zip(&w[j * k..][..k]);
+            let exact: f64 = terms().map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+            let naive: f32 = terms().map(|(x, w)| x * w).sum();
+            plain = plain.max((f64::from(naive) - exact).abs());
+            worst = worst.max((f64::from(result[i * n + j]) - exact).abs());
+        }
+        assert!(worst <= plain, "{isa:?}: {worst}, one after another {plain}");
+    }
+}
+
 #[test]
 #[should_panic(expected = "a matrix lies in its slice")]
 fn refuses_to_read_outside() {
