@@ -208,9 +208,7 @@ const PARTS_PRODUCTS: f64 = 6.0;
 #[allow(unsafe_code, reason = "instructions that not every processor has")]
 fn tiles() -> Option<(&'static str, Kernel)> {
     /// Eight tiles of sixteen rows of 64 bytes, of the only palette there is.
-    #[repr(align(64))]
-    struct Configuration([u8; 64]);
-    static CONFIGURATION: Configuration = {
+    static CONFIGURATION: [u8; 64] = {
         let mut bytes = [0; 64];
         bytes[0] = 1;
         let mut tile = 0;
@@ -218,7 +216,7 @@ fn tiles() -> Option<(&'static str, Kernel)> {
             (bytes[16 + 2 * tile], bytes[48 + tile]) = (64, 16);
             tile += 1;
         }
-        Configuration(bytes)
+        bytes
     };
     /// One as bf16, twice.
     static ONES: [u32; 256] = [0x3F80_3F80; 256];
@@ -240,9 +238,9 @@ fn tiles() -> Option<(&'static str, Kernel)> {
                 "dec {iterations}",
                 "jnz 2b",
                 "tilerelease",
-                configuration = in(reg) &raw const CONFIGURATION,
+                configuration = in(reg) CONFIGURATION.as_ptr(),
                 ones = in(reg) ONES.as_ptr(),
-                row = in(reg) 64,
+                row = in(reg) 64usize,
                 iterations = inout(reg) iterations.max(1) => _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,

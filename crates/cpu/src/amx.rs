@@ -108,7 +108,7 @@ pub(crate) struct Products {
 
 impl Products {
     /// The products of factors in `parts` parts each, whose blocks have `sides` tiles each. A part is 2^-8 of the one before it or
-    /// less: what three of these factors make is below the rounding of f32, and left out.
+    /// less: products of parts `i` and `j` with `i + j > 2` are 2^-24 of the whole or less, which f32 rounds away, and left out.
     pub(crate) fn new(parts: [usize; 2], sides: [usize; 2]) -> Self {
         let tile_bytes = 4 * TILE;
         let mut products = Self {

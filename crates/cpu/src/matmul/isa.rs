@@ -70,7 +70,9 @@ impl Isa {
 
     /// The fastest that this processor has.
     pub(crate) fn fastest() -> Self {
-        Self::available().last().unwrap_or(Self::Portable)
+        // Intel's cores take dot products of pairs a fourth as often as fused multiply-adds, so that widening bf16 is twice as fast.
+        let is_slow = |isa: &Self| *isa == Self::Avx512Bf16 && is_intel();
+        Self::available().filter(|isa| !is_slow(isa)).last().unwrap_or(Self::Portable)
     }
 
     /// The fastest one, or the one asked for.
@@ -89,4 +91,15 @@ impl Isa {
             }),
         }
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn is_intel() -> bool {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"GenuineIntel"
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn is_intel() -> bool {
+    false
 }

@@ -1,8 +1,8 @@
 //! Factors as sums of bf16, in the order in which tiles of AMX take them.
 //!
 //! An f32 is the sum of three bf16, each the rest after the ones before it, rounded to nearest; an f16 of two; so products of bf16
-//! make those of wider factors. A part is at most 2^-9 of the unit that the one before it is rounded to, and what is left after
-//! three is nothing. Infinities and f32 above the largest bf16 have no finite rest: what they meet is not finite either.
+//! make those of wider factors. A part is half a unit in the last place of the one before it or less, 2^-8 of it, and nothing is left
+//! after three. Infinities and f32 above the largest bf16 have no finite rest: what they meet is not finite either.
 //!
 //! Henry, Tang & Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations",
 //! arXiv:1904.06376.
