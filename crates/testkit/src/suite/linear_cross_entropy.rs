@@ -279,8 +279,9 @@ fn large_logits(device: &Device, case: &Case) -> Checked {
 /// With a matrix of zeros softmax is 1 in `V` everywhere: the loss is `ln V`, `dx` is 0, and `dweight` of a class is the sum of all `x`
 /// divided by `V`, less the `x` of the tokens that have it for a target.
 fn holds_no_matrix_of_logits(device: &Device, case: &Case) -> Checked {
-    // A device that has much memory works on more rows at a time.
-    let (tokens, vocab_size) = (if device.memory_bytes().is_some() { 8192 } else { 2048 }, 65_537);
+    let vocab_size = 65_537;
+    // So many that a quarter of their logits is 128 rows more than the longest chunk.
+    let tokens = 4 * (chunk_rows(device, vocab_size) + 128);
     let target = |token: usize| 7 * token;
     // Few enough are not 0 for a sum over them to be nearly exact in any order: among them the ends of every chunk.
     let is_counted = |token: usize| token.is_multiple_of(16) || token % 128 == 127;
@@ -309,6 +310,17 @@ fn holds_no_matrix_of_logits(device: &Device, case: &Case) -> Checked {
     (0..tokens).for_each(|token| sums[target(token)] -= values[token]);
     let exact: Vec<f64> = sums.iter().map(|sum| sum / tokens as f64).collect();
     near("dweight", &dweight, &exact, largest(&exact))
+}
+
+/// Rows that a device may work on at a time: the CPU 256 of a vocabulary of this size, another so many times 128 as take 64 MiB or, of much
+/// memory, a part in 128 up to 512 MiB.
+fn chunk_rows(device: &Device, vocab_size: usize) -> usize {
+    if device.name() == "cpu" {
+        return 256;
+    }
+    let (least, most) = (64 << 20, 512 << 20);
+    let bytes = device.memory_bytes().map_or(least, |bytes| (bytes / 128).clamp(least, most));
+    bytes as usize / (4 * vocab_size) / 128 * 128
 }
 
 /// Where the host can see the targets the call is refused; elsewhere a wrong target is never used as an index.
