@@ -5,7 +5,7 @@ use std::ops::Range;
 #[cfg(target_arch = "x86_64")]
 use super::parts::{Parts, Side};
 use super::{
-    DEPTH, Isa, TASK_COLS, Term, even,
+    DEPTH, Isa, Term, even,
     kernel::{Kernel, LEFT_WIDTH, ROWS, Tile},
     pack::{Form, Panels},
 };
@@ -46,7 +46,7 @@ pub(super) fn tile_rows(isa: Isa) -> usize {
 pub(super) fn task_cols(isa: Isa) -> usize {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx => TASK_COLS,
+        Isa::Amx => super::TASK_COLS,
         _ => 128,
     }
 }
@@ -56,7 +56,7 @@ pub(super) fn tile_columns(isa: Isa) -> Panels {
     match isa {
         // Sums of the dimension summed over wait in the cache while a part of it is multiplied by all columns.
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx => Panels { lines: TASK_COLS, width: TASK_COLS, step: amx::SIDE },
+        Isa::Amx => Panels { lines: super::TASK_COLS, width: super::TASK_COLS, step: amx::SIDE },
         _ => Kernel::new(isa, false).right_panels(),
     }
 }
