@@ -18,7 +18,7 @@ pub(crate) const BLOCK: usize = 2 * SIDE;
 /// Bytes of a row of a tile.
 const ROW_BYTES: usize = 4 * SIDE;
 /// Most products of parts that make one product of factors.
-pub(crate) const MAX_PRODUCTS: usize = 6;
+const MAX_PRODUCTS: usize = 6;
 
 /// Whether the processor has tiles of bf16 and the system lets this process use them, which it has to be asked for.
 pub(crate) fn is_available() -> bool {

@@ -1,7 +1,6 @@
 //! Products of tiles of pairs by AMX.
 //!
-//! Factors are copied to where tiles of AMX are read fastest, which costs less than half of what multiplying them does, and fills them up
-//! with zeros. Results are scaled on the way to their place.
+//! Factors are copied to where tiles of AMX are read fastest, and filled up with zeros. Results are scaled on the way to their place.
 
 use std::{arch::x86_64::*, mem::MaybeUninit};
 
@@ -85,12 +84,13 @@ unsafe fn multiply(
 ) {
     let mut sums = Packed::<{ BLOCK * BLOCK }>::new();
     let sums = sums.start().cast::<f32>();
+    let products = [1, 2].map(|across| [1, 2].map(|others| Products::new([1, 1], [across, others])));
     for row in (0..rows).step_by(BLOCK) {
         let here = (rows - row).min(BLOCK);
         let across = here.div_ceil(SIDE);
         for col in (0..cols).step_by(BLOCK) {
             let others = (cols - col).min(BLOCK) / SIDE;
-            let sides = [across, others];
+            let (products, sides) = (&products[across - 1][others - 1], [across, others]);
             let a = left.wrapping_add(row * SIDE * steps).cast_const();
             let b = right.wrapping_add(col * SIDE * steps).cast_const();
             let to = c.wrapping_add(row * c_row + col);
@@ -99,7 +99,7 @@ unsafe fn multiply(
             let add = is_direct && into == Into::Add;
             // SAFETY: the caller's promises; `sums` has room for four tiles.
             unsafe {
-                tiles.multiply((&Products::new([1, 1], sides), sides), ([a, b, b], steps), target, add);
+                tiles.multiply((products, sides), ([a, b, b], steps), target, add);
                 if !is_direct {
                     store(sums, (here, others), alpha, (to, c_row), into);
                 }
@@ -196,6 +196,53 @@ unsafe fn store(
                     Into::Add => _mm512_fmadd_ps(alpha, sum, _mm512_loadu_ps(to)),
                 };
                 _mm512_storeu_ps(to, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::{
+        Isa,
+        attention::tile::{Left, Path},
+    };
+
+    /// Pairs of small integers, whose sums are exact in every order.
+    fn pairs(len: usize, modulus: usize) -> Vec<u32> {
+        let half = |i: usize| u32::from(bf16::from_f32((i % modulus) as f32 - 3.0).to_bits());
+        (0..len).map(|i| half(2 * i) | half(2 * i + 1) << 16).collect()
+    }
+
+    /// Products that are packed in several pieces, in each direction, and those that fill one up.
+    #[test]
+    fn products_of_several_pieces_equal_plain_loops() {
+        if !Isa::available().any(|isa| isa == Isa::Amx) {
+            return;
+        }
+        let path = Path::new::<bf16>(Isa::Amx, 2);
+        for (m, n, k) in [(1, 16, 1), (64, 64, 60), (120, 64, 64), (33, 144, 65), (130, 256, 128), (64, 48, 200)] {
+            let (a, b) = (pairs(m * k, 7), pairs(k * n, 5));
+            let products = |a: u32, b: u32| {
+                let halves = |x: u32| [x << 16, x & 0xFFFF_0000].map(f32::from_bits);
+                halves(a)[0] * halves(b)[0] + halves(a)[1] * halves(b)[1]
+            };
+            for is_transposed in [false, true] {
+                let left = if is_transposed { Left::new(&a, m).t() } else { Left::new(&a, k) };
+                for (alpha, into, before) in
+                    [(2.0, Into::Overwrite, f32::NAN), (1.0, Into::Add, 5.0), (2.0, Into::Add, 5.0)]
+                {
+                    let mut c = vec![before; m * n];
+                    Product { size: (m, n, k), alpha, a: left, b: (&b, n), c: (&mut c, n), into }.run(path);
+                    for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                        let sum: f32 = (0..k).map(|p| products(a[i * left.row + p * left.col], b[p * n + j])).sum();
+                        let old = if into == Into::Add { before } else { 0.0 };
+                        assert_eq!(c[i * n + j], old + alpha * sum, "{m} {n} {k} {is_transposed} {alpha} {i} {j}");
+                    }
+                }
             }
         }
     }

@@ -15,15 +15,16 @@ pub enum Isa {
     Avx512,
     /// AVX-512 and its dot products of bf16 pairs, which products of two bf16 matrices and attention between bf16 heads use.
     Avx512Bf16,
-    /// AVX-512 and AMX, whose products of bf16 tiles matrix products are made of: those of wider types as products of their parts.
+    /// AVX-512 and AMX, whose products of bf16 tiles matrix products are made of, those of wider types as products of their parts, and attention
+    /// between bf16 heads.
     Amx,
 }
 
 impl Isa {
-    /// From the slowest to the fastest.
+    /// From the oldest to the newest.
     pub(super) const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
-    /// Those that this processor has, the fastest last.
+    /// Those that this processor has, from the oldest to the newest.
     pub fn available() -> impl Iterator<Item = Self> {
         Self::ALL.into_iter().filter(|isa| isa.is_available())
     }

@@ -153,11 +153,12 @@ fn long_sums_are_cut() {
 #[test]
 fn tasks_tile_the_result() {
     for (m, n) in [(1, 1), (1024, 16), (1024, 128), (1024, 512), (1024, 4864), (203, 197), (7, 8192)] {
-        for num_threads in [1, 2, 7] {
-            let tasks = tasks((m, n, 512), (kernel::ROWS, 128), num_threads);
+        for (num_threads, isa) in [1, 2, 7].into_iter().flat_map(|threads| Isa::ALL.map(|isa| (threads, isa))) {
+            let (rows, cols) = (block::tile_rows(isa), task_cols(isa));
+            let tasks = tasks((m, n, 512), (rows, cols), num_threads);
             let area = |task: &Task| task.rows.len() * task.cols.len();
             assert_eq!(tasks.iter().map(area).sum::<usize>(), m * n, "{m} {n} {num_threads}");
-            assert!(tasks.iter().all(|task| task.cols.len() <= 128 && task.rows.start % kernel::ROWS == 0));
+            assert!(tasks.iter().all(|task| task.cols.len() <= cols && task.rows.start % rows == 0));
             // Threads take tasks as they become free.
             let mut threads = vec![0; num_threads];
             for task in &tasks {
