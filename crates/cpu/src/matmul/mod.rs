@@ -41,9 +41,9 @@ const STAGE: usize = DEPTH + 128;
 const COL_UNIT: usize = 64;
 /// Columns of a task, at most, on any path: a multiple of those of each.
 const TASK_COLS: usize = 256;
-/// Elements of the left factor that are packed at once where the dimension summed over may be cut: 12 MiB with what fills panels up.
+/// Elements of the left factor that are packed at once where the dimension summed over may be cut: 14 MiB as panels, at most.
 const LEFT_CUT: usize = 9 << 18;
-/// The same where only rows may be: 43 MiB, or [`MIN_ROWS`] rows where those are more.
+/// The same where only rows may be: 48 MiB, or [`MIN_ROWS`] rows where those are more.
 const LEFT: usize = 8 << 20;
 /// Rows of a tile, on any path, divide it.
 const ROW_UNIT: usize = 96;
