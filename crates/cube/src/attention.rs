@@ -104,7 +104,8 @@ impl<R: Runtime> Attention for CubeBackend<R> {
         };
         const CACHED: &str = "attention_cached";
         let longest = kv.lens.host().iter().copied().max().unwrap_or(0);
-        let Some(split) = Split::for_device(self.properties(), &shape, longest) else {
+        let split = dispatch_float!(spec.dtype, E => Split::for_device::<R, E>(self.client(), &shape, longest));
+        let Some(split) = split else {
             self.launch(
                 CACHED,
                 |client| dispatch_float!(spec.dtype, E => kernels::cached::<R, E>(client, shape, args)),

@@ -1,4 +1,5 @@
-//! Attention: head sizes of real models and an odd one, and every option that may change the code.
+//! Attention: head sizes of real models and an odd one, every option that may change the code, and, of single tokens, so many query heads
+//! to a key head as their kernel is made anew for.
 
 use unsloth_core::{
     DType, KvView, Lengths, Result, Sequences,
@@ -7,18 +8,35 @@ use unsloth_core::{
 
 use super::Caller;
 
-const HEAD_DIMS: [usize; 6] = [64, 80, 96, 128, 256, 33];
+const HEAD_DIMS: [usize; 8] = [32, 64, 80, 96, 128, 192, 256, 33];
 const LENGTHS: [usize; 2] = [256, 512];
 const HEADS: (usize, usize) = (32, 8);
+/// Query heads per key head: a power of two stands for those between it and the one before, and more than four are taken four at a time.
+const GROUPS: [usize; 3] = [1, 2, 4];
 
 pub(super) fn calls(caller: &mut Caller) -> Result<()> {
     for dtype in DType::FLOATS {
         for head_dim in HEAD_DIMS {
             for (name, options) in options(head_dim) {
                 gradients(caller, (dtype, head_dim), name, options)?;
-                cached(caller, (dtype, head_dim), name, options)?;
+                // A prompt.
+                cached(caller, (dtype, head_dim), (64, HEADS), (name, options))?;
             }
             append(caller, (dtype, head_dim))?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn single_tokens(caller: &mut Caller) -> Result<()> {
+    let (_, num_kv_heads) = HEADS;
+    for dtype in DType::FLOATS {
+        for head_dim in HEAD_DIMS {
+            for group in GROUPS {
+                for option in options(head_dim) {
+                    cached(caller, (dtype, head_dim), (1, (group * num_kv_heads, num_kv_heads)), option)?;
+                }
+            }
         }
     }
     Ok(())
@@ -49,19 +67,22 @@ fn gradients(caller: &mut Caller, (dtype, head_dim): (DType, usize), name: &str,
     Ok(())
 }
 
-fn cached(caller: &mut Caller, (dtype, head_dim): (DType, usize), name: &str, options: Options) -> Result<()> {
+/// `new` tokens of each sequence and so many heads.
+fn cached(
+    caller: &mut Caller,
+    (dtype, head_dim): (DType, usize),
+    (new, (num_heads, num_kv_heads)): (usize, (usize, usize)),
+    (name, options): (&str, Options),
+) -> Result<()> {
     let lens = Lengths::new(&caller.device, &LENGTHS)?;
-    let (num_heads, num_kv_heads) = HEADS;
     let cache = [LENGTHS.len(), LENGTHS[1], num_kv_heads, head_dim];
     let (k, v) = (caller.tensor(dtype, cache)?, caller.tensor(dtype, cache)?);
-    // A prompt, and one new token.
-    for new in [64, 1] {
-        let seq_q = Sequences::from_lengths(&caller.device, &[new; LENGTHS.len()])?;
-        let q = caller.tensor(dtype, [seq_q.num_tokens(), num_heads, head_dim])?;
-        let kv = KvView { k: &k, v: &v, lens: &lens };
-        let detail = format!("cached, {new} new, {name}, head_dim {head_dim} {dtype}");
-        caller.call(detail, || attention::cached(&q, &seq_q, kv, options));
-    }
+    let seq_q = Sequences::from_lengths(&caller.device, &[new; LENGTHS.len()])?;
+    let q = caller.tensor(dtype, [seq_q.num_tokens(), num_heads, head_dim])?;
+    let kv = KvView { k: &k, v: &v, lens: &lens };
+    let group = num_heads / num_kv_heads;
+    let detail = format!("cached, {new} new, {name}, head_dim {head_dim}, group {group}, {dtype}");
+    caller.call(detail, || attention::cached(&q, &seq_q, kv, options));
     Ok(())
 }
 

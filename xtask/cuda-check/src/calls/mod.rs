@@ -31,7 +31,7 @@ mod rope;
 type Calls = fn(&mut Caller) -> unsloth_core::Result<()>;
 
 /// Every operator.
-const OPERATORS: [(&str, Calls); 22] = [
+const OPERATORS: [(&str, Calls); 23] = [
     ("adafactor", pointwise::adafactor),
     ("adamw", pointwise::adamw),
     ("adamw8bit", pointwise::adamw8bit),
@@ -39,6 +39,7 @@ const OPERATORS: [(&str, Calls); 22] = [
     ("muon", pointwise::muon),
     ("sgd", pointwise::sgd),
     ("attention", attention::calls),
+    ("attention of single tokens", attention::single_tokens),
     ("cross_entropy", loss::cross_entropy),
     ("dora", dora::calls),
     ("elementwise", pointwise::elementwise),

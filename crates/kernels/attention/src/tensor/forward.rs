@@ -17,7 +17,7 @@ use crate::{
     block::{Form, LOWEST, Problem, Scoring, Sizes, problem, score},
     forward::{Cached, Forward},
     shape::Shape,
-    tensor::{Need, Tile, accumulate, fill, held_row, products, store},
+    tensor::{Need, Tile, accumulate, fetch, fill, held_row, products, set, store},
 };
 
 /// Query rows of a sequence and key head below which a cube of tensor cores is mostly idle: one new token of a small group.
@@ -179,8 +179,13 @@ fn attend<E: Float>(
     let (first_key, _) = problem.streamed();
     let mut first = first_key;
     while first < problem.streamed().1 {
-        fill::<E>(k, &mut k_tile, &problem.keys(), first, tile.streamed, tile);
-        fill::<E>(v, &mut v_tile, &problem.keys(), first, tile.streamed, tile);
+        // Both are under way before the first is waited for.
+        let mut next_k = Array::<Chunk<E>>::new(comptime!(tile.loads(tile.streamed)));
+        let mut next_v = Array::<Chunk<E>>::new(comptime!(tile.loads(tile.streamed)));
+        fetch::<E>(&mut next_k, k, &problem.keys(), first, tile.streamed, tile);
+        fetch::<E>(&mut next_v, v, &problem.keys(), first, tile.streamed, tile);
+        set::<E>(&next_k, &mut k_tile, tile.streamed, tile);
+        set::<E>(&next_v, &mut v_tile, tile.streamed, tile);
         sync_cube();
         let keys = min(problem.streamed().1 - first, tile.streamed);
         let mut at = 0usize.runtime();

@@ -15,7 +15,7 @@ pub(crate) use tile::{Need, Tile};
 
 use crate::block::Rows;
 
-/// Copies rows `start .. start + count` to a tile, zeros beyond the last row.
+/// Copies rows `start .. start + count` to a tile, zeros beyond the last row. A unit has all of its loads under way before it waits for one.
 #[cube]
 fn fill<E: Float>(
     from: &Array<Chunk<E>>,
@@ -25,18 +25,48 @@ fn fill<E: Float>(
     #[comptime] count: usize,
     #[comptime] tile: Tile,
 ) {
+    let mut held = Array::<Chunk<E>>::new(comptime!(tile.loads(count)));
+    fetch::<E>(&mut held, from, rows, start, count, tile);
+    set::<E>(&held, to, count, tile);
+}
+
+/// What this unit loads of rows `start .. start + count`, zeros beyond the last row.
+#[cube]
+fn fetch<E: Float>(
+    held: &mut Array<Chunk<E>>,
+    from: &Array<Chunk<E>>,
+    rows: &Rows,
+    start: usize,
+    #[comptime] count: usize,
+    #[comptime] tile: Tile,
+) {
     let chunks = comptime!(tile.chunks());
-    let units = comptime!(tile.units());
     #[unroll]
-    for i in 0..comptime!((count * chunks).div_ceil(units)) {
-        let item = UNIT_POS as usize + i * units;
+    for i in 0..comptime!(tile.loads(count)) {
+        let item = UNIT_POS as usize + comptime!(i * tile.units());
+        let (row, chunk) = (item / chunks, item % chunks);
+        let mut value = Chunk::<E>::new(E::new(0.0));
+        if item < comptime!(count * chunks) && start + row < rows.len {
+            value = from[rows.offset(start + row, chunks) + chunk];
+        }
+        held[i] = value;
+    }
+}
+
+/// Puts what [`fetch`] has loaded into a tile.
+#[cube]
+fn set<E: Float>(
+    held: &Array<Chunk<E>>,
+    to: &mut SharedMemory<Chunk<E>>,
+    #[comptime] count: usize,
+    #[comptime] tile: Tile,
+) {
+    let chunks = comptime!(tile.chunks());
+    #[unroll]
+    for i in 0..comptime!(tile.loads(count)) {
+        let item = UNIT_POS as usize + comptime!(i * tile.units());
         if item < comptime!(count * chunks) {
-            let (row, chunk) = (item / chunks, item % chunks);
-            let mut value = Chunk::<E>::new(E::new(0.0));
-            if start + row < rows.len {
-                value = from[rows.offset(start + row, chunks) + chunk];
-            }
-            to[row * comptime!(tile.stride()) + chunk] = value;
+            to[item / chunks * comptime!(tile.stride()) + item % chunks] = held[i];
         }
     }
 }

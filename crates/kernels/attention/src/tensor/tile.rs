@@ -89,6 +89,11 @@ impl Tile {
         self.planes * mma::PLANE
     }
 
+    /// Chunks of so many rows that a unit loads, at most.
+    pub(crate) fn loads(&self, rows: usize) -> usize {
+        (rows * self.chunks()).div_ceil(self.units())
+    }
+
     /// Chunks of a row.
     pub(crate) fn chunks(&self) -> usize {
         self.head_dim / mma::CHUNK

@@ -36,6 +36,13 @@ pub(super) fn on_tensor_cores(device: &Device) -> Checked {
             cached(device, &case, (problem, dtype)).map_err(|failure| failure.within(&case))?;
         }
     }
+    // Devices with tensor cores have planes of a known size, by which single tokens go over long caches.
+    for dtype in device.float_dtypes() {
+        for problem in single_tokens() {
+            let case = Case::new(device, OP, format!("cached, {dtype}, {problem:?}"));
+            cached(device, &case, (problem, dtype)).map_err(|failure| failure.within(&case))?;
+        }
+    }
     Ok(())
 }
 
@@ -48,13 +55,22 @@ fn problems() -> Vec<Problem> {
     let options = Options { window: Window::Sliding { left: 16 }, softcap: Some(3.0), ..Options::causal(16) };
     all.push(Problem { options, ..problem((2, 1, 16), (&[1, 4, 1], &[65, 4, 3])) });
     all.push(Problem { options: Options { causal: false, ..options }, ..problem((2, 1, 16), (&[2], &[33])) });
-    // Long caches, whose keys a device may share out: lengths around a multiple of the shares, one without keys, a group of many
-    // heads, and a window that leaves out the first keys.
-    all.push(problem((4, 2, 16), (&[1, 1, 1, 1], &[300, 0, 129, 128])));
-    all.push(problem((11, 1, 7), (&[1], &[193])));
-    let options = Options { window: Window::Sliding { left: 149 }, softcap: Some(3.0), ..Options::causal(40) };
-    all.push(Problem { options, ..problem((6, 2, 40), (&[1, 0, 1], &[205, 3, 70])) });
+    all.extend(single_tokens());
     all
+}
+
+/// Long caches, whose keys a device may share out: lengths around a multiple of the shares, one without keys, groups of one head and of
+/// many, long heads, and a window that leaves out the first keys.
+fn single_tokens() -> Vec<Problem> {
+    let options = Options { window: Window::Sliding { left: 149 }, softcap: Some(3.0), ..Options::causal(40) };
+    let windowed = Problem { options, ..problem((6, 2, 40), (&[1, 0, 1], &[205, 3, 70])) };
+    vec![
+        problem((4, 2, 16), (&[1, 1, 1, 1], &[300, 0, 129, 128])),
+        problem((11, 1, 7), (&[1], &[193])),
+        problem((7, 1, 256), (&[1], &[130])),
+        problem((2, 2, 16), (&[1], &[193])),
+        windowed,
+    ]
 }
 
 /// The rows of packed sequences in a cache of this capacity, NaN where no row is.
