@@ -63,6 +63,9 @@ pub fn check(device: &Device) -> Checked {
 const SHAPES_OF_CHUNKS: [(usize, usize, usize); 7] =
     [(64, 64, 64), (8, 8, 8), (200, 136, 264), (5, 40, 72), (144, 1032, 16), (9, 16, 4099), (1031, 24, 8)];
 
+/// Sums of so many terms that tensor cores, which cut off what does not fit, put them into f32 now and then: forward, the input's gradient.
+const LONG_SUMS: [(usize, usize, usize); 2] = [(9, 8232, 16), (5, 24, 8232)];
+
 /// Products of so many rows and columns that a large device is full with large blocks: forward, the input's gradient, the weight's.
 const LARGE_SHAPES: [(usize, usize, usize); 3] = [(1031, 24, 1664), (1031, 1664, 24), (24, 1664, 1032)];
 
@@ -80,7 +83,7 @@ pub fn run_on_tensor_cores(device: &Device) {
 /// The first failure.
 pub fn check_on_tensor_cores(device: &Device) -> Checked {
     for (dtype, weight_dtype) in [(DType::BF16, DType::F32), (DType::F32, DType::BF16)] {
-        for shape in SHAPES_OF_CHUNKS {
+        for shape in SHAPES_OF_CHUNKS.into_iter().chain(LONG_SUMS) {
             on_shape(device, shape, (dtype, weight_dtype))?;
         }
     }

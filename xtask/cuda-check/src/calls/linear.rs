@@ -1,4 +1,4 @@
-//! Linear layers: many rows, as in training, few, as in generation, and odd sizes.
+//! Linear layers: many rows, as in training, few, as in generation, odd sizes, and sums of more terms than tensor cores add at once.
 
 use unsloth_core::{DType, Result, ops::linear};
 use unsloth_cube::{Choosing, product_kernels};
@@ -6,7 +6,8 @@ use unsloth_cube::{Choosing, product_kernels};
 use super::{Caller, dtype_pairs};
 
 /// `rows`, `in_features`, `out_features`.
-const SIZES: [[usize; 3]; 4] = [[512, 4096, 4096], [1, 4096, 4096], [65, 97, 33], [1, 97, 33]];
+const SIZES: [[usize; 3]; 6] =
+    [[512, 4096, 4096], [1, 4096, 4096], [65, 97, 33], [1, 97, 33], [4104, 4104, 4104], [16, 4104, 4104]];
 
 pub(super) fn calls(caller: &mut Caller) -> Result<()> {
     for [rows, in_features, out_features] in SIZES {

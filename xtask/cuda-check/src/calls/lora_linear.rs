@@ -1,5 +1,5 @@
-//! LoRA linear: many rows, as in training, few, as in generation, and even and odd sizes; and each kernel that may be measured to be the
-//! fastest.
+//! LoRA linear: many rows, as in training, few, as in generation, even and odd sizes, and sums of more terms than tensor cores add at
+//! once; and each kernel that may be measured to be the fastest.
 
 use unsloth_core::{
     DType, Result,
@@ -12,7 +12,8 @@ use unsloth_cube::{Choosing, product_kernels};
 use super::{Caller, dtype_pairs};
 
 /// `rows`, `in_features`, `out_features`, `rank`.
-const SIZES: [[usize; 4]; 4] = [[512, 4096, 4096, 16], [1, 4096, 4096, 16], [65, 98, 34, 6], [65, 97, 33, 5]];
+const SIZES: [[usize; 4]; 5] =
+    [[512, 4096, 4096, 16], [1, 4096, 4096, 16], [65, 98, 34, 6], [65, 97, 33, 5], [4104, 4104, 4104, 16]];
 
 pub(super) fn calls(caller: &mut Caller) -> Result<()> {
     for [rows, in_features, out_features, rank] in SIZES {
