@@ -98,6 +98,8 @@ fn row_of(id: i32, vocab_size: u32) -> u32 {
 /// Bits of a row number that one pass sorts by.
 const DIGIT_BITS: usize = 3;
 const DIGITS: usize = 1 << DIGIT_BITS;
+/// Neighbouring units whose counts are added up first, so that none has to go over all before it.
+const NEIGHBOURS: usize = 32;
 
 /// Buffers of [`sort`].
 #[derive(Clone, Copy, Debug)]
@@ -119,9 +121,9 @@ pub fn sort<R: Runtime>(client: &ComputeClient<R>, shape: Shape, args: Sort<'_>)
     if tokens == 0 {
         return Ok(0);
     }
-    let units = launch.units_for(tokens);
+    let units = launch.units_alone(tokens, (DIGITS + 2) * size_of::<u32>());
     let dim = CubeDim::new_1d(units as u32);
-    launch.cube(dim, (DIGITS + 1) * units * size_of::<u32>())?;
+    launch.cube(dim, (DIGITS * units + units + units.div_ceil(NEIGHBOURS)) * size_of::<u32>())?;
     // Row numbers go up to the size of the table, which stands for all ids outside of it.
     let bits = (usize::BITS - vocab_size.leading_zeros()) as usize;
     let passes = bits.div_ceil(DIGIT_BITS).max(1);
@@ -161,6 +163,7 @@ fn sort_kernel(
     // By digit, then by unit: where the next token of this digit and unit goes.
     let mut places = SharedMemory::<u32>::new(comptime!(DIGITS * units));
     let mut sums = SharedMemory::<u32>::new(units);
+    let mut of_neighbours = SharedMemory::<u32>::new(comptime!(units.div_ceil(NEIGHBOURS)));
     for digit in 0..DIGITS {
         places[digit * units + unit] = 0u32;
     }
@@ -177,8 +180,19 @@ fn sort_kernel(
     }
     sums[unit] = sum;
     sync_cube();
+    if unit < comptime!(units.div_ceil(NEIGHBOURS)) {
+        let mut sum = 0u32;
+        for i in unit * NEIGHBOURS..min((unit + 1) * NEIGHBOURS, units.runtime()) {
+            sum += sums[i];
+        }
+        of_neighbours[unit] = sum;
+    }
+    sync_cube();
     let mut place = 0u32;
-    for before in 0..unit {
+    for before in 0..unit / NEIGHBOURS {
+        place += of_neighbours[before];
+    }
+    for before in unit / NEIGHBOURS * NEIGHBOURS..unit {
         place += sums[before];
     }
     for i in unit * DIGITS..(unit + 1) * DIGITS {

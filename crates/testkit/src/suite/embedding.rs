@@ -33,7 +33,9 @@ pub fn check(device: &Device) -> Checked {
         pairs.push((DType::F32, DType::BF16));
     }
     for (dtype, weight_dtype) in pairs {
-        for (tokens, vocab_size, hidden_size) in [(0, 5, 8), (1, 1, 1), (3, 7, 63), (65, 11, 65), (130, 97, 64)] {
+        for (tokens, vocab_size, hidden_size) in
+            [(0, 5, 8), (1, 1, 1), (3, 7, 63), (65, 11, 65), (130, 97, 64), (1500, 300, 5)]
+        {
             let detail = format!("tokens {tokens}, table {weight_dtype} [{vocab_size}, {hidden_size}], {dtype}");
             let case = Case::new(device, OP, detail);
             let mut data = Data::new(31);

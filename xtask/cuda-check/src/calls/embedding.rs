@@ -6,7 +6,7 @@ use super::{Caller, dtype_pairs};
 
 const HIDDEN_SIZES: [usize; 4] = [4096, 68, 66, 65];
 const VOCAB_SIZE: usize = 1024;
-const TOKENS: [usize; 3] = [512, 64, 16];
+const TOKENS: [usize; 4] = [2048, 512, 64, 16];
 
 pub(super) fn calls(caller: &mut Caller) -> Result<()> {
     for (hidden_size, tokens) in HIDDEN_SIZES.into_iter().flat_map(|size| TOKENS.map(|tokens| (size, tokens))) {
