@@ -22,8 +22,8 @@ const SAMPLE: usize = 3;
 
 /// Forward and backward, which writes over the logits.
 pub fn cases(selection: &Selection) -> Vec<Case> {
-    // Logits of all tokens would not fit many machines: that is what `linear_cross_entropy` is for.
-    let tokens = selection.loss_tokens.min(256);
+    // Logits of all tokens would not fit many machines: that is what `linear_cross_entropy` is for. On a card they are more than its caches.
+    let tokens = selection.loss_tokens.min(selection.tokens.div_ceil(4)).min(512);
     each(selection.small_models(), &selection.dtypes, |model, dtype| {
         let size = [tokens, model.vocab_size];
         let shape = || (model.name, format!("{tokens} x {}", model.vocab_size));
