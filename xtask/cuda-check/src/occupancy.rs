@@ -21,9 +21,10 @@ pub(crate) struct Listed {
 }
 
 /// Every kernel that is below [`LOW`] in some instantiation on some architecture.
-pub(crate) static LISTED: [Listed; 13] = [
+pub(crate) static LISTED: [Listed; 14] = [
     Listed { kernel: "attention::forward::forward_kernel", units: None, least: 25.0, reason: FORWARD },
     Listed { kernel: "attention::forward::cached_kernel", units: None, least: 25.0, reason: FORWARD },
+    Listed { kernel: "attention::decode::planes::part_kernel", units: None, least: 18.0, reason: PART },
     Listed { kernel: "attention::backward::keys_kernel", units: None, least: 25.0, reason: BACKWARD },
     Listed { kernel: "attention::backward::queries_kernel", units: None, least: 25.0, reason: BACKWARD },
     Listed { kernel: "attention::tensor::forward::forward_kernel", units: None, least: 25.0, reason: TENSOR_FORWARD },
@@ -39,6 +40,8 @@ pub(crate) static LISTED: [Listed; 13] = [
 
 const FORWARD: &str = "a tile of queries and one of keys in shared memory, up to 32 sums of a unit in registers: each number that is \
     loaded is used for several products, and fewer rows would be loaded more often";
+const PART: &str = "several keys and values on their way to a unit's registers, beside the sums of up to four heads: bytes under way are what a pass over a cache \
+    needs, and more of them per unit take the place of more units";
 const BACKWARD: &str = "two tiles of queries and two of keys in shared memory, up to 32 sums of a unit in registers: the scores are \
     computed anew beside the gradients, and fewer rows would be loaded more often";
 

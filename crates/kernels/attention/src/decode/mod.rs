@@ -18,7 +18,7 @@ use crate::{
     shape::Shape,
 };
 
-/// Keys of a part, at least; a multiple of the keys that a cube takes at a time.
+/// Keys of a part, at least, and what their number is a multiple of.
 const MIN_PART: usize = 64;
 /// Parts of the keys of one query, at most: their sums are gone over by one cube.
 const MAX_PARTS: usize = 512;
@@ -43,7 +43,7 @@ impl Split {
         }
         let by_planes = planes::is_supported(client.properties());
         let (heads, per_processor) = if by_planes {
-            (planes::heads::<E>(shape), planes::CUBES_PER_PROCESSOR)
+            (planes::heads(shape), planes::cubes_per_processor::<E>())
         } else {
             (shared::MAX_HEADS, shared::CUBES_PER_PROCESSOR)
         };
@@ -51,7 +51,8 @@ impl Split {
         let hardware = &client.properties().hardware;
         let processors = hardware.num_streaming_multiprocessors.map_or(PROCESSORS, |count| count as usize);
         let cubes = shape.tokens_q * shape.num_kv_heads * shape.group().div_ceil(heads);
-        let wanted = (processors * per_processor).div_ceil(cubes.max(1)).clamp(1, MAX_PARTS);
+        // Not one more than fits: it would run when the others have left.
+        let wanted = (processors * per_processor / cubes.max(1)).clamp(1, MAX_PARTS);
         let part_len = visible.div_ceil(wanted).next_multiple_of(MIN_PART).max(MIN_PART);
         let parts = visible.div_ceil(part_len).max(1);
         (parts > 1 || by_planes).then_some(Self { parts, part_len })

@@ -14,8 +14,8 @@ use crate::{
     shape::Shape,
 };
 
-/// Cubes that fill a multiprocessor.
-pub(super) const CUBES_PER_PROCESSOR: usize = 4;
+/// Units of a cube. For so many an assembler has few numbers of registers to aim at: for fewer, it spills some to make room for one more cube.
+const UNITS: usize = 512;
 /// Heads that a cube takes, at most: each has sums of its own in a unit.
 const MAX_HEADS: usize = 4;
 
@@ -24,24 +24,36 @@ pub(super) fn is_supported(properties: &DeviceProperties) -> bool {
     let (hardware, plane) = (&properties.hardware, PLANE as u32);
     properties.features.plane.contains(Plane::Ops)
         && (hardware.plane_size_min, hardware.plane_size_max) == (plane, plane)
-        && hardware.max_units_per_cube >= 256
+        && hardware.max_units_per_cube >= UNITS as u32
 }
 
 /// How much of a cache of one storage type a unit has under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Load {
-    /// Units of a cube.
-    units: usize,
     /// Keys of a group of units.
     keys: usize,
     /// Channels of a head that are loaded together.
     width: usize,
 }
 
+/// Cubes that fill a multiprocessor: as many as find registers.
+pub(super) fn cubes_per_processor<E: Float>() -> usize {
+    if is_half::<E>() { 1 } else { 2 }
+}
+
 impl Load {
-    /// As many bytes for half precision as for f32, whose units are twice as many and have half the sums.
+    /// A unit has twice as much of half precision under way as of f32, in numbers four times as many, and there are half as many units.
+    const HALF: Self = Self { keys: 4, width: 8 };
+    const F32: Self = Self { keys: 2, width: 4 };
+
     fn of<E: Float>() -> Self {
-        if is_half::<E>() { Self { units: 128, keys: 4, width: 8 } } else { Self { units: 256, keys: 2, width: 4 } }
+        if is_half::<E>() { Self::HALF } else { Self::F32 }
+    }
+
+    /// Fewer keys where a softcap, or a second vector of each key, takes the registers.
+    fn with(self, capped: bool, held: usize) -> Self {
+        let keys = if capped { self.keys / 2 } else { self.keys };
+        Self { keys: (keys / held).max(1), ..self }
     }
 }
 
@@ -49,10 +61,10 @@ fn is_half<E: Float>() -> bool {
     size_of::<E>() == 2
 }
 
-/// Heads of a cube, of which some may not exist: a power of two, so that few kernels serve groups of all sizes. Fewer of such channels that a
-/// plane has sums of two vectors in each unit.
-pub(super) fn heads<E: Float>(shape: &Shape) -> usize {
-    let most = if shape.head_dim > Load::of::<E>().width * PLANE { MAX_HEADS / 2 } else { MAX_HEADS };
+/// Heads of a cube, of which some may not exist: a power of two, so that few kernels serve groups of all sizes. Fewer long ones, whose sums would
+/// take more shared memory than some devices have, and registers.
+pub(super) fn heads(shape: &Shape) -> usize {
+    let most = if shape.head_dim > 128 { MAX_HEADS / 2 } else { MAX_HEADS };
     shape.group().next_power_of_two().min(most)
 }
 
@@ -81,11 +93,11 @@ impl Block {
 
     /// Groups of units with keys of their own.
     fn groups(&self) -> usize {
-        self.load.units / self.lanes()
+        UNITS / self.lanes()
     }
 
     fn planes(&self) -> usize {
-        self.load.units / PLANE
+        UNITS / PLANE
     }
 
     fn shared_bytes(&self, width: usize) -> usize {
@@ -100,14 +112,10 @@ pub(super) fn launch<R: Runtime, E: Float>(parts: &Parts<'_, R>) -> Result<(), L
     let &Parts { launch, shape, split, args, partial } = parts;
     let load = Load::of::<E>();
     let width = launch.vector_width::<E>(shape.head_dim).min(load.width);
-    let block = Block {
-        load,
-        heads: heads::<E>(&shape),
-        vectors: shape.head_dim / width,
-        capped: shape.softcap.is_some(),
-        precise: !is_half::<E>(),
-    };
-    let dim = CubeDim::new_1d(block.load.units as u32);
+    let (vectors, capped) = (shape.head_dim / width, shape.softcap.is_some());
+    let block = Block { load, heads: heads(&shape), vectors, capped, precise: !is_half::<E>() };
+    let block = Block { load: load.with(capped, block.held()), ..block };
+    let dim = CubeDim::new_1d(UNITS as u32);
     launch.cube(dim, block.shared_bytes(width))?;
     let blocks = shape.num_kv_heads * shape.group().div_ceil(block.heads);
     let rows = split.rows(&shape);
@@ -168,7 +176,7 @@ fn part_kernel<E: Float, N: Size>(
         if head < part.num_heads() && t < vectors {
             queries[item] = Vector::cast_from(q[(part.first_row() + head) * vectors + t]);
         }
-        item += block.load.units;
+        item += UNITS;
     }
     sync_cube();
     let mut found = nothing::<N>(block);
@@ -228,9 +236,11 @@ fn attend<E: Float, N: Size>(
             values[i * held + t] = v[at];
         }
     }
+    // Keys that are left from this group's first on, if any.
+    let left = max(keys.1 as i32 - (keys.0 + group) as i32, 0);
+    let mut weights = Array::<f32>::new(comptime!(heads * block.load.keys));
     #[unroll]
     for head in 0..heads {
-        let mut scores = Array::<f32>::new(block.load.keys);
         let mut most = found.greatest[head];
         #[unroll]
         for i in 0..block.load.keys {
@@ -240,29 +250,40 @@ fn attend<E: Float, N: Size>(
                 let query = queries[comptime!((head * held + t) * lanes) + lane];
                 sum += vector_sum::<N>(Vector::<f32, N>::cast_from(channels[i * held + t]) * query);
             }
-            scores[i] = score(lane_sum(sum, lanes), scoring, block.capped);
-            if keys.0 + group + comptime!(i * block.groups()) < keys.1 {
-                most = max(most, scores[i]);
+            let score = score(lane_sum(sum, lanes), scoring, block.capped);
+            weights[head * block.load.keys + i] = score;
+            if comptime!((i * block.groups()) as i32) < left {
+                most = max(most, score);
             }
         }
         let rescale = weight(found.greatest[head] - most, block.precise);
         let mut total = found.total[head] * rescale;
         #[unroll]
+        for i in 0..block.load.keys {
+            let exists = comptime!((i * block.groups()) as i32) < left;
+            let at = comptime!(head * block.load.keys + i);
+            let weight = select(exists, weight(weights[at] - most, block.precise), 0.0);
+            weights[at] = weight;
+            total += weight;
+        }
+        #[unroll]
         for t in 0..held {
             found.sums[head * held + t] *= Vector::new(rescale);
         }
-        #[unroll]
-        for i in 0..block.load.keys {
-            let exists = keys.0 + group + comptime!(i * block.groups()) < keys.1;
-            let weight = select(exists, weight(scores[i] - most, block.precise), 0.0);
-            total += weight;
-            #[unroll]
-            for t in 0..held {
-                found.sums[head * held + t] += Vector::new(weight) * Vector::<f32, N>::cast_from(values[i * held + t]);
-            }
-        }
         found.greatest[head] = most;
         found.total[head] = total;
+    }
+    // Behind all products with keys: wide, keys and values have no room in registers side by side.
+    #[unroll]
+    for i in 0..block.load.keys {
+        #[unroll]
+        for t in 0..held {
+            let value = Vector::<f32, N>::cast_from(values[i * held + t]);
+            #[unroll]
+            for head in 0..heads {
+                found.sums[head * held + t] += Vector::new(weights[head * block.load.keys + i]) * value;
+            }
+        }
     }
 }
 
@@ -358,6 +379,6 @@ fn write<N: Size>(
                 statistics[(rows.0 + head) * 2 + 1] = total;
             }
         }
-        item += block.load.units;
+        item += UNITS;
     }
 }

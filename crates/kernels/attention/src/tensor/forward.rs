@@ -179,13 +179,15 @@ fn attend<E: Float>(
     let (first_key, _) = problem.streamed();
     let mut first = first_key;
     while first < problem.streamed().1 {
-        // Both are under way before the first is waited for.
-        let mut next_k = Array::<Chunk<E>>::new(comptime!(tile.loads(tile.streamed)));
-        let mut next_v = Array::<Chunk<E>>::new(comptime!(tile.loads(tile.streamed)));
-        fetch::<E>(&mut next_k, k, &problem.keys(), first, tile.streamed, tile);
-        fetch::<E>(&mut next_v, v, &problem.keys(), first, tile.streamed, tile);
-        set::<E>(&next_k, &mut k_tile, tile.streamed, tile);
-        set::<E>(&next_v, &mut v_tile, tile.streamed, tile);
+        if comptime!(tile.loads_ahead()) {
+            let next_k = fetch::<E>(k, &problem.keys(), first, tile.streamed, tile);
+            let next_v = fetch::<E>(v, &problem.keys(), first, tile.streamed, tile);
+            set::<E>(&next_k, &mut k_tile, tile.streamed, tile);
+            set::<E>(&next_v, &mut v_tile, tile.streamed, tile);
+        } else {
+            fill::<E>(k, &mut k_tile, &problem.keys(), first, tile.streamed, tile);
+            fill::<E>(v, &mut v_tile, &problem.keys(), first, tile.streamed, tile);
+        }
         sync_cube();
         let keys = min(problem.streamed().1 - first, tile.streamed);
         let mut at = 0usize.runtime();

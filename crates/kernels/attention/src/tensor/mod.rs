@@ -15,7 +15,7 @@ pub(crate) use tile::{Need, Tile};
 
 use crate::block::Rows;
 
-/// Copies rows `start .. start + count` to a tile, zeros beyond the last row. A unit has all of its loads under way before it waits for one.
+/// Copies rows `start .. start + count` to a tile, zeros beyond the last row.
 #[cube]
 fn fill<E: Float>(
     from: &Array<Chunk<E>>,
@@ -25,32 +25,33 @@ fn fill<E: Float>(
     #[comptime] count: usize,
     #[comptime] tile: Tile,
 ) {
-    let mut held = Array::<Chunk<E>>::new(comptime!(tile.loads(count)));
-    fetch::<E>(&mut held, from, rows, start, count, tile);
-    set::<E>(&held, to, count, tile);
+    if comptime!(tile.loads_ahead()) {
+        let held = fetch::<E>(from, rows, start, count, tile);
+        set::<E>(&held, to, count, tile);
+    } else {
+        #[unroll]
+        for i in 0..comptime!(tile.loads(count)) {
+            let chunk = fetch_one::<E>(from, rows, start, i, count, tile);
+            set_one::<E>(to, chunk, i, count, tile);
+        }
+    }
 }
 
-/// What this unit loads of rows `start .. start + count`, zeros beyond the last row.
+/// What this unit loads of rows `start .. start + count`: all of it is under way before it waits for any.
 #[cube]
 fn fetch<E: Float>(
-    held: &mut Array<Chunk<E>>,
     from: &Array<Chunk<E>>,
     rows: &Rows,
     start: usize,
     #[comptime] count: usize,
     #[comptime] tile: Tile,
-) {
-    let chunks = comptime!(tile.chunks());
+) -> Array<Chunk<E>> {
+    let mut held = Array::<Chunk<E>>::new(comptime!(tile.loads(count)));
     #[unroll]
     for i in 0..comptime!(tile.loads(count)) {
-        let item = UNIT_POS as usize + comptime!(i * tile.units());
-        let (row, chunk) = (item / chunks, item % chunks);
-        let mut value = Chunk::<E>::new(E::new(0.0));
-        if item < comptime!(count * chunks) && start + row < rows.len {
-            value = from[rows.offset(start + row, chunks) + chunk];
-        }
-        held[i] = value;
+        held[i] = fetch_one::<E>(from, rows, start, i, count, tile);
     }
+    held
 }
 
 /// Puts what [`fetch`] has loaded into a tile.
@@ -61,13 +62,44 @@ fn set<E: Float>(
     #[comptime] count: usize,
     #[comptime] tile: Tile,
 ) {
-    let chunks = comptime!(tile.chunks());
     #[unroll]
     for i in 0..comptime!(tile.loads(count)) {
-        let item = UNIT_POS as usize + comptime!(i * tile.units());
-        if item < comptime!(count * chunks) {
-            to[item / chunks * comptime!(tile.stride()) + item % chunks] = held[i];
-        }
+        set_one::<E>(to, held[i], i, count, tile);
+    }
+}
+
+/// The `load`-th chunk of this unit, zeros beyond the last row.
+#[cube]
+fn fetch_one<E: Float>(
+    from: &Array<Chunk<E>>,
+    rows: &Rows,
+    start: usize,
+    #[comptime] load: usize,
+    #[comptime] count: usize,
+    #[comptime] tile: Tile,
+) -> Chunk<E> {
+    let chunks = comptime!(tile.chunks());
+    let item = UNIT_POS as usize + comptime!(load * tile.units());
+    let (row, chunk) = (item / chunks, item % chunks);
+    let mut value = Chunk::<E>::new(E::new(0.0));
+    if item < comptime!(count * chunks) && start + row < rows.len {
+        value = from[rows.offset(start + row, chunks) + chunk];
+    }
+    value
+}
+
+#[cube]
+fn set_one<E: Float>(
+    to: &mut SharedMemory<Chunk<E>>,
+    value: Chunk<E>,
+    #[comptime] load: usize,
+    #[comptime] count: usize,
+    #[comptime] tile: Tile,
+) {
+    let chunks = comptime!(tile.chunks());
+    let item = UNIT_POS as usize + comptime!(load * tile.units());
+    if item < comptime!(count * chunks) {
+        to[item / chunks * comptime!(tile.stride()) + item % chunks] = value;
     }
 }
 

@@ -94,6 +94,11 @@ impl Tile {
         (rows * self.chunks()).div_ceil(self.units())
     }
 
+    /// Whether a unit has registers for all that it loads of a tile at once: of heads of 96 channels it has not.
+    pub(crate) fn loads_ahead(&self) -> bool {
+        self.head_dim.is_power_of_two()
+    }
+
     /// Chunks of a row.
     pub(crate) fn chunks(&self) -> usize {
         self.head_dim / mma::CHUNK
