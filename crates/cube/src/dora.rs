@@ -65,7 +65,8 @@ impl<R: Runtime> Dora for CubeBackend<R> {
     ) -> Result<Tensor> {
         let mut dt = if dy.is_unique() { dy } else { self.copy(&dy)? };
         if let Some(dmagnitude) = dmagnitude {
-            let workspace = workspace(OP, &dt, DType::F32, [column_parts(spec.rows), spec.out_features])?;
+            let workspace =
+                workspace(OP, &dt, DType::F32, [column_parts(spec.rows, spec.out_features), spec.out_features])?;
             let args = kernels::MagnitudeGradient {
                 dy: handle(&dt),
                 t: handle(t),

@@ -1,7 +1,6 @@
 //! LayerNorm on the kernels of `unsloth-norm`.
 
 use cubecl::prelude::*;
-use unsloth_common::column_parts;
 use unsloth_core::{
     DType, Result, Tensor,
     ops::{
@@ -9,7 +8,7 @@ use unsloth_core::{
         layer_norm::{Affine, Backward, Forward, LayerNorm, ParameterGradients, Spec},
     },
 };
-use unsloth_norm::layer_norm as kernels;
+use unsloth_norm::{Gradient, column_parts, layer_norm as kernels};
 
 use crate::{
     access::{dispatch_float, handle, handle_mut, output, workspace},
@@ -23,42 +22,8 @@ fn shape(spec: &Spec) -> kernels::Shape {
     kernels::Shape { rows, hidden_size, eps }
 }
 
-impl<R: Runtime> CubeBackend<R> {
-    fn layer_norm_parameters(
-        &self,
-        spec: &Spec,
-        inputs: &Backward<'_>,
-        gradients: ParameterGradients<'_>,
-    ) -> Result<()> {
-        let ParameterGradients { dweight, dbias } = gradients;
-        let partial = || workspace(OP, inputs.sum, DType::F32, [column_parts(spec.rows), spec.hidden_size]);
-        let of_weight = dweight.is_some().then(partial).transpose()?;
-        let of_bias = dbias.is_some().then(partial).transpose()?;
-        let dweight = dweight.map(|dweight| handle_mut(OP, "dweight", dweight)).transpose()?;
-        let dbias = dbias.map(|dbias| handle_mut(OP, "dbias", dbias)).transpose()?;
-        let args = kernels::ParameterGradients {
-            dout: handle(&inputs.dout),
-            sum: handle(inputs.sum),
-            statistics: statistics(inputs),
-            dweight: gradient(of_weight.as_ref(), dweight),
-            dbias: gradient(of_bias.as_ref(), dbias),
-        };
-        self.launch(
-            OP,
-            |client| dispatch_float!(spec.dtype, E => kernels::parameter_gradients::<R, E>(client, shape(spec), args)),
-        )
-    }
-}
-
-fn gradient<'a>(
-    partial: Option<&'a Tensor>,
-    total: Option<&'a cubecl::server::Handle>,
-) -> Option<kernels::Gradient<'a>> {
-    Some(kernels::Gradient { workspace: handle(partial?), total: total? })
-}
-
-fn statistics<'a>(inputs: &Backward<'a>) -> kernels::Statistics<'a> {
-    kernels::Statistics { mean: handle(inputs.mean), rstd: handle(inputs.rstd) }
+fn gradient<'a>(partial: Option<&'a Tensor>, total: Option<&'a cubecl::server::Handle>) -> Option<Gradient<'a>> {
+    Some(Gradient { workspace: handle(partial?), total: total? })
 }
 
 impl<R: Runtime> LayerNorm for CubeBackend<R> {
@@ -98,18 +63,23 @@ impl<R: Runtime> LayerNorm for CubeBackend<R> {
         inputs: Backward<'_>,
         gradients: ParameterGradients<'_>,
     ) -> Result<Tensor> {
-        if gradients.dweight.is_some() || gradients.dbias.is_some() {
-            self.layer_norm_parameters(spec, &inputs, gradients)?;
-        }
-        let statistics = statistics(&inputs);
-        let Backward { dout, dsum, sum, weight, .. } = inputs;
+        let Backward { dout, dsum, sum, weight, mean, rstd } = inputs;
+        let ParameterGradients { dweight, dbias } = gradients;
         let mut dx = if dout.is_unique() { dout } else { self.copy(&dout)? };
+        let sums = [column_parts(spec.rows, spec.hidden_size), spec.hidden_size];
+        let partial = || workspace(OP, sum, DType::F32, sums);
+        let of_weight = dweight.is_some().then(partial).transpose()?;
+        let of_bias = dbias.is_some().then(partial).transpose()?;
+        let dweight = dweight.map(|dweight| handle_mut(OP, "dweight", dweight)).transpose()?;
+        let dbias = dbias.map(|dbias| handle_mut(OP, "dbias", dbias)).transpose()?;
         let args = kernels::Backward {
             dout: handle_mut(OP, "dx", &mut dx)?,
             dsum: dsum.map(handle),
             sum: handle(sum),
             weight: handle(weight),
-            statistics,
+            statistics: kernels::Statistics { mean: handle(mean), rstd: handle(rstd) },
+            dweight: gradient(of_weight.as_ref(), dweight),
+            dbias: gradient(of_bias.as_ref(), dbias),
         };
         self.launch(OP, |client| {
             dispatch_float!(spec.dtype, E => dispatch_float!(spec.weight_dtype, W =>

@@ -1,7 +1,6 @@
 //! RMSNorm on the kernels of `unsloth-norm`.
 
 use cubecl::prelude::*;
-use unsloth_common::column_parts;
 use unsloth_core::{
     DType, Result, Tensor,
     ops::{
@@ -9,7 +8,7 @@ use unsloth_core::{
         rms_norm::{Backward, Forward, RmsNorm, Spec},
     },
 };
-use unsloth_norm::rms_norm as kernels;
+use unsloth_norm::{Gradient, column_parts, rms_norm as kernels};
 
 use crate::{
     access::{dispatch_float, handle, handle_mut, output, workspace},
@@ -45,20 +44,17 @@ impl<R: Runtime> RmsNorm for CubeBackend<R> {
 
     fn rms_norm_backward(&self, spec: &Spec, inputs: Backward<'_>, dweight: Option<&mut Tensor>) -> Result<Tensor> {
         let mut dx = if inputs.dout.is_unique() { inputs.dout } else { self.copy(&inputs.dout)? };
-        let (sum, rstd) = (handle(inputs.sum), handle(inputs.rstd));
-        if let Some(dweight) = dweight {
-            let parts = column_parts(spec.rows);
-            let workspace = workspace(OP, &dx, DType::F32, [parts, spec.hidden_size])?;
-            let dweight = handle_mut(OP, "dweight", dweight)?;
-            let args = kernels::WeightGradient { dout: handle(&dx), sum, rstd, workspace: handle(&workspace), dweight };
-            self.launch(
-                OP,
-                |client| dispatch_float!(spec.dtype, E => kernels::weight_gradient::<R, E>(client, shape(spec), args)),
-            )?;
-        }
-        let dsum = inputs.dsum.map(handle);
-        let args =
-            kernels::Backward { dout: handle_mut(OP, "dx", &mut dx)?, dsum, sum, weight: handle(inputs.weight), rstd };
+        let sums = [column_parts(spec.rows, spec.hidden_size), spec.hidden_size];
+        let partial = dweight.is_some().then(|| workspace(OP, &dx, DType::F32, sums)).transpose()?;
+        let total = dweight.map(|dweight| handle_mut(OP, "dweight", dweight)).transpose()?;
+        let args = kernels::Backward {
+            dout: handle_mut(OP, "dx", &mut dx)?,
+            dsum: inputs.dsum.map(handle),
+            sum: handle(inputs.sum),
+            weight: handle(inputs.weight),
+            rstd: handle(inputs.rstd),
+            dweight: partial.as_ref().zip(total).map(|(partial, total)| Gradient { workspace: handle(partial), total }),
+        };
         self.launch(OP, |client| {
             dispatch_float!(spec.dtype, E => dispatch_float!(spec.weight_dtype, W =>
                 kernels::backward::<R, E, W>(client, shape(spec), args)))

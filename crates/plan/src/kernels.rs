@@ -9,8 +9,8 @@ const LOGITS: (u64, u64, u64) = (64 << 20, 512 << 20, 128);
 const WIDENED: usize = 8 << 20;
 /// Rows of a chunk are a multiple of this.
 const ROWS: usize = 128;
-/// Parts of the rows that sums over rows are made in, at most, and rows of a part.
-const COLUMN_PARTS: (usize, usize) = (64, 16);
+/// Partial sums of a matrix, parts of its rows that they are made of, both at most, and rows of a part, at least.
+const COLUMN_PARTS: (usize, usize, usize) = (1 << 20, 4096, 4);
 
 /// Rows of `width` elements that are at work at a time.
 fn chunk_rows(elements: usize, width: usize, rows: usize) -> usize {
@@ -19,8 +19,9 @@ fn chunk_rows(elements: usize, width: usize, rows: usize) -> usize {
 
 /// Partial sums of a gradient that is summed over rows, if it is wanted.
 pub(crate) fn column_sums([rows, columns]: [usize; 2], is_wanted: bool) -> usize {
-    let (max_parts, part_rows) = COLUMN_PARTS;
-    if is_wanted { rows.div_ceil(part_rows).clamp(1, max_parts) * columns } else { 0 }
+    let (max_sums, max_parts, part_rows) = COLUMN_PARTS;
+    let most = (max_sums / columns.max(1)).clamp(1, max_parts);
+    if is_wanted { rows.div_ceil(part_rows).clamp(1, most) * columns } else { 0 }
 }
 
 /// Rows in f32, of the input without what is dropped or of a result before it is rounded.

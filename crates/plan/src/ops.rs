@@ -118,10 +118,10 @@ impl layer_norm::LayerNorm for PlanBackend {
     ) -> Result<Tensor> {
         let [of_weight, of_bias] = [gradients.dweight.is_some(), gradients.dbias.is_some()];
         let size = [spec.rows, spec.hidden_size];
-        // Kernels give the sums back before a shared gradient is copied.
-        drop(self.on_kernels(|_| [kernels::column_sums(size, of_weight), kernels::column_sums(size, of_bias)])?);
         let dx = take_or_copy(inputs.dout)?;
         let _scratch = self.on_cpu(|_| scratch::norm_backward(size, usize::from(of_weight) + usize::from(of_bias)))?;
+        let of_parameters = |_| [kernels::column_sums(size, of_weight), kernels::column_sums(size, of_bias)];
+        let _parts = self.on_kernels(of_parameters)?;
         Ok(dx)
     }
 }

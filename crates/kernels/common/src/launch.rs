@@ -175,7 +175,7 @@ impl<'a, R: Runtime> Launch<'a, R> {
     }
 
     /// The greatest power of two among the sizes of a cube of one dimension.
-    fn most_units(&self) -> usize {
+    pub fn most_units(&self) -> usize {
         let hardware = &self.client().properties().hardware;
         let most = hardware.max_units_per_cube.min(hardware.max_cube_dim.0) as usize;
         if most.is_power_of_two() { most } else { most.next_power_of_two() / 2 }
@@ -193,7 +193,11 @@ impl<'a, R: Runtime> Launch<'a, R> {
     /// cubes without a row. (Cubes that walk over rows would be fewer, but a loop around the barriers of a row doubles the time
     /// that a software device compiles.)
     pub fn rows(&self, rows: usize, work: usize) -> RowGrid {
-        let units = self.units_for_rows(rows, work);
+        self.rows_of(rows, self.units_for_rows(rows, work))
+    }
+
+    /// The same, of so many units, a power of two.
+    pub fn rows_of(&self, rows: usize, units: usize) -> RowGrid {
         let most = self.client().properties().hardware.max_cube_count.0 as usize;
         let lines = rows.div_ceil(most).max(1);
         let count = CubeCount::Static(rows.div_ceil(lines).max(1) as u32, lines as u32, 1);

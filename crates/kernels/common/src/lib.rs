@@ -10,7 +10,7 @@ mod reduce;
 mod rng;
 
 pub use choices::{Choices, Target};
-pub use columns::{ColumnGrid, column_parts, fold_columns};
+pub use columns::{ColumnGrid, ColumnSum, FoldGrid, column_parts, fold_column, fold_columns, fold_parts};
 /// The CubeCL whose types this crate takes and gives.
 pub use cubecl;
 pub use error::LaunchError;

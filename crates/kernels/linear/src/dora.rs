@@ -8,7 +8,7 @@
 
 use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{
-    Launch, LaunchError, column_parts, cube_reduce_bytes, cube_sum, fold_columns, unchecked, vector_sum,
+    ColumnSum, Launch, LaunchError, cube_reduce_bytes, cube_sum, fold_columns, unchecked, vector_sum,
 };
 
 /// Sizes of one adapted matrix, and the factor of its update.
@@ -286,7 +286,7 @@ pub struct MagnitudeGradient<'a> {
     pub t: &'a Handle,
     /// f32 `[out_features]`, as [`norms`] leaves it.
     pub norms: &'a Handle,
-    /// f32 `[column_parts(rows), out_features]` by [`crate::column_parts`], overwritten.
+    /// f32 `[column_parts(rows, out_features), out_features]` by [`crate::column_parts`], overwritten.
     pub workspace: &'a Handle,
     /// f32 `[out_features]`, added to.
     pub dmagnitude: &'a Handle,
@@ -307,7 +307,7 @@ pub fn magnitude_gradient<R: Runtime, E: Float>(
     if rows == 0 || out_features == 0 {
         return Ok(());
     }
-    let grid = launch.columns(rows, out_features)?;
+    let grid = launch.columns(rows, out_features, 1)?;
     unchecked!(magnitude_kernel::launch_unchecked::<E, R>(
         client,
         grid.count,
@@ -315,12 +315,13 @@ pub fn magnitude_gradient<R: Runtime, E: Float>(
         launch.array::<E>("dy", args.dy, rows * out_features)?,
         launch.array::<E>("t", args.t, rows * out_features)?,
         launch.array::<f32>("norms", args.norms, out_features)?,
-        launch.array::<f32>("workspace", args.workspace, column_parts(rows) * out_features)?,
+        launch.array::<f32>("workspace", args.workspace, grid.parts * out_features)?,
         rows as u32,
         out_features as u32,
         grid.part_rows,
     ));
-    fold_columns(&launch, (rows, out_features), args.workspace, ("dmagnitude", args.dmagnitude))
+    let sum = ColumnSum { partial: args.workspace, arg: "dmagnitude", total: args.dmagnitude };
+    fold_columns(&launch, (grid.parts, out_features), &[sum])
 }
 
 /// Grid: x = block of columns, y = block of rows; unit = column.

@@ -2,14 +2,15 @@
 //!
 //! `sum = x + residual` (or `x`), `xhat = (sum - mean) / sqrt(variance + eps)`, `out = xhat * weight + bias`.
 //!
-//! Work: one cube per row. Traffic: the row is read three times (all but the first time from cache), `out` is written once.
+//! Work: one cube per row, or per several rows for gradients of parameters. Traffic: a row is read once and kept in registers, or where it
+//! is too long three times (all but the first time from cache; twice backward, but for those gradients); the result is written once.
 //! Numerics: sums are f32 for every element type, the variance is that of the differences from the mean. `dweight` and `dbias` are
-//! fixed-order sums over blocks of rows, no float atomics, so they have the same bits on every run.
+//! fixed-order sums over parts of the rows, no float atomics, so they have the same bits on every run.
 
 use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{Launch, LaunchError};
 
-use crate::{parameters, rows};
+use crate::{Gradient, backward, rows};
 
 /// Sizes and constants of one normalisation.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -88,10 +89,14 @@ pub struct Backward<'a> {
     pub weight: &'a Handle,
     /// From the forward pass.
     pub statistics: Statistics<'a>,
+    /// Of the weight, if it is wanted.
+    pub dweight: Option<Gradient<'a>>,
+    /// Of the bias, if it is wanted.
+    pub dbias: Option<Gradient<'a>>,
 }
 
-/// Launches `dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum`, where `g = dout * weight`, written over `dout`. Call
-/// [`parameter_gradients`] before, if they are wanted: it reads `dout`.
+/// Launches `dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum`, where `g = dout * weight`, written over `dout`, with
+/// `dweight += sum_rows(dout * xhat)` and `dbias += sum_rows(dout)`, in two steps of fixed order.
 ///
 /// # Errors
 /// As [`forward`].
@@ -100,56 +105,7 @@ pub fn backward<R: Runtime, E: Float, W: Float>(
     shape: Shape,
     args: Backward<'_>,
 ) -> Result<(), LaunchError> {
-    let Backward { dout, dsum, sum, weight, statistics } = args;
-    let args = rows::Backward { dout, dsum, sum, weight, statistics: statistics.of_rows() };
-    rows::backward::<R, E, W>(&Launch::new(client, "layer_norm_backward"), shape.of_rows(), args)
-}
-
-/// Where the gradient of a parameter goes.
-#[derive(Clone, Copy, Debug)]
-pub struct Gradient<'a> {
-    /// f32 `[column_parts(rows), hidden_size]` by [`crate::column_parts`], overwritten.
-    pub workspace: &'a Handle,
-    /// f32 `[hidden_size]`, added to.
-    pub total: &'a Handle,
-}
-
-impl<'a> Gradient<'a> {
-    fn of_rows(self) -> parameters::Gradient<'a> {
-        parameters::Gradient { workspace: self.workspace, total: self.total }
-    }
-}
-
-/// Buffers of the parameters' gradients; of those that are wanted.
-#[derive(Clone, Copy, Debug)]
-pub struct ParameterGradients<'a> {
-    /// `[rows, hidden_size]` of `E`.
-    pub dout: &'a Handle,
-    /// `[rows, hidden_size]` of `E`.
-    pub sum: &'a Handle,
-    /// From the forward pass.
-    pub statistics: Statistics<'a>,
-    /// Of the weight.
-    pub dweight: Option<Gradient<'a>>,
-    /// Of the bias.
-    pub dbias: Option<Gradient<'a>>,
-}
-
-/// Launches `dweight += sum_rows(dout * xhat)` and `dbias += sum_rows(dout)`, both in one pass, in two steps of fixed order.
-///
-/// # Errors
-/// As [`forward`].
-pub fn parameter_gradients<R: Runtime, E: Float>(
-    client: &ComputeClient<R>,
-    shape: Shape,
-    args: ParameterGradients<'_>,
-) -> Result<(), LaunchError> {
-    let ParameterGradients { dout, sum, statistics, dweight, dbias } = args;
-    let (dweight, dbias) = (dweight.map(Gradient::of_rows), dbias.map(Gradient::of_rows));
-    let args = parameters::ParameterGradients { dout, sum, statistics: statistics.of_rows(), dweight, dbias };
-    parameters::parameter_gradients::<R, E>(
-        &Launch::new(client, "layer_norm_parameter_gradients"),
-        shape.of_rows(),
-        args,
-    )
+    let Backward { dout, dsum, sum, weight, statistics, dweight, dbias } = args;
+    let args = backward::Backward { dout, dsum, sum, weight, statistics: statistics.of_rows(), dweight, dbias };
+    backward::backward::<R, E, W>(&Launch::new(client, "layer_norm_backward"), shape.of_rows(), args)
 }

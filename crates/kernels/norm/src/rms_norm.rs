@@ -2,15 +2,16 @@
 //!
 //! `sum = x + residual` (or `x`), `rstd = 1 / sqrt(mean(sum^2) + eps)`, `out = sum * rstd * (weight + offset)`.
 //!
-//! Work: one cube per row. Traffic: the row is read twice (the second time from cache), `out` is written once.
-//! Numerics: sums are f32 for every element type. `dweight` is a fixed-order sum over blocks of rows, no float atomics, so it
+//! Work: one cube per row, or per several rows for a gradient of the weight. Traffic: a row is read once and kept in registers, or where it
+//! is too long twice (the second time from cache, but for that gradient); the result is written once.
+//! Numerics: sums are f32 for every element type. `dweight` is a fixed-order sum over parts of the rows, no float atomics, so it
 //! has the same bits on every run.
 
 use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{Launch, LaunchError};
 
 use crate::{
-    parameters::{self, Gradient, ParameterGradients},
+    Gradient, backward,
     rows::{self, Statistics},
 };
 
@@ -77,10 +78,12 @@ pub struct Backward<'a> {
     pub weight: &'a Handle,
     /// `[rows]` f32, from the forward pass.
     pub rstd: &'a Handle,
+    /// Of the weight, if it is wanted.
+    pub dweight: Option<Gradient<'a>>,
 }
 
 /// Launches `dx = rstd * (g - xhat * mean(g * xhat)) + dsum`, where `g = dout * (weight + offset)` and `xhat = sum * rstd`,
-/// written over `dout`. Call [`weight_gradient`] before, if it is wanted: it reads `dout`.
+/// written over `dout`, and `dweight += sum_rows(dout * xhat)`, in two steps of fixed order.
 ///
 /// # Errors
 /// As [`forward`].
@@ -89,37 +92,8 @@ pub fn backward<R: Runtime, E: Float, W: Float>(
     shape: Shape,
     args: Backward<'_>,
 ) -> Result<(), LaunchError> {
-    let Backward { dout, dsum, sum, weight, rstd } = args;
-    let args = rows::Backward { dout, dsum, sum, weight, statistics: Statistics { rstd, mean: None } };
-    rows::backward::<R, E, W>(&Launch::new(client, "rms_norm_backward"), shape.of_rows(), args)
-}
-
-/// Buffers of the weight gradient.
-#[derive(Clone, Copy, Debug)]
-pub struct WeightGradient<'a> {
-    /// `[rows, hidden_size]` of `E`.
-    pub dout: &'a Handle,
-    /// `[rows, hidden_size]` of `E`.
-    pub sum: &'a Handle,
-    /// `[rows]` f32.
-    pub rstd: &'a Handle,
-    /// f32 `[column_parts(rows), hidden_size]` by [`crate::column_parts`], overwritten.
-    pub workspace: &'a Handle,
-    /// `[hidden_size]` f32, added to.
-    pub dweight: &'a Handle,
-}
-
-/// Launches `dweight += sum_rows(dout * sum * rstd)`, in two steps of fixed order.
-///
-/// # Errors
-/// As [`forward`].
-pub fn weight_gradient<R: Runtime, E: Float>(
-    client: &ComputeClient<R>,
-    shape: Shape,
-    args: WeightGradient<'_>,
-) -> Result<(), LaunchError> {
-    let WeightGradient { dout, sum, rstd, workspace, dweight } = args;
-    let (statistics, dweight) = (Statistics { rstd, mean: None }, Some(Gradient { workspace, total: dweight }));
-    let args = ParameterGradients { dout, sum, statistics, dweight, dbias: None };
-    parameters::parameter_gradients::<R, E>(&Launch::new(client, "rms_norm_weight_gradient"), shape.of_rows(), args)
+    let Backward { dout, dsum, sum, weight, rstd, dweight } = args;
+    let statistics = Statistics { rstd, mean: None };
+    let args = backward::Backward { dout, dsum, sum, weight, statistics, dweight, dbias: None };
+    backward::backward::<R, E, W>(&Launch::new(client, "rms_norm_backward"), shape.of_rows(), args)
 }

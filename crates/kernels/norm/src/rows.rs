@@ -1,5 +1,5 @@
 //! Rows that are divided by their size, after their mean is taken from them where they are centred: what RMSNorm and LayerNorm
-//! have in common.
+//! have in common, and their forward pass.
 //!
 //! Work: one cube per row, units stride the columns. Traffic: the row is read once and kept in registers, or where it is too long
 //! for that once more in each pass (two, or three where it is centred; all but the first time from cache), as the sum with a residual is
@@ -126,13 +126,13 @@ pub(crate) fn forward<R: Runtime, E: Float, W: Float>(
 
 /// What changes the code of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Form {
+pub(crate) struct Form {
     /// Whether a mean is taken from rows.
-    centred: bool,
+    pub(crate) centred: bool,
     /// Units of a cube. Of a row, a unit has vectors `UNIT_POS`, `UNIT_POS + units`, ...
-    units: usize,
+    pub(crate) units: usize,
     /// How many those are at most where a unit keeps them in registers from one pass to the next; 0 where it reads them again.
-    held: usize,
+    pub(crate) held: usize,
 }
 
 /// A unit keeps no more vectors: a software device takes long to compile loops that are unrolled.
@@ -142,7 +142,7 @@ const MOST_ELEMENTS: usize = 16;
 
 impl Form {
     /// For rows of `cols` vectors of `width`, of which units keep `matrices`.
-    fn new(centred: bool, units: usize, (cols, width, matrices): (usize, usize, usize)) -> Self {
+    pub(crate) fn new(centred: bool, units: usize, (cols, width, matrices): (usize, usize, usize)) -> Self {
         let each = cols.div_ceil(units);
         let fits = each <= MOST_HELD && matrices * each * width <= MOST_ELEMENTS;
         Self { centred, units, held: if fits { each } else { 0 } }
@@ -151,19 +151,19 @@ impl Form {
 
 /// Vectors of a row that each unit goes through. The last of them may lie beyond the row's end.
 #[cube]
-fn each(cols: usize, #[comptime] form: Form) -> usize {
+pub(crate) fn each(cols: usize, #[comptime] form: Form) -> usize {
     if comptime!(form.held > 0) { usize::new(comptime!(form.held as i64)) } else { cols.div_ceil(form.units) }
 }
 
 /// Registers for what a unit keeps of a row.
 #[cube]
-fn registers<E: Float, N: Size>(#[comptime] form: Form) -> Array<Vector<E, N>> {
+pub(crate) fn registers<E: Float, N: Size>(#[comptime] form: Form) -> Array<Vector<E, N>> {
     Array::<Vector<E, N>>::new(comptime!(form.held.max(1)))
 }
 
 /// This unit's `step`-th vector of a row, which has been read before and is at `at` in memory.
 #[cube]
-fn again<E: Float, N: Size>(
+pub(crate) fn again<E: Float, N: Size>(
     kept: &Array<Vector<E, N>>,
     memory: &Slice<Vector<E, N>>,
     step: usize,
@@ -242,9 +242,19 @@ fn write_row<E: Float, W: Float, N: Size>(
 }
 
 #[cube]
-fn centre<E: Float, N: Size>(value: Vector<E, N>, mean: f32, #[comptime] form: Form) -> Vector<f32, N> {
+pub(crate) fn centre<E: Float, N: Size>(value: Vector<E, N>, mean: f32, #[comptime] form: Form) -> Vector<f32, N> {
     let value = Vector::<f32, N>::cast_from(value);
     if comptime!(form.centred) { value - Vector::new(mean) } else { value }
+}
+
+/// `mean` of a row, 0 where it is not centred.
+#[cube]
+pub(crate) fn mean_of(statistics: &Sequence<Array<f32>>, row: usize, #[comptime] centred: bool) -> f32 {
+    let mut mean = 0.0f32;
+    if comptime!(centred) {
+        mean = statistics.index(MEAN)[row];
+    }
+    mean
 }
 
 /// Grid: cube = row, units stride the columns.
@@ -320,134 +330,5 @@ fn add_forward_kernel<E: Float, W: Float, N: Size>(
         }
         let x = x.to_slice();
         write_row::<E, W, N>(&x, &kept, weight, bias, out, statistics, part, row, cols, eps, weight_offset, form);
-    }
-}
-
-/// Buffers of the backward pass. `dout` becomes `dx`.
-#[derive(Clone, Copy)]
-pub(crate) struct Backward<'a> {
-    pub(crate) dout: &'a Handle,
-    pub(crate) dsum: Option<&'a Handle>,
-    pub(crate) sum: &'a Handle,
-    pub(crate) weight: &'a Handle,
-    pub(crate) statistics: Statistics<'a>,
-}
-
-pub(crate) fn backward<R: Runtime, E: Float, W: Float>(
-    launch: &Launch<'_, R>,
-    shape: Shape,
-    args: Backward<'_>,
-) -> Result<(), LaunchError> {
-    launch.element::<E>()?;
-    launch.element::<W>()?;
-    if shape.is_empty() {
-        return Ok(());
-    }
-    let Shape { rows, hidden_size, weight_offset, .. } = shape;
-    let (len, width) = (rows * hidden_size, launch.vector_width::<E>(hidden_size));
-    let centred = args.statistics.mean.is_some();
-    let grid = launch.rows(rows, hidden_size / width);
-    launch.cube(grid.dim, (1 + usize::from(centred)) * cube_reduce_bytes(grid.units))?;
-    unchecked!(backward_kernel::launch_unchecked::<E, W, R>(
-        launch.client(),
-        grid.count,
-        grid.dim,
-        width,
-        launch.vectors::<E>("dout", args.dout, len, width)?,
-        // Without a second gradient the kernel never reads this argument.
-        launch.vectors::<E>("dsum", args.dsum.unwrap_or(args.sum), len, width)?,
-        launch.vectors::<E>("sum", args.sum, len, width)?,
-        launch.vectors::<W>("weight", args.weight, hidden_size, width)?,
-        args.statistics.arrays(launch, rows)?,
-        rows as u32,
-        (hidden_size / width) as u32,
-        weight_offset,
-        args.dsum.is_some(),
-        Form::new(centred, grid.units, (hidden_size / width, width, 2)),
-    ));
-    Ok(())
-}
-
-/// `mean` of a row, 0 where it is not centred.
-#[cube]
-pub(crate) fn mean_of(statistics: &Sequence<Array<f32>>, row: usize, #[comptime] centred: bool) -> f32 {
-    let mut mean = 0.0f32;
-    if comptime!(centred) {
-        mean = statistics.index(MEAN)[row];
-    }
-    mean
-}
-
-/// Grid as [`forward_kernel`]. Each unit overwrites only what it alone reads.
-#[cube(launch_unchecked)]
-fn backward_kernel<E: Float, W: Float, N: Size>(
-    dout: &mut Array<Vector<E, N>>,
-    dsum: &Array<Vector<E, N>>,
-    sum: &Array<Vector<E, N>>,
-    weight: &Array<Vector<W, N>>,
-    statistics: &Sequence<Array<f32>>,
-    rows: u32,
-    cols: u32,
-    weight_offset: f32,
-    #[comptime] has_dsum: bool,
-    #[comptime] form: Form,
-) {
-    let width = N::value();
-    let units = comptime!(form.units);
-    let cols = cols as usize;
-    let row = CUBE_POS;
-    if row < rows as usize {
-        let mean = mean_of(statistics, row, form.centred);
-        let hidden = f32::cast_from(cols as u32) * comptime!(width as f32);
-        let mut kept_dout = registers::<E, N>(form);
-        let mut kept_sum = registers::<E, N>(form);
-        let mut products = Vector::<f32, N>::new(0.0);
-        let mut gradients = Vector::<f32, N>::new(0.0);
-        #[unroll(form.held > 0)]
-        for step in 0..each(cols, form) {
-            let i = UNIT_POS as usize + step * units;
-            if i < cols {
-                let at = row * cols + i;
-                let (of_dout, of_sum) = (dout[at], sum[at]);
-                let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
-                let g = Vector::<f32, N>::cast_from(of_dout) * w;
-                products += g * centre::<E, N>(of_sum, mean, form);
-                if comptime!(form.centred) {
-                    gradients += g;
-                }
-                if comptime!(form.held > 0) {
-                    kept_dout[step] = of_dout;
-                    kept_sum[step] = of_sum;
-                }
-            }
-        }
-        // mean(g * xhat) * rstd, with xhat = (sum - mean) * rstd
-        let product = cube_sum(vector_sum::<N>(products), units);
-        // Not read before: held through the first loop it would spill on sm_100a.
-        let r = statistics.index(RSTD)[row];
-        let shrink = product * r * r / hidden;
-        let mut mean_gradient = 0.0f32;
-        if comptime!(form.centred) {
-            mean_gradient = cube_sum(vector_sum::<N>(gradients), units) / hidden;
-        }
-        #[unroll(form.held > 0)]
-        for step in 0..each(cols, form) {
-            let i = UNIT_POS as usize + step * units;
-            if i < cols {
-                let at = row * cols + i;
-                let of_dout = again::<E, N>(&kept_dout, &dout.to_slice(), step, at, form);
-                let of_sum = again::<E, N>(&kept_sum, &sum.to_slice(), step, at, form);
-                let w = Vector::<f32, N>::cast_from(weight[i]) + Vector::new(weight_offset);
-                let mut g = Vector::<f32, N>::cast_from(of_dout) * w;
-                if comptime!(form.centred) {
-                    g -= Vector::new(mean_gradient);
-                }
-                let mut dx = (g - centre::<E, N>(of_sum, mean, form) * Vector::new(shrink)) * Vector::new(r);
-                if comptime!(has_dsum) {
-                    dx += Vector::<f32, N>::cast_from(dsum[at]);
-                }
-                dout[at] = Vector::cast_from(dx);
-            }
-        }
     }
 }

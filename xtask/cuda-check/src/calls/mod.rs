@@ -130,10 +130,16 @@ impl Caller {
     }
 }
 
-/// Sizes of rows: those that vectors of eight, four, two and none divide, in rows too long to be kept in registers and in such that 256 units
-/// keep; and short ones that 128, 64 and 32 units share, not each in every width.
-const ROW_SIZES: [usize; 18] =
-    [12_288, 12_292, 12_290, 12_289, 4096, 3072, 2048, 1024, 1028, 1026, 513, 65, 128, 66, 33, 64, 30, 15];
+/// Sizes of rows: those that vectors of eight, four, two and none divide, in rows too long to be kept in registers and in such that 512 or 256
+/// units keep; and short ones that 128, 64 and 32 units share, not each in every width.
+const ROW_SIZES: [usize; 22] = [
+    12_288, 12_292, 12_290, 12_289, 4096, 3072, 3074, 1537, 2048, 1024, 1028, 1026, 513, 260, 130, 65, 128, 66, 33, 64,
+    30, 15,
+];
+
+/// Numbers of rows that are summed in so many parts that each number of groups of units adds them up, where a part has four rows at
+/// least: and with so many times more rows, where it has more.
+const SUMMED_ROWS: [usize; 5] = [128, 256, 512, 1024, 2048];
 
 /// [`ROW_SIZES`], with storage types as [`dtype_pairs`] for one size of a model and an odd one, and of one type for both elsewhere.
 fn rows() -> impl Iterator<Item = (usize, (DType, DType))> {

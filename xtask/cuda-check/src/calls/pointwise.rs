@@ -11,7 +11,7 @@ use unsloth_core::{
     rng::Philox,
 };
 
-use super::{Caller, dtype_pairs};
+use super::{Caller, SUMMED_ROWS, dtype_pairs};
 
 const LENGTHS: [usize; 4] = [1 << 20, 4100, 4098, 4099];
 /// Tensors of one launch, where it takes several.
@@ -90,8 +90,12 @@ pub(super) fn adamw(caller: &mut Caller) -> Result<()> {
 }
 
 pub(super) fn adafactor(caller: &mut Caller) -> Result<()> {
-    for shape in [&[1024, 1024][..], &[17, 241], &[1 << 20], &[4099]] {
-        for dtype in DType::FLOATS {
+    // Columns of that many parts, sixteen rows in each, are added up by so many groups of units.
+    let summed = SUMMED_ROWS.map(|rows| [4 * rows, 64]);
+    let shapes = [&[1024, 1024][..], &[17, 241], &[1 << 20], &[4099]].into_iter();
+    let is_called = |shape: &[usize], dtype| dtype == DType::F32 || shape.last() != Some(&64);
+    for shape in shapes.chain(summed.iter().map(|shape| &shape[..])) {
+        for dtype in DType::FLOATS.into_iter().filter(|&dtype| is_called(shape, dtype)) {
             for parameter_scale in [None, Some(1e-3)] {
                 let spec = factored::Spec {
                     learning_rate: 1e-3,

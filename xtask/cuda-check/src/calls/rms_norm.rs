@@ -2,7 +2,7 @@
 
 use unsloth_core::{DType, Result, ops::rms_norm};
 
-use super::{Caller, rows};
+use super::{Caller, SUMMED_ROWS, rows};
 
 const ROWS: usize = 512;
 const EPS: f32 = 1e-5;
@@ -23,7 +23,19 @@ pub(super) fn calls(caller: &mut Caller) -> Result<()> {
             let inputs = rms_norm::Backward { dout, dsum, sum: &x, weight: &weight, rstd: &rstd };
             let what = if dsum.is_some() { "backward with dsum" } else { "backward" };
             caller.call(detail(what), || rms_norm::backward(inputs, Some(&mut dweight), EPS, 0.0));
+            let inputs =
+                rms_norm::Backward { dout: caller.tensor(dtype, row)?, dsum, sum: &x, weight: &weight, rstd: &rstd };
+            let frozen = format!("{what}, frozen");
+            caller.call(detail(&frozen), || rms_norm::backward(inputs, None, EPS, 0.0));
         }
+    }
+    for rows in SUMMED_ROWS {
+        let (weight, x) = (caller.tensor(DType::F32, [64])?, caller.tensor(DType::F32, [rows, 64])?);
+        let (dout, rstd) = (caller.tensor(DType::F32, [rows, 64])?, caller.tensor(DType::F32, [rows])?);
+        let mut dweight = caller.tensor(DType::F32, [64])?;
+        let inputs = rms_norm::Backward { dout, dsum: None, sum: &x, weight: &weight, rstd: &rstd };
+        let detail = format!("backward [{rows}, 64] f32, weight f32");
+        caller.call(detail, || rms_norm::backward(inputs, Some(&mut dweight), EPS, 0.0));
     }
     Ok(())
 }

@@ -2,12 +2,12 @@
 
 use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{
-    Launch, LaunchError, column_parts, cube_reduce_bytes, cube_sum,
+    Launch, LaunchError, cube_reduce_bytes, cube_sum, fold_column, fold_parts,
     math::{exp, ln},
     unchecked, vector_sum,
 };
 
-use super::{Averages, Factored, Options, Step, column_sums};
+use super::{Averages, Factored, Options, Step};
 use crate::reduce::fold_strided;
 
 /// What all averages of a step have in common.
@@ -159,7 +159,8 @@ fn columns<R: Runtime>(
 ) -> Result<(), LaunchError> {
     let [rows, columns] = factored.size;
     let width = launch.vector_width::<f32>(columns);
-    let (grid, num_sums) = (launch.columns(rows, columns / width)?, column_sums(factored.size));
+    let grid = launch.columns(rows, columns, width)?;
+    let num_sums = grid.parts * columns;
     unchecked!(sum_columns_kernel::launch_unchecked::<R>(
         launch.client(),
         grid.count,
@@ -173,16 +174,16 @@ fn columns<R: Runtime>(
         (columns / width) as u32,
         grid.part_rows,
     ));
-    let units = launch.units_for(columns);
+    let fold = launch.fold(grid.parts, columns, 1)?;
     unchecked!(average_columns_kernel::launch_unchecked::<R>(
         launch.client(),
-        launch.cubes(columns.div_ceil(units), 1, 1)?,
-        CubeDim::new_1d(units as u32),
+        fold.count,
+        fold.dim,
         launch.array::<f32>("sums", factored.sums, num_sums)?,
         launch.array::<f32>("col", factored.col, columns)?,
         launch.array::<f32>("state", args.state, 4)?,
         options.averaging(),
-        column_parts(rows) as u32,
+        grid.parts as u32,
         rows as u32,
         columns as u32,
     ));
@@ -214,7 +215,7 @@ fn sum_columns_kernel<N: Size>(
     }
 }
 
-/// Grid: unit = column.
+/// Grid: that of [`Launch::fold`].
 #[cube(launch_unchecked)]
 fn average_columns_kernel(
     sums: &Array<f32>,
@@ -225,13 +226,12 @@ fn average_columns_kernel(
     rows: u32,
     columns: u32,
 ) {
-    let (j, columns) = (ABSOLUTE_POS_X as usize, columns as usize);
-    if j < columns && state[2] == 0.0 {
-        let mut total = 0.0f32;
-        for part in 0..parts as usize {
-            total += sums[part * columns + j];
+    let (j, columns) = (fold_column(), columns as usize);
+    if state[2] == 0.0 {
+        let total = fold_parts(sums, parts as usize, columns);
+        if UNIT_POS_Y == 0 && j < columns {
+            col[j] = averaged(col[j], total / f32::cast_from(rows), averaging, state);
         }
-        col[j] = averaged(col[j], total / f32::cast_from(rows), averaging, state);
     }
 }
 

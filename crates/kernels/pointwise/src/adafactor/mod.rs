@@ -91,9 +91,9 @@ pub struct Step<'a> {
     pub state: &'a Handle,
 }
 
-/// Elements of [`Factored::sums`].
+/// Elements of [`Factored::sums`]: what is summed of each column in parts of the rows.
 pub fn column_sums([rows, columns]: [usize; 2]) -> usize {
-    column_parts(rows) * columns
+    column_parts(rows, columns) * columns
 }
 
 /// Elements of the workspace of a parameter of `len` elements: two sums of each part, and the size of the change.
