@@ -17,7 +17,7 @@ fn chunk_rows(elements: usize, width: usize, rows: usize) -> usize {
     (elements / width.max(1) / ROWS * ROWS).max(ROWS).min(rows)
 }
 
-/// Partial sums of a gradient that is summed over rows, if it is wanted.
+/// Partial sums of a gradient that is summed over rows, if it is wanted: as `unsloth_common::column_parts` has them.
 pub(crate) fn column_sums([rows, columns]: [usize; 2], is_wanted: bool) -> usize {
     let (max_sums, max_parts, part_rows) = COLUMN_PARTS;
     let most = (max_sums / columns.max(1)).clamp(1, max_parts);
@@ -43,4 +43,26 @@ pub(crate) fn loss(
     let rounds = spec.dtype != DType::F32 && (spec.weight_dtype == spec.dtype || spec.weight_dtype == DType::F32);
     let is_rounded = rounds && (spec.needs_dx || with_dweight);
     [spec.tokens, spec.tokens, chunk, if is_rounded { chunk.div_ceil(2) } else { 0 }]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::column_sums;
+
+    /// The numbers of the test beside `column_parts`, which this crate does not see.
+    #[test]
+    fn column_sums_by_hand() {
+        assert_eq!(column_sums([8192, 2048], false), 0);
+        for (rows, columns, parts) in [
+            (0, 2048, 1),
+            (1, 2048, 1),
+            (5, 2048, 2),
+            (8192, 2048, 512),
+            (8192, 4096, 256),
+            (262_144, 128, 4096),
+            (9, 1 << 21, 1),
+        ] {
+            assert_eq!(column_sums([rows, columns], true), parts * columns, "[{rows}, {columns}]");
+        }
+    }
 }

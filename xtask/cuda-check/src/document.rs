@@ -9,6 +9,7 @@ use crate::{
     compile::{Compiled, Kernel, Uses},
     occupancy::{LISTED, LOW},
     report::worst,
+    spills,
 };
 
 /// Below the repository's root.
@@ -66,6 +67,7 @@ fn text(kernels: &[Kernel], nvrtc: &str) -> String {
     );
     summary(&mut text, kernels);
     low(&mut text);
+    spilling(&mut text);
     variants(&mut text, kernels);
     text
 }
@@ -93,6 +95,13 @@ fn low(text: &mut String) {
     for listed in &LISTED {
         let units = listed.units.map_or("any".to_owned(), |units| units.to_string());
         let _ = writeln!(text, "| `{}` | {units} | {}% | {} |", listed.kernel, listed.least, listed.reason);
+    }
+}
+
+fn spilling(text: &mut String) {
+    text.push_str("\n## Spills\n\n| kernel | not more bytes than | why |\n|---|---:|---|\n");
+    for (kernel, most, reason) in spills::reasons() {
+        let _ = writeln!(text, "| `{kernel}` | {most} | {reason} |");
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! The operators run through the contract on a device that notes launches instead of running them; each noted kernel goes through
 //! CubeCL's CUDA code generator and NVRTC, for every architecture in [`architecture::ARCHITECTURES`]. A kernel that does not
-//! compile, spills registers, has a low occupancy without a reason in [`occupancy::LISTED`] or lacks the instructions of tensor cores
+//! compile, spills registers or has a low occupancy without a reason in [`spills`] or [`occupancy::LISTED`], or lacks the instructions of tensor cores
 //! that it is written for, by its name, a call that the library refuses, and
 //! a kernel that no call launches are failures.
 
@@ -29,6 +29,7 @@ mod nvrtc;
 mod occupancy;
 mod offline;
 mod report;
+mod spills;
 
 use architecture::ARCHITECTURES;
 use disassembler::Disassembler;

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::{
     architecture::{ARCHITECTURES, Occupancy},
     compile::{Compiled, Kernel, Uses},
-    occupancy,
+    occupancy, spills,
 };
 
 /// One line per instantiation.
@@ -62,8 +62,8 @@ pub(crate) fn problems(kernels: &[Kernel], refused: &[String], not_launched: &BT
                     if *tensor_core_instructions == Some(0) {
                         problems.push(format!("{name} on {architecture} ({call}): no instruction of tensor cores"));
                     }
-                    if usage.spill_bytes > 0 {
-                        problems.push(format!("{name} on {architecture} ({call}): spills {} bytes", usage.spill_bytes));
+                    if let Some(problem) = spills::problem(kernel, usage.spill_bytes) {
+                        problems.push(format!("{name} on {architecture} ({call}): {problem}"));
                     }
                     if let Some(problem) = occupancy::problem(kernel, *occupancy) {
                         problems.push(format!("{name} on {architecture} ({call}): {problem}"));

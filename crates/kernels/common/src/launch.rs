@@ -191,7 +191,7 @@ impl<'a, R: Runtime> Launch<'a, R> {
 
     /// One cube per row of `work` items: row `CUBE_POS`. In two dimensions where one does not hold them all, so that there may be
     /// cubes without a row. (Cubes that walk over rows would be fewer, but a loop around the barriers of a row doubles the time
-    /// that a software device compiles.)
+    /// that a software device compiles: for kernels that keep something from row to row.)
     pub fn rows(&self, rows: usize, work: usize) -> RowGrid {
         self.rows_of(rows, self.units_for_rows(rows, work))
     }

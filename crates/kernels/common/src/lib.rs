@@ -15,5 +15,5 @@ pub use columns::{ColumnGrid, ColumnSum, FoldGrid, column_parts, fold_column, fo
 pub use cubecl;
 pub use error::LaunchError;
 pub use launch::{Launch, RowGrid};
-pub use reduce::{cube_max, cube_reduce_bytes, cube_sum, vector_sum};
+pub use reduce::{cube_max, cube_reduce_bytes, cube_sum, cube_sum_in_few_registers, vector_sum};
 pub use rng::philox;

@@ -23,6 +23,31 @@ pub const fn cube_reduce_bytes(units: usize) -> usize {
 #[cube]
 pub fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
     let folders = comptime!(folders(units));
+    let folded = folded_sums(value, units);
+    let mut total = folded[0];
+    for i in 1..folders {
+        total += folded[i];
+    }
+    total
+}
+
+/// [`cube_sum()`] to the same bits, for kernels that hold much meanwhile: a compiler that knows how many sums are left loads all of
+/// them at once, at the cost of a register each.
+#[cube]
+pub fn cube_sum_in_few_registers(value: f32, #[comptime] units: usize) -> f32 {
+    let folders = comptime!(folders(units));
+    let folded = folded_sums(value, units);
+    let mut total = folded[0];
+    for i in 1..CUBE_DIM as usize / comptime!(units / folders) {
+        total += folded[i];
+    }
+    total
+}
+
+/// The first step: what is left to add.
+#[cube]
+fn folded_sums(value: f32, #[comptime] units: usize) -> SharedMemory<f32> {
+    let folders = comptime!(folders(units));
     let mut values = SharedMemory::<f32>::new(units);
     let mut folded = SharedMemory::<f32>::new(folders);
     let unit = UNIT_POS as usize;
@@ -40,11 +65,7 @@ pub fn cube_sum(value: f32, #[comptime] units: usize) -> f32 {
         folded[unit] = sum;
     }
     sync_cube();
-    let mut total = folded[0];
-    for i in 1..folders {
-        total += folded[i];
-    }
-    total
+    folded
 }
 
 /// Maximum of `value` over all units, the same on every unit. `units` is the cube's size, a power of two. Every unit calls it.

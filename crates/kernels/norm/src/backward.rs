@@ -8,8 +8,8 @@
 
 use cubecl::{prelude::*, server::Handle};
 use unsloth_common::{
-    ColumnSum, Launch, LaunchError, RowGrid, column_parts, cube_reduce_bytes, cube_sum, fold_columns, unchecked,
-    vector_sum,
+    ColumnSum, Launch, LaunchError, RowGrid, column_parts, cube_reduce_bytes, cube_sum, cube_sum_in_few_registers,
+    fold_columns, unchecked, vector_sum,
 };
 
 use crate::{
@@ -77,24 +77,43 @@ pub(crate) struct Sums {
 
 /// Units of a cube where a row fits in registers of so many, but not of those that it has otherwise.
 const WIDE: usize = 512;
-/// Bytes of a row that a unit may hold twice, so that the next row is on its way while a cube is at work on one.
-const MOST_AHEAD_BYTES: usize = 32;
+/// Vectors of a row that a unit of so many has at most.
+const WIDE_HELD: usize = 2;
+/// Bytes that a unit may hold of a row, of sums and of the next row, so that that is on its way while a cube is at work on one; and a unit of
+/// [`WIDE`], of which a multiprocessor has two cubes or, with a register too many, one.
+const MOST_BYTES: [usize; 2] = [112, 96];
 
-/// Rows of `cols` vectors of `width`: the same units for every choice of gradients, so that sums over a row have the same bits.
-fn geometry<R: Runtime>(
-    launch: &Launch<'_, R>,
-    centred: bool,
-    rows: usize,
-    (cols, width): (usize, usize),
-) -> (RowGrid, Form) {
-    let with_form = |grid: RowGrid| {
-        let form = Form::new(centred, grid.units, (cols, width, 2));
-        (grid, form)
-    };
-    let wide =
-        || Some(with_form(launch.rows_of(rows, WIDE.min(launch.most_units())))).filter(|(_, form)| form.held > 0);
-    let usual = with_form(launch.rows(rows, cols));
-    if usual.1.held > 0 { usual } else { wide().unwrap_or(usual) }
+/// Cubes, vectors and registers for a row: the same for every choice of gradients, so that sums over a row have the same bits.
+struct Geometry {
+    grid: RowGrid,
+    form: Form,
+    width: usize,
+}
+
+impl Geometry {
+    fn new<R: Runtime, E: Float>(launch: &Launch<'_, R>, shape: Shape, centred: bool) -> Self {
+        let Shape { rows, hidden_size, .. } = shape;
+        let widest = launch.vector_width::<E>(hidden_size);
+        // Where rows are centred a unit has twice as much to hold of each column, so it is given half as many of them.
+        let (kept, width) = if centred { (4, widest.min(4)) } else { (2, widest) };
+        let usual = launch.rows(rows, hidden_size / width);
+        let usual_units = usual.units;
+        let wide = launch.rows_of(rows, WIDE.min(launch.most_units()));
+        let with_form = |grid: RowGrid| {
+            let form = Form::new(centred, grid.units, (hidden_size / width, width, kept));
+            Self { grid, form, width }
+        };
+        let fits = |geometry: &Self| {
+            let most = if geometry.form.units > usual_units { WIDE_HELD } else { usize::MAX };
+            (1..=most).contains(&geometry.form.held)
+        };
+        let held = [usual, wide].into_iter().map(with_form).find(fits);
+        held.unwrap_or_else(|| {
+            let grid = launch.rows(rows, hidden_size / widest);
+            let form = Form { centred, units: grid.units, held: 0 };
+            Self { grid, form, width: widest }
+        })
+    }
 }
 
 pub(crate) fn backward<R: Runtime, E: Float, W: Float>(
@@ -108,9 +127,9 @@ pub(crate) fn backward<R: Runtime, E: Float, W: Float>(
         return Ok(());
     }
     let Shape { rows, hidden_size, weight_offset, .. } = shape;
-    let (len, width) = (rows * hidden_size, launch.vector_width::<E>(hidden_size));
-    let (cols, centred, has_dsum) = (hidden_size / width, args.statistics.mean.is_some(), args.dsum.is_some());
-    let (grid, form) = geometry(launch, centred, rows, (cols, width));
+    let (centred, has_dsum) = (args.statistics.mean.is_some(), args.dsum.is_some());
+    let Geometry { grid, form, width } = Geometry::new::<R, E>(launch, shape, centred);
+    let (len, cols) = (rows * hidden_size, hidden_size / width);
     launch.cube(grid.dim, (1 + usize::from(centred)) * cube_reduce_bytes(grid.units))?;
     let is_one_pass = form.held > 0 && args.wanted().next().is_some();
     if !is_one_pass {
@@ -143,7 +162,7 @@ pub(crate) fn backward<R: Runtime, E: Float, W: Float>(
         return Ok(());
     }
     let parts = column_parts(rows, hidden_size);
-    let row_bytes = 2 * form.held * width * E::as_type_native_unchecked().size();
+    let walk = Walk::new(has_dsum, args.sums(), form, (width, E::as_type_native_unchecked().size()));
     unchecked!(walking_kernel::launch_unchecked::<E, W, R>(
         client,
         launch.cubes(parts, 1, 1)?,
@@ -158,7 +177,7 @@ pub(crate) fn backward<R: Runtime, E: Float, W: Float>(
         rows as u32,
         cols,
         weight_offset,
-        Walk { has_dsum, is_ahead: row_bytes <= MOST_AHEAD_BYTES, sums: args.sums() },
+        walk,
         form,
     ));
     args.fold(launch, (parts, hidden_size))
@@ -278,6 +297,17 @@ struct Walk {
     sums: Sums,
 }
 
+impl Walk {
+    /// For vectors of `width` elements of so many bytes.
+    fn new(has_dsum: bool, sums: Sums, form: Form, (width, bytes): (usize, usize)) -> Self {
+        let elements = form.held * width;
+        let num_sums = usize::from(sums.weight) + usize::from(sums.bias);
+        let matrices = 4 + usize::from(has_dsum);
+        let all_bytes = elements * (matrices * bytes + num_sums * size_of::<f32>());
+        Self { has_dsum, is_ahead: all_bytes <= MOST_BYTES[usize::from(form.units >= WIDE)], sums }
+    }
+}
+
 /// Reads this unit's vectors of a row.
 #[cube]
 fn read_row<E: Float, N: Size>(
@@ -349,7 +379,7 @@ fn walking_kernel<E: Float, W: Float, N: Size>(
             read_row::<E, N>(&dout.to_slice(), &mut kept_dout, row, cols, form);
             read_row::<E, N>(&sum.to_slice(), &mut kept_sum, row, cols, form);
         }
-        // Before the barriers of the sums, so that nothing waits for it behind them.
+        // Before the sums over the row, so that nothing waits for it behind them.
         if comptime!(walk.has_dsum) {
             read_row::<E, N>(&dsum.to_slice(), &mut kept_dsum, row, cols, form);
         }
@@ -368,11 +398,12 @@ fn walking_kernel<E: Float, W: Float, N: Size>(
                 }
             }
         }
-        let product = cube_sum(vector_sum::<N>(products), units);
-        let shrink = product * rstd * rstd / hidden;
+        // Both before the first barrier: not a vector, but one register is held through it.
+        let (product, gradient) = (vector_sum::<N>(products), vector_sum::<N>(gradients));
+        let shrink = cube_sum_in_few_registers(product, units) * rstd * rstd / hidden;
         let mut mean_gradient = 0.0f32;
         if comptime!(form.centred) {
-            mean_gradient = cube_sum(vector_sum::<N>(gradients), units) / hidden;
+            mean_gradient = cube_sum_in_few_registers(gradient, units) / hidden;
         }
         let of_row = Row { rstd, shrink, mean_gradient };
         #[unroll]

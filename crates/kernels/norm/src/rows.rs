@@ -141,10 +141,10 @@ const MOST_HELD: usize = 4;
 const MOST_ELEMENTS: usize = 16;
 
 impl Form {
-    /// For rows of `cols` vectors of `width`, of which units keep `matrices`.
-    pub(crate) fn new(centred: bool, units: usize, (cols, width, matrices): (usize, usize, usize)) -> Self {
+    /// For rows of `cols` vectors of `width`, for each element of which units keep so many.
+    pub(crate) fn new(centred: bool, units: usize, (cols, width, kept): (usize, usize, usize)) -> Self {
         let each = cols.div_ceil(units);
-        let fits = each <= MOST_HELD && matrices * each * width <= MOST_ELEMENTS;
+        let fits = each <= MOST_HELD && kept * each * width <= MOST_ELEMENTS;
         Self { centred, units, held: if fits { each } else { 0 } }
     }
 }

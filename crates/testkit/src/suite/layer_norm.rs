@@ -34,7 +34,7 @@ pub fn run(device: &Device) {
 /// The first failure.
 pub fn check(device: &Device) -> Checked {
     for (dtype, weight_dtype) in mixed_dtypes(device) {
-        for (rows, hidden_size) in AWKWARD_ROWS.into_iter().chain([LONG_ROWS]) {
+        for (rows, hidden_size) in AWKWARD_ROWS.into_iter().chain(LONG_ROWS) {
             for variant in VARIANTS {
                 let detail = format!("[{rows}, {hidden_size}] {dtype}, weight {weight_dtype}, {variant:?}");
                 let case = Case::new(device, OP, detail);

@@ -35,8 +35,9 @@ use crate::report::Checked;
 pub const AWKWARD_ROWS: [(usize, usize); 10] =
     [(0, 8), (1, 1), (1, 7), (2, 63), (3, 64), (5, 65), (7, 97), (33, 130), (3, 1031), (130, 33)];
 
-/// Rows of which each unit of a device has several vectors, some units one fewer than others.
-const LONG_ROWS: (usize, usize) = (2, 2052);
+/// Rows of which each unit of a device has several vectors, some units one fewer than others: such that fit in its registers, and such that
+/// do not, whose gradients of parameters are summed in a block of sixteen rows and one of three.
+const LONG_ROWS: [(usize, usize); 2] = [(2, 2052), (19, 4100)];
 
 /// Lengths that break vectors, tiles and blocks.
 pub const AWKWARD_LENGTHS: [usize; 10] = [0, 1, 2, 7, 31, 63, 64, 65, 1031, 4099];

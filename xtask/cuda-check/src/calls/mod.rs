@@ -132,9 +132,9 @@ impl Caller {
 
 /// Sizes of rows: those that vectors of eight, four, two and none divide, in rows too long to be kept in registers and in such that 512 or 256
 /// units keep; and short ones that 128, 64 and 32 units share, not each in every width.
-const ROW_SIZES: [usize; 22] = [
-    12_288, 12_292, 12_290, 12_289, 4096, 3072, 3074, 1537, 2048, 1024, 1028, 1026, 513, 260, 130, 65, 128, 66, 33, 64,
-    30, 15,
+const ROW_SIZES: [usize; 21] = [
+    12_288, 12_292, 12_290, 12_289, 4096, 3072, 2050, 2048, 1024, 1028, 1026, 513, 260, 130, 65, 128, 66, 33, 64, 30,
+    15,
 ];
 
 /// Numbers of rows that are summed in so many parts that each number of groups of units adds them up, where a part has four rows at

@@ -1,0 +1,39 @@
+//! Kernels of which some variant may spill, and why.
+
+use crate::compile::Kernel;
+
+/// A kernel that spills.
+struct Listed {
+    /// As `attention::forward::forward_kernel`.
+    kernel: &'static str,
+    /// More bytes than this, stores and loads counted in the code of a unit, fail all the same.
+    most: u32,
+    reason: &'static str,
+}
+
+/// Every kernel that spills in some instantiation on some architecture, or did in another run: of another order of the same declarations, which
+/// CubeCL keeps in hash maps, the assembler makes other registers. None of them multiplies on tensor cores.
+static LISTED: [Listed; 2] = [
+    Listed { kernel: "attention::decode::planes::part_kernel", most: 128, reason: ONE_MORE_CUBE },
+    Listed { kernel: "norm::backward::walking_kernel", most: 64, reason: ONE_MORE_CUBE },
+];
+
+const ONE_MORE_CUBE: &str = "where a few registers less make room for one more cube on a multiprocessor, the assembler spills those few: which variants, on \
+    which architecture, changes with every line of the kernel";
+
+/// What is wrong with so many spilled bytes of `kernel`.
+pub(crate) fn problem(kernel: &Kernel, bytes: u32) -> Option<String> {
+    match LISTED.iter().find(|listed| listed.kernel == kernel.name) {
+        _ if bytes == 0 => None,
+        None => Some(format!("spills {bytes} bytes, and no reason in cuda-check's spills.rs")),
+        Some(listed) if bytes > listed.most => {
+            Some(format!("spills {bytes} bytes, more than the {} listed", listed.most))
+        }
+        Some(_) => None,
+    }
+}
+
+/// Why the listed kernels may, for the document.
+pub(crate) fn reasons() -> impl Iterator<Item = (&'static str, u32, &'static str)> {
+    LISTED.iter().map(|listed| (listed.kernel, listed.most, listed.reason))
+}
