@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 /// Name of a kernel as `norm::rows::forward_kernel`, from the type that CubeCL's macro makes for it:
 /// `unsloth_norm::rows::forward_kernel::ForwardKernel<..>`.
@@ -21,16 +21,20 @@ pub(crate) fn is_for_tensor_cores(name: &str) -> bool {
     name.split("::").any(|module| module == "tensor") || name.starts_with("cubek_matmul::")
 }
 
-/// Names, as [`name_of`] gives them, of all functions under `crates/kernels` that can be launched.
+/// Launched on no device of NVIDIA's: where planes of 32 units shuffle, another kernel takes its place.
+const ELSEWHERE: &str = "attention::decode::shared::part_kernel";
+
+/// Names, as [`name_of`] gives them, of all functions under `crates/kernels` that can be launched on NVIDIA's devices.
 ///
 /// # Errors
-/// If a file cannot be read.
+/// If a file cannot be read, or [`ELSEWHERE`] is not there.
 pub(crate) fn declared(root: &Path) -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     for family in folder(&root.join("crates/kernels"))? {
         let name = family.file_name().unwrap_or_default().to_string_lossy().replace('-', "_");
         read_modules(&family.join("src"), &name, &mut names)?;
     }
+    ensure!(names.remove(ELSEWHERE), "{ELSEWHERE}: no such kernel");
     Ok(names)
 }
 
