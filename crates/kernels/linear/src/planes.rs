@@ -128,11 +128,9 @@ fn store<D: Numeric, Y: Numeric, N: Size>(
     let mut total = sums;
     #[comptime]
     if let ComptimeOption::Some(bias) = bias {
-        if !further {
-            #[unroll]
-            for lane in 0..width {
-                total[lane] += f32::cast_from(bias[col + lane]);
-            }
+        #[unroll]
+        for lane in 0..width {
+            total[lane] += select(further, 0.0, f32::cast_from(bias[col + lane]));
         }
     }
     if comptime!(accumulate).runtime() || further {

@@ -300,15 +300,31 @@ fn tensor_kernel<A: Float, B: Float, E: Float, D: Numeric, Y: Numeric, N: Size>(
         half = 1 - half;
         k0 += tile.depth;
         if comptime!(sliced) {
-            if k0 % TERMS == 0 || k0 >= depth {
-                let further = k0 > TERMS;
-                write::<D, Y, N>(&mut sums, bias, out, (row0, col0), (rows, cols), (scale, further), form, tile);
-                clear(&mut sums, tile);
-            }
+            let to = ((row0, col0), (rows, cols));
+            write_slice::<D, Y, N>(&mut sums, bias, out, to, (k0, depth), scale, form, tile);
         }
     }
     if comptime!(!sliced) {
         write::<D, Y, N>(&mut sums, bias, out, (row0, col0), (rows, cols), (scale, false), form, tile);
+    }
+}
+
+/// Behind each [`TERMS`] and the last of them, with `terms.0` of `terms.1` behind it: puts the sums into memory and begins anew. `to`: as the
+/// place and size of [`write`].
+#[cube]
+fn write_slice<D: Numeric, Y: Numeric, N: Size>(
+    sums: &mut Sums,
+    bias: &ComptimeOption<Array<D>>,
+    out: &mut Array<Vector<Y, N>>,
+    to: ((usize, usize), (usize, usize)),
+    terms: (usize, usize),
+    scale: f32,
+    #[comptime] form: Form,
+    #[comptime] tile: Tile,
+) {
+    if terms.0 / TERMS * TERMS == terms.0 || terms.0 >= terms.1 {
+        write::<D, Y, N>(sums, bias, out, to.0, to.1, (scale, terms.0 > TERMS), form, tile);
+        clear(sums, tile);
     }
 }
 
