@@ -14,7 +14,7 @@
 use cubecl::{
     cmma::{MatrixIdent, MmaDefinition},
     features::{MmaConfig, Plane},
-    ir::StorageType,
+    ir::{DeviceProperties, StorageType},
     prelude::*,
 };
 
@@ -42,11 +42,14 @@ pub fn is_supported<R: Runtime>(client: &ComputeClient<R>, element: StorageType)
     let sums = f32::as_type_native_unchecked().storage_type();
     let config = MmaConfig { a_type: element, b_type: element, cd_type: sums, m: ROWS as u32, n: 8, k: DEPTH as u32 };
     let properties = client.properties();
-    let (features, hardware) = (&properties.features, &properties.hardware);
-    let plane = PLANE as u32;
-    features.matmul.mma.contains(&config)
-        && features.matmul.ldmatrix.contains(&element)
-        && features.plane.contains(Plane::Ops)
+    let matmul = &properties.features.matmul;
+    matmul.mma.contains(&config) && matmul.ldmatrix.contains(&element) && has_planes(properties)
+}
+
+/// Whether planes are of [`PLANE`] units, which can pass on what they hold.
+pub fn has_planes(properties: &DeviceProperties) -> bool {
+    let (hardware, plane) = (&properties.hardware, PLANE as u32);
+    properties.features.plane.contains(Plane::Ops)
         && (hardware.plane_size_min, hardware.plane_size_max) == (plane, plane)
 }
 

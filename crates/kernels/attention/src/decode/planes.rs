@@ -5,8 +5,13 @@
 //! before the first is used. What the groups of units have found is put together at the end: within a plane by shuffles, between planes in
 //! shared memory.
 
-use cubecl::{features::Plane, ir::DeviceProperties, prelude::*};
-use unsloth_common::{LaunchError, math::quick_exp, mma::PLANE, unchecked, vector_sum};
+use cubecl::{ir::DeviceProperties, prelude::*};
+use unsloth_common::{
+    LaunchError,
+    math::quick_exp,
+    mma::{PLANE, has_planes},
+    unchecked, vector_sum,
+};
 
 use super::{FACTS, Parts, part};
 use crate::{
@@ -21,10 +26,7 @@ const MAX_HEADS: usize = 4;
 
 /// Whether planes are of the size that the kernel is made for, and shuffle.
 pub(super) fn is_supported(properties: &DeviceProperties) -> bool {
-    let (hardware, plane) = (&properties.hardware, PLANE as u32);
-    properties.features.plane.contains(Plane::Ops)
-        && (hardware.plane_size_min, hardware.plane_size_max) == (plane, plane)
-        && hardware.max_units_per_cube >= UNITS as u32
+    has_planes(properties) && properties.hardware.max_units_per_cube >= UNITS as u32
 }
 
 /// How much of a cache of one storage type a unit has under way.
