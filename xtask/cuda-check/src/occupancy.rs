@@ -24,7 +24,7 @@ pub(crate) struct Listed {
 pub(crate) static LISTED: [Listed; 14] = [
     Listed { kernel: "attention::forward::forward_kernel", units: None, least: 25.0, reason: FORWARD },
     Listed { kernel: "attention::forward::cached_kernel", units: None, least: 25.0, reason: FORWARD },
-    Listed { kernel: "attention::decode::planes::part_kernel", units: None, least: 18.0, reason: PART },
+    Listed { kernel: "attention::decode::planes::part_kernel", units: None, least: 25.0, reason: PART },
     Listed { kernel: "attention::backward::keys_kernel", units: None, least: 25.0, reason: BACKWARD },
     Listed { kernel: "attention::backward::queries_kernel", units: None, least: 25.0, reason: BACKWARD },
     Listed { kernel: "attention::tensor::forward::forward_kernel", units: None, least: 25.0, reason: TENSOR_FORWARD },

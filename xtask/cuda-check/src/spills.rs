@@ -14,9 +14,9 @@ struct Listed {
 /// Every kernel that spills in some instantiation on some architecture, or did in another run: of another order of the same declarations, which
 /// CubeCL keeps in hash maps, the assembler makes other registers.
 static LISTED: [Listed; 3] = [
-    Listed { kernel: "attention::decode::planes::part_kernel", most: 128, reason: ONE_MORE_CUBE },
-    Listed { kernel: "linear::tensor::tensor_kernel", most: 32, reason: ONE_MORE_CUBE },
-    Listed { kernel: "norm::backward::walking_kernel", most: 64, reason: ONE_MORE_CUBE },
+    Listed { kernel: "attention::decode::planes::part_kernel", most: 96, reason: ONE_MORE_CUBE },
+    Listed { kernel: "linear::tensor::tensor_kernel", most: 16, reason: ONE_MORE_CUBE },
+    Listed { kernel: "norm::backward::walking_kernel", most: 32, reason: ONE_MORE_CUBE },
 ];
 
 const ONE_MORE_CUBE: &str = "where a few registers less make room for one more cube on a multiprocessor, the assembler spills those few: which variants, on \
