@@ -34,16 +34,11 @@ impl<R: Runtime> Embedding for CubeBackend<R> {
     fn embedding_backward(&self, spec: &Spec, ids: &Tensor, dout: &Tensor, dweight: &mut Tensor) -> Result<()> {
         const OP: &str = "embedding_backward";
         let dweight = handle_mut(OP, "dweight", dweight)?;
-        let order = || workspace(OP, ids, DType::I32, [spec.tokens]);
-        let orders = [order()?, order()?];
-        let ids = handle(ids);
+        let order = workspace(OP, ids, DType::I32, [spec.tokens])?;
+        let (ids, order) = (handle(ids), handle(&order));
         self.launch(OP, |client| {
-            let sorted = kernels::sort(
-                client,
-                shape(spec),
-                kernels::Sort { ids, orders: [&orders[0], &orders[1]].map(handle) },
-            )?;
-            let args = kernels::Backward { ids, order: handle(&orders[sorted]), dout: handle(dout), dweight };
+            kernels::sort(client, shape(spec), kernels::Sort { ids, order })?;
+            let args = kernels::Backward { ids, order, dout: handle(dout), dweight };
             dispatch_float!(spec.dtype, E => kernels::backward::<R, E>(client, shape(spec), args))
         })
     }

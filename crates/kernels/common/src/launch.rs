@@ -165,15 +165,6 @@ impl<'a, R: Runtime> Launch<'a, R> {
         units.clamp(least, most)
     }
 
-    /// Units of a cube that does all of `work` alone: as [`Launch::units_for`], or 1024 for much of it, where the device takes as many with so
-    /// many bytes of shared memory for each.
-    pub fn units_alone(&self, work: usize, bytes: usize) -> usize {
-        const MANY: usize = 1024;
-        let fits =
-            self.most_units() >= MANY && MANY * bytes <= self.client().properties().hardware.max_shared_memory_size;
-        if work > MANY && fits { MANY } else { self.units_for(work) }
-    }
-
     /// The greatest power of two among the sizes of a cube of one dimension.
     pub fn most_units(&self) -> usize {
         let hardware = &self.client().properties().hardware;

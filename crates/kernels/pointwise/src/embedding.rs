@@ -95,133 +95,122 @@ fn row_of(id: i32, vocab_size: u32) -> u32 {
     min(u32::reinterpret(id), vocab_size)
 }
 
-/// Bits of a row number that one pass sorts by.
-const DIGIT_BITS: usize = 3;
-const DIGITS: usize = 1 << DIGIT_BITS;
-/// Neighbouring units whose counts are added up first, so that none has to go over all before it.
-const NEIGHBOURS: usize = 32;
+/// Tokens whose places one cube finds.
+const TOKENS: usize = 32;
+/// Vectors of ids that are read together, so that their loads are under way together.
+const TOGETHER: usize = 4;
 
 /// Buffers of [`sort`].
 #[derive(Clone, Copy, Debug)]
 pub struct Sort<'a> {
     /// i32 `[tokens]`
     pub ids: &'a Handle,
-    /// u32 `[tokens]` each, overwritten.
-    pub orders: [&'a Handle; 2],
+    /// u32 `[tokens]`, overwritten: token numbers by id, those of one id in their order.
+    pub order: &'a Handle,
 }
 
-/// Launches a stable sort of the tokens by id; ids outside the table come last. Gives which of the two `orders` holds the
-/// token numbers in that order. `shape.hidden_size` is of no consequence.
+/// Launches a stable sort of the tokens by id; ids outside the table come last. `shape.hidden_size` is of no consequence.
+///
+/// A token's place is the number of tokens that come before it: `tokens^2` comparisons, in one launch that fills a device.
 ///
 /// # Errors
 /// As [`forward`].
-pub fn sort<R: Runtime>(client: &ComputeClient<R>, shape: Shape, args: Sort<'_>) -> Result<usize, LaunchError> {
+pub fn sort<R: Runtime>(client: &ComputeClient<R>, shape: Shape, args: Sort<'_>) -> Result<(), LaunchError> {
     let launch = Launch::new(client, "embedding_sort");
-    let Shape { tokens, vocab_size, .. } = shape;
+    let Shape { tokens, .. } = shape;
     if tokens == 0 {
-        return Ok(0);
+        return Ok(());
     }
-    let units = launch.units_alone(tokens, (DIGITS + 2) * size_of::<u32>());
-    let dim = CubeDim::new_1d(units as u32);
-    launch.cube(dim, (DIGITS * units + units + units.div_ceil(NEIGHBOURS)) * size_of::<u32>())?;
-    // Row numbers go up to the size of the table, which stands for all ids outside of it.
-    let bits = (usize::BITS - vocab_size.leading_zeros()) as usize;
-    let passes = bits.div_ceil(DIGIT_BITS).max(1);
-    for pass in 0..passes {
-        unchecked!(sort_kernel::launch_unchecked::<R>(
-            client,
-            launch.cubes(1, 1, 1)?,
-            dim,
-            launch.array::<i32>("ids", args.ids, tokens)?,
-            // The first pass starts from the tokens as they are and does not read this argument.
-            launch.array::<u32>("orders", args.orders[(pass + 1) % 2], tokens)?,
-            launch.array::<u32>("orders", args.orders[pass % 2], tokens)?,
-            tokens as u32,
-            vocab_size as u32,
-            (pass * DIGIT_BITS) as u32,
-            units,
-        ));
-    }
-    Ok((passes - 1) % 2)
+    let units = launch.units_for(8 * TOKENS);
+    let grid = launch.rows_of(tokens.div_ceil(TOKENS.min(units)), units);
+    launch.cube(grid.dim, units * size_of::<u32>())?;
+    let width = launch.vector_width::<u32>(tokens);
+    unchecked!(sort_kernel::launch_unchecked::<R>(
+        client,
+        grid.count,
+        grid.dim,
+        width,
+        // Without its sign an id that is negative comes behind all others.
+        launch.array::<u32>("ids", args.ids, tokens)?,
+        launch.vectors::<u32>("ids", args.ids, tokens, width)?,
+        launch.array::<u32>("order", args.order, tokens)?,
+        tokens as u32,
+        units,
+    ));
+    Ok(())
 }
 
-/// One pass: a stable sort by one digit. Grid: one cube, each unit with a range of the tokens.
+/// Grid: cube = tokens `CUBE_POS * TOKENS..`. Unit = one of them, and a part of all tokens to compare it with.
 #[cube(launch_unchecked)]
-fn sort_kernel(
-    ids: &Array<i32>,
-    from: &Array<u32>,
-    to: &mut Array<u32>,
+fn sort_kernel<N: Size>(
+    ids: &Array<u32>,
+    vectors: &Array<Vector<u32, N>>,
+    order: &mut Array<u32>,
     tokens: u32,
-    vocab_size: u32,
-    shift: u32,
     #[comptime] units: usize,
 ) {
-    let unit = UNIT_POS as usize;
-    let share = (tokens as usize).div_ceil(units);
-    let start = min(unit * share, tokens as usize);
-    let end = min(start + share, tokens as usize);
-    // By digit, then by unit: where the next token of this digit and unit goes.
-    let mut places = SharedMemory::<u32>::new(comptime!(DIGITS * units));
-    let mut sums = SharedMemory::<u32>::new(units);
-    let mut of_neighbours = SharedMemory::<u32>::new(comptime!(units.div_ceil(NEIGHBOURS)));
-    for digit in 0..DIGITS {
-        places[digit * units + unit] = 0u32;
+    let (unit, tokens, width) = (UNIT_POS as usize, tokens as usize, N::value());
+    let of_cube = comptime!(TOKENS.min(units));
+    let parts = comptime!(units / of_cube);
+    let token = CUBE_POS * of_cube + unit % of_cube;
+    // A unit behind the last token counts for that one, and writes nothing.
+    let id = ids[min(token, tokens - 1)];
+    let share = (tokens / width).div_ceil(parts);
+    let start = min(unit / of_cube * share, tokens / width);
+    let end = min(start + share, tokens / width);
+    // Tokens before those of this cube, its own, and those behind them.
+    let own_start = clamp(CUBE_POS * of_cube / width, start, end);
+    let own_end = clamp((CUBE_POS + 1) * of_cube / width, start, end);
+    let mut before = count_below::<N>(vectors, start, own_start, id, true);
+    for other in own_start * width..own_end * width {
+        let of_other = ids[other];
+        before += u32::cast_from(of_other < id || (of_other == id && other < token));
     }
-    for i in start..end {
-        let token = token_at(from, i, shift);
-        let at = digit_of(ids[token as usize], vocab_size, shift) * units + unit;
-        places[at] += 1u32;
-    }
+    before += count_below::<N>(vectors, own_end, end, id, false);
+    let mut counts = SharedMemory::<u32>::new(units);
+    counts[unit] = before;
     sync_cube();
-    // Counts to sums of the counts before: within this unit's piece, then over the pieces before it.
-    let mut sum = 0u32;
-    for i in unit * DIGITS..(unit + 1) * DIGITS {
-        sum += places[i];
-    }
-    sums[unit] = sum;
-    sync_cube();
-    if unit < comptime!(units.div_ceil(NEIGHBOURS)) {
-        let mut sum = 0u32;
-        for i in unit * NEIGHBOURS..min((unit + 1) * NEIGHBOURS, units.runtime()) {
-            sum += sums[i];
+    if unit < of_cube && token < tokens {
+        let mut place = 0u32;
+        #[unroll]
+        for part in 0..parts {
+            place += counts[part * of_cube + unit];
         }
-        of_neighbours[unit] = sum;
-    }
-    sync_cube();
-    let mut place = 0u32;
-    for before in 0..unit / NEIGHBOURS {
-        place += of_neighbours[before];
-    }
-    for before in unit / NEIGHBOURS * NEIGHBOURS..unit {
-        place += sums[before];
-    }
-    for i in unit * DIGITS..(unit + 1) * DIGITS {
-        let count = places[i];
-        places[i] = place;
-        place += count;
-    }
-    sync_cube();
-    for i in start..end {
-        let token = token_at(from, i, shift);
-        let at = digit_of(ids[token as usize], vocab_size, shift) * units + unit;
-        let place = places[at];
-        to[place as usize] = token;
-        places[at] = place + 1u32;
+        order[place as usize] = token as u32;
     }
 }
 
+/// How many of the ids in vectors `start..end` are less than `id`, or equal.
 #[cube]
-fn token_at(order: &Array<u32>, i: usize, shift: u32) -> u32 {
-    let mut token = i as u32;
-    if shift > 0u32 {
-        token = order[i];
+fn count_below<N: Size>(
+    ids: &Array<Vector<u32, N>>,
+    start: usize,
+    end: usize,
+    id: u32,
+    #[comptime] or_equal: bool,
+) -> u32 {
+    let mut count = 0u32;
+    let chunks = (end - start) / TOGETHER;
+    for chunk in 0..chunks {
+        #[unroll]
+        for i in 0..TOGETHER {
+            count += count_in::<N>(ids[start + chunk * TOGETHER + i], id, or_equal);
+        }
     }
-    token
+    for i in start + chunks * TOGETHER..end {
+        count += count_in::<N>(ids[i], id, or_equal);
+    }
+    count
 }
 
 #[cube]
-fn digit_of(id: i32, vocab_size: u32, shift: u32) -> usize {
-    ((row_of(id, vocab_size) >> shift) & comptime!(DIGITS as u32 - 1)) as usize
+fn count_in<N: Size>(ids: Vector<u32, N>, id: u32, #[comptime] or_equal: bool) -> u32 {
+    let mut count = 0u32;
+    #[unroll]
+    for i in 0..ids.size() {
+        count += u32::cast_from(if comptime!(or_equal) { ids[i] <= id } else { ids[i] < id });
+    }
+    count
 }
 
 /// Buffers of the backward pass.
@@ -286,14 +275,15 @@ fn backward_kernel<E: Float, N: Size>(
 ) {
     let (tokens, cols, place) = (tokens as usize, cols as usize, CUBE_POS);
     if place < tokens {
-        let row = row_of(ids[order[place] as usize], vocab_size);
-        let mut is_first = row < vocab_size;
-        if place > 0 {
-            is_first = is_first && row_of(ids[order[place - 1] as usize], vocab_size) != row;
-        }
-        if is_first {
-            let mut end = place;
-            let mut more = true;
+        // Neighbours in the order with it, so that the loads are under way together.
+        let (token, last) = (order[place] as usize, tokens - 1);
+        let before = order[max(place, 1) - 1] as usize;
+        let after = order[min(place + 1, last)] as usize;
+        let row = row_of(ids[token], vocab_size);
+        let (row_before, row_after) = (row_of(ids[before], vocab_size), row_of(ids[after], vocab_size));
+        if row < vocab_size && (place == 0 || row_before != row) {
+            let mut end = place + 1;
+            let mut more = place < last && row_after == row;
             while more {
                 end += 1;
                 more = false;
@@ -303,13 +293,20 @@ fn backward_kernel<E: Float, N: Size>(
             }
             let mut column = UNIT_POS as usize;
             while column < cols {
-                let at = row as usize * cols + column;
-                let mut sum = dweight[at];
-                for i in place..end {
-                    sum += Vector::<f32, N>::cast_from(dout[order[i] as usize * cols + column]);
+                // Two columns at a time. Where there is no second one, the first is summed twice.
+                let second = select(column + units < cols, column + units, column);
+                let mut sum = dweight[row as usize * cols + column];
+                let mut sum_of_second = dweight[row as usize * cols + second];
+                sum += Vector::<f32, N>::cast_from(dout[token * cols + column]);
+                sum_of_second += Vector::<f32, N>::cast_from(dout[token * cols + second]);
+                for i in place + 1..end {
+                    let from = order[i] as usize * cols;
+                    sum += Vector::<f32, N>::cast_from(dout[from + column]);
+                    sum_of_second += Vector::<f32, N>::cast_from(dout[from + second]);
                 }
-                dweight[at] = sum;
-                column += units;
+                dweight[row as usize * cols + column] = sum;
+                dweight[row as usize * cols + second] = sum_of_second;
+                column += 2 * units;
             }
         }
     }
