@@ -10,8 +10,8 @@ use unsloth_common::{Launch, LaunchError, math::quick_exp, unchecked};
 
 use crate::{
     block::{
-        Form, Problem, Scoring, Seen, Sizes, accumulate, filled, horizontal_sum, load, place, problem, products,
-        put_products, store, zeros,
+        Form, Problem, Scoring, Seen, Sizes, accumulate, filled, horizontal_sum, load, place, problem, products, sees,
+        store, unit, zeros,
     },
     shape::Shape,
     tensor,
@@ -19,8 +19,6 @@ use crate::{
 };
 
 /// Keys and values stay; queries and their gradients pass by; P and ds are weights.
-///
-/// Two rows of a unit, here and below: with four, products and sums take more registers than leave room for three cubes.
 const KEYS_NEED: Need =
     Need { held: 2, streamed: 2, weights: 2, sums: 2, rows: 2, per_held: 0, per_streamed: 4, per_unit: 0 };
 /// Queries and their gradients stay; keys and values pass by; ds are weights.
@@ -145,6 +143,7 @@ fn keys<R: Runtime, E: Float>(
         count,
         dim,
         width,
+        tile.held_rows,
         launch.vectors::<E>("q", args.q, len_q, width)?,
         launch.vectors::<E>("k", args.k, len_k, width)?,
         launch.vectors::<E>("v", args.v, len_k, width)?,
@@ -177,6 +176,7 @@ fn queries<R: Runtime, E: Float>(
         count,
         dim,
         width,
+        tile.held_rows,
         launch.vectors::<E>("q", args.q, len_q, width)?,
         launch.vectors::<E>("k", args.k, len_k, width)?,
         launch.vectors::<E>("v", args.v, len_k, width)?,
@@ -262,7 +262,7 @@ impl QueryTile {
 
 /// `dk` and `dv`. Grid: x = block of keys, y = key head, z = sequence.
 #[cube(launch_unchecked)]
-fn keys_kernel<E: Float, N: Size>(
+fn keys_kernel<E: Float, N: Size, M: Size>(
     q: &Array<Vector<E, N>>,
     k: &Array<Vector<E, N>>,
     v: &Array<Vector<E, N>>,
@@ -293,11 +293,12 @@ fn keys_kernel<E: Float, N: Size>(
         let mut v_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.held() * tile.stride()));
         let mut q_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.streamed() * tile.stride()));
         let mut dout_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.streamed() * tile.stride()));
-        let mut p_tile = SharedMemory::<f32>::new(comptime!(tile.held() * tile.weights_stride()));
-        let mut ds_tile = SharedMemory::<f32>::new(comptime!(tile.held() * tile.weights_stride()));
+        let mut p_tile = SharedMemory::<Vector<f32, M>>::new(comptime!(tile.streamed() * tile.weights_stride()));
+        let mut ds_tile = SharedMemory::<Vector<f32, M>>::new(comptime!(tile.streamed() * tile.weights_stride()));
         load::<E, N>(k, &mut k_tile, &problem.keys(), start, vectors, comptime!(tile.held()), tile);
         load::<E, N>(v, &mut v_tile, &problem.keys(), start, vectors, comptime!(tile.held()), tile);
         let mut query_tile = QueryTile::new(tile.streamed());
+        let (held_unit, _) = unit(tile);
         let mut dk_sums = zeros::<N>(tile);
         let mut dv_sums = zeros::<N>(tile);
         let (first_row, _) = problem.streamed();
@@ -307,30 +308,40 @@ fn keys_kernel<E: Float, N: Size>(
             load::<E, N>(dout, &mut dout_tile, &problem.queries(), first, vectors, comptime!(tile.streamed()), tile);
             query_tile.load(lse, row_sums, &problem, first, tokens, tile.streamed());
             sync_cube();
-            put_products::<N>(&k_tile, &q_tile, &mut p_tile, vectors, tile);
-            for i in 0..comptime!(tile.held_rows).runtime() {
+            let ps = products::<N>(&k_tile, &q_tile, vectors, tile);
+            let mut slopes = Array::<f32>::new(comptime!(tile.held_rows * tile.streamed_rows));
+            #[unroll]
+            for j in 0..tile.streamed_rows {
+                let (row, at) = place(j, tile);
+                let (seen, lse) = (query_tile.seen.by(row), query_tile.lse[row]);
+                let mut of_rows = Vector::<f32, M>::new(0.0);
                 #[unroll]
-                for j in 0..tile.streamed_rows {
-                    let (key, row, at) = place(i, j, tile);
-                    let seen = query_tile.seen.has(row, start + key);
-                    let (p, slope) = pair(p_tile[at], query_tile.lse[row], seen, &scoring, capped, false);
-                    p_tile[at] = p;
-                    ds_tile[at] = slope;
+                for i in 0..tile.held_rows {
+                    let is_seen = sees(seen, start + held_unit + i * tile.held_units);
+                    let n = comptime!(i * tile.streamed_rows + j);
+                    let (p, slope) = pair(ps[n], lse, is_seen, &scoring, capped, false);
+                    of_rows[i] = p;
+                    slopes[n] = slope;
                 }
+                p_tile[at] = of_rows;
             }
             let dps = products::<N>(&v_tile, &dout_tile, vectors, tile);
             #[unroll]
-            for i in 0..tile.held_rows {
+            for j in 0..tile.streamed_rows {
+                let (row, at) = place(j, tile);
+                let row_sum = query_tile.row_sums[row];
+                let mut of_rows = Vector::<f32, M>::new(0.0);
                 #[unroll]
-                for j in 0..tile.streamed_rows {
-                    let (_, row, at) = place(i, j, tile);
-                    ds_tile[at] *= dps[i * tile.streamed_rows + j] - query_tile.row_sums[row];
+                for i in 0..tile.held_rows {
+                    let n = comptime!(i * tile.streamed_rows + j);
+                    of_rows[i] = slopes[n] * (dps[n] - row_sum);
                 }
+                ds_tile[at] = of_rows;
             }
             sync_cube();
             let count = min(problem.streamed().1 - first, tile.streamed());
-            accumulate::<N>(&mut dv_sums, &p_tile, &dout_tile, count, tile);
-            accumulate::<N>(&mut dk_sums, &ds_tile, &q_tile, count, tile);
+            accumulate::<N, M>(&mut dv_sums, &p_tile, &dout_tile, count, tile);
+            accumulate::<N, M>(&mut dk_sums, &ds_tile, &q_tile, count, tile);
             first += comptime!(tile.streamed());
             sync_cube();
         }
@@ -341,7 +352,7 @@ fn keys_kernel<E: Float, N: Size>(
 
 /// `dq`. Grid: x = block of query rows, y = key head, z = sequence.
 #[cube(launch_unchecked)]
-fn queries_kernel<E: Float, N: Size>(
+fn queries_kernel<E: Float, N: Size, M: Size>(
     q: &Array<Vector<E, N>>,
     k: &Array<Vector<E, N>>,
     v: &Array<Vector<E, N>>,
@@ -371,10 +382,11 @@ fn queries_kernel<E: Float, N: Size>(
         let mut dout_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.held() * tile.stride()));
         let mut k_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.streamed() * tile.stride()));
         let mut v_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.streamed() * tile.stride()));
-        let mut ds_tile = SharedMemory::<f32>::new(comptime!(tile.held() * tile.weights_stride()));
+        let mut ds_tile = SharedMemory::<Vector<f32, M>>::new(comptime!(tile.streamed() * tile.weights_stride()));
         load::<E, N>(q, &mut q_tile, &problem.queries(), start, vectors, comptime!(tile.held()), tile);
         load::<E, N>(dout, &mut dout_tile, &problem.queries(), start, vectors, comptime!(tile.held()), tile);
         let mut query_tile = QueryTile::new(tile.held());
+        let (held_unit, _) = unit(tile);
         query_tile.load(lse, row_sums, &problem, start, tokens, tile.held());
         let mut sums = zeros::<N>(tile);
         let (first_key, _) = problem.streamed();
@@ -383,28 +395,39 @@ fn queries_kernel<E: Float, N: Size>(
             load::<E, N>(k, &mut k_tile, &problem.keys(), first, vectors, comptime!(tile.streamed()), tile);
             load::<E, N>(v, &mut v_tile, &problem.keys(), first, vectors, comptime!(tile.streamed()), tile);
             sync_cube();
-            put_products::<N>(&q_tile, &k_tile, &mut ds_tile, vectors, tile);
-            for i in 0..comptime!(tile.held_rows).runtime() {
+            let mut slopes = products::<N>(&q_tile, &k_tile, vectors, tile);
+            #[unroll]
+            for i in 0..tile.held_rows {
+                let row = held_unit + i * tile.held_units;
+                let (seen, lse) = (query_tile.seen.by(row), query_tile.lse[row]);
                 #[unroll]
                 for j in 0..tile.streamed_rows {
-                    let (row, key, at) = place(i, j, tile);
-                    let seen = query_tile.seen.has(row, first + key);
-                    let (_, slope) = pair(ds_tile[at], query_tile.lse[row], seen, &scoring, capped, false);
-                    ds_tile[at] = slope;
+                    let (key, _) = place(j, tile);
+                    let n = comptime!(i * tile.streamed_rows + j);
+                    let (_, slope) = pair(slopes[n], lse, sees(seen, first + key), &scoring, capped, false);
+                    slopes[n] = slope;
                 }
             }
             let dps = products::<N>(&dout_tile, &v_tile, vectors, tile);
+            let mut row_sums_of_unit = Array::<f32>::new(tile.held_rows);
             #[unroll]
             for i in 0..tile.held_rows {
+                row_sums_of_unit[i] = query_tile.row_sums[held_unit + i * tile.held_units];
+            }
+            #[unroll]
+            for j in 0..tile.streamed_rows {
+                let (_, at) = place(j, tile);
+                let mut of_rows = Vector::<f32, M>::new(0.0);
                 #[unroll]
-                for j in 0..tile.streamed_rows {
-                    let (row, _, at) = place(i, j, tile);
-                    ds_tile[at] *= dps[i * tile.streamed_rows + j] - query_tile.row_sums[row];
+                for i in 0..tile.held_rows {
+                    let n = comptime!(i * tile.streamed_rows + j);
+                    of_rows[i] = slopes[n] * (dps[n] - row_sums_of_unit[i]);
                 }
+                ds_tile[at] = of_rows;
             }
             sync_cube();
             let count = min(problem.streamed().1 - first, tile.streamed());
-            accumulate::<N>(&mut sums, &ds_tile, &k_tile, count, tile);
+            accumulate::<N, M>(&mut sums, &ds_tile, &k_tile, count, tile);
             first += comptime!(tile.streamed());
             sync_cube();
         }

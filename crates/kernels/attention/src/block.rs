@@ -104,6 +104,9 @@ impl Mask {
 /// First query token, number of queries, first key and number of keys of the sequence; first streamed row and one past the last.
 pub(crate) const FACTS: usize = 6;
 
+/// Streamed rows that are summed in one round of a loop, at most; divides their number in every tile.
+const TOGETHER: usize = 4;
+
 /// One sequence and key head.
 ///
 /// What is known of the sequence lies in shared memory and is read where it is used. In registers it would be alive from the
@@ -222,11 +225,17 @@ impl Seen {
         self.last[row] = select(at < queries.len, last, -1);
     }
 
-    /// Whether row `row` of the tile sees `key`.
-    pub(crate) fn has(&self, row: usize, key: usize) -> bool {
-        let key = key as i32;
-        key >= self.first[row] && key <= self.last[row]
+    /// First and last key that row `row` of the tile sees.
+    pub(crate) fn by(&self, row: usize) -> (i32, i32) {
+        (self.first[row], self.last[row])
     }
+}
+
+/// Whether a row that sees the keys from `seen.0` to `seen.1` sees `key`.
+#[cube]
+pub(crate) fn sees(seen: (i32, i32), key: usize) -> bool {
+    let key = key as i32;
+    key >= seen.0 && key <= seen.1
 }
 
 /// Position of this unit along the held rows and along the streamed rows.
@@ -249,20 +258,48 @@ pub(crate) fn load<E: Float, N: Size>(
 ) {
     let (first_row, first_vector) = unit(tile);
     let stride = comptime!(tile.stride());
-    let mut row = first_row;
-    while row < count {
-        let exists = start + row < rows.len;
-        let at = rows.offset(start + row, vectors);
-        let mut c = first_vector;
-        while c < vectors {
-            let mut value = Vector::<f32, N>::new(0.0);
-            if exists {
-                value = Vector::cast_from(from[at + c]);
+    if comptime!(tile.is_unrolled()) {
+        // All loads of a unit are under way together.
+        let of_unit = comptime!(count / tile.held_units);
+        let mut values = Array::<Vector<E, N>>::new(comptime!(of_unit * tile.vectors));
+        #[unroll]
+        for r in 0..of_unit {
+            let row = start + first_row + r * tile.held_units;
+            let at = rows.offset(row, vectors);
+            #[unroll]
+            for t in 0..tile.vectors {
+                let c = first_vector + t * tile.streamed_units;
+                let mut value = Vector::<E, N>::new(E::from_int(0));
+                if row < rows.len && c < vectors {
+                    value = from[at + c];
+                }
+                values[r * tile.vectors + t] = value;
             }
-            to[row * stride + c] = value;
-            c += tile.streamed_units;
         }
-        row += tile.held_units;
+        #[unroll]
+        for r in 0..of_unit {
+            #[unroll]
+            for t in 0..tile.vectors {
+                let at = (first_row + r * tile.held_units) * stride + first_vector + t * tile.streamed_units;
+                to[at] = Vector::cast_from(values[r * tile.vectors + t]);
+            }
+        }
+    } else {
+        let mut row = first_row;
+        while row < count {
+            let exists = start + row < rows.len;
+            let at = rows.offset(start + row, vectors);
+            let mut c = first_vector;
+            while c < vectors {
+                let mut value = Vector::<f32, N>::new(0.0);
+                if exists {
+                    value = Vector::cast_from(from[at + c]);
+                }
+                to[row * stride + c] = value;
+                c += tile.streamed_units;
+            }
+            row += tile.held_units;
+        }
     }
 }
 
@@ -293,40 +330,24 @@ pub(crate) fn products<N: Size>(
             let right = streamed[(streamed_unit + j * tile.streamed_units) * stride + c];
             #[unroll]
             for i in 0..rows {
-                sums[i * cols + j] += horizontal_sum::<N>(left[i] * right);
+                let mut sum = sums[i * cols + j];
+                #[unroll]
+                for e in 0..right.size() {
+                    sum += left[i][e] * right[e];
+                }
+                sums[i * cols + j] = sum;
             }
         }
     }
     sums
 }
 
-/// Puts [`products`] into this unit's places of `to`, `[held, streamed]`.
+/// Streamed row `j` of this unit within a tile, and the place of its weights in `[streamed, held_units]`, vectors of this unit's held rows.
 #[cube]
-pub(crate) fn put_products<N: Size>(
-    held: &SharedMemory<Vector<f32, N>>,
-    streamed: &SharedMemory<Vector<f32, N>>,
-    to: &mut SharedMemory<f32>,
-    vectors: usize,
-    #[comptime] tile: Tile,
-) {
-    let sums = products::<N>(held, streamed, vectors, tile);
-    #[unroll]
-    for i in 0..tile.held_rows {
-        #[unroll]
-        for j in 0..tile.streamed_rows {
-            let (_, _, at) = place(i, j, tile);
-            to[at] = sums[i * tile.streamed_rows + j];
-        }
-    }
-}
-
-/// Held row, streamed row and place in `[held, streamed]` of a pair of this unit.
-#[cube]
-pub(crate) fn place(i: usize, j: usize, #[comptime] tile: Tile) -> (usize, usize, usize) {
+pub(crate) fn place(j: usize, #[comptime] tile: Tile) -> (usize, usize) {
     let (held_unit, streamed_unit) = unit(tile);
-    let row = held_unit + i * tile.held_units;
-    let col = streamed_unit + j * tile.streamed_units;
-    (row, col, row * comptime!(tile.weights_stride()) + col)
+    let row = streamed_unit + j * tile.streamed_units;
+    (row, row * comptime!(tile.weights_stride()) + held_unit)
 }
 
 /// Sum over the components of a vector, first to last.
@@ -340,30 +361,31 @@ pub(crate) fn horizontal_sum<N: Size>(vector: Vector<f32, N>) -> f32 {
     sum
 }
 
-/// `sums[held row] += sum over streamed rows of weight * row`, for this unit's held rows and channels.
+/// `sums[held row] += sum over streamed rows of weight * row`, for this unit's held rows and channels. Rows that do not exist have
+/// weights of 0.
 #[cube]
-pub(crate) fn accumulate<N: Size>(
+pub(crate) fn accumulate<N: Size, M: Size>(
     sums: &mut Array<Vector<f32, N>>,
-    weights: &SharedMemory<f32>,
+    weights: &SharedMemory<Vector<f32, M>>,
     streamed: &SharedMemory<Vector<f32, N>>,
     count: usize,
     #[comptime] tile: Tile,
 ) {
     let (held_unit, streamed_unit) = unit(tile);
     let (stride, weights_stride) = comptime!((tile.stride(), tile.weights_stride()));
-    let rows = tile.held_rows;
-    for j in 0..count {
-        let mut weight = Array::<f32>::new(rows);
+    let together = comptime!(if tile.is_unrolled() { TOGETHER } else { 1 });
+    for chunk in 0..count.div_ceil(together) {
         #[unroll]
-        for i in 0..rows {
-            weight[i] = weights[(held_unit + i * tile.held_units) * weights_stride + j];
-        }
-        #[unroll]
-        for t in 0..tile.vectors {
-            let row = streamed[j * stride + streamed_unit + t * tile.streamed_units];
+        for step in 0..together {
+            let j = chunk * together + step;
+            let weight = weights[j * weights_stride + held_unit];
             #[unroll]
-            for i in 0..rows {
-                sums[i * tile.vectors + t] += row * Vector::new(weight[i]);
+            for t in 0..tile.vectors {
+                let row = streamed[j * stride + streamed_unit + t * tile.streamed_units];
+                #[unroll]
+                for i in 0..tile.held_rows {
+                    sums[i * tile.vectors + t] += row * Vector::new(weight[i]);
+                }
             }
         }
     }

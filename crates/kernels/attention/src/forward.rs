@@ -8,7 +8,7 @@ use unsloth_common::{Launch, LaunchError, unchecked};
 
 use crate::{
     block::{
-        Form, LOWEST, Problem, Scoring, Seen, Sizes, accumulate, filled, load, place, problem, put_products, score,
+        Form, LOWEST, Problem, Scoring, Seen, Sizes, accumulate, filled, load, place, problem, products, score, sees,
         store, unit, zeros,
     },
     shape::Shape,
@@ -62,6 +62,7 @@ pub fn forward<R: Runtime, E: Float>(
         count,
         dim,
         width,
+        tile.held_rows,
         launch.vectors::<E>("q", args.q, shape.len_q(), width)?,
         launch.vectors::<E>("k", args.k, shape.len_k(), width)?,
         launch.vectors::<E>("v", args.v, shape.len_k(), width)?,
@@ -121,6 +122,7 @@ pub fn cached<R: Runtime, E: Float>(
         count,
         dim,
         width,
+        tile.held_rows,
         launch.vectors::<E>("q", args.q, shape.len_q(), width)?,
         launch.vectors::<E>("k", args.k, shape.len_k(), width)?,
         launch.vectors::<E>("v", args.v, shape.len_k(), width)?,
@@ -159,7 +161,7 @@ fn plan<R: Runtime>(launch: &Launch<'_, R>, shape: Shape) -> Result<Plan, Launch
 
 /// Grid: x = block of query rows, y = key head, z = sequence.
 #[cube(launch_unchecked)]
-fn forward_kernel<E: Float, N: Size>(
+fn forward_kernel<E: Float, N: Size, M: Size>(
     q: &Array<Vector<E, N>>,
     k: &Array<Vector<E, N>>,
     v: &Array<Vector<E, N>>,
@@ -184,7 +186,7 @@ fn forward_kernel<E: Float, N: Size>(
     let start = CUBE_POS_X as usize * comptime!(tile.held());
     let vectors = sizes.vectors as usize;
     if start < problem.queries().len {
-        let rows = attend::<E, N>(q, k, v, out, &problem, start, &scoring, vectors, capped, tile);
+        let rows = attend::<E, N, M>(q, k, v, out, &problem, start, &scoring, vectors, capped, tile);
         let (held_unit, streamed_unit) = unit(tile);
         #[unroll]
         for i in 0..tile.held_rows {
@@ -200,7 +202,7 @@ fn forward_kernel<E: Float, N: Size>(
 
 /// Grid as [`forward_kernel`].
 #[cube(launch_unchecked)]
-fn cached_kernel<E: Float, N: Size>(
+fn cached_kernel<E: Float, N: Size, M: Size>(
     q: &Array<Vector<E, N>>,
     k: &Array<Vector<E, N>>,
     v: &Array<Vector<E, N>>,
@@ -222,7 +224,7 @@ fn cached_kernel<E: Float, N: Size>(
     );
     let start = CUBE_POS_X as usize * comptime!(tile.held());
     if start < problem.queries().len {
-        attend::<E, N>(q, k, v, out, &problem, start, &scoring, sizes.vectors as usize, capped, tile);
+        attend::<E, N, M>(q, k, v, out, &problem, start, &scoring, sizes.vectors as usize, capped, tile);
     }
 }
 
@@ -241,7 +243,7 @@ struct RowStatistics {
 struct Running {
     /// Greatest score of each row, `[2, held]`: the units of a row read one half while the first of them writes the other.
     greatest: SharedMemory<f32>,
-    /// Greatest score in this tile of each row and unit, `[held, streamed_units]`.
+    /// Greatest score in this tile of each row and unit, `[held, most_stride]`.
     most: SharedMemory<f32>,
     /// Sum of `exp(score - greatest)` of each row and unit, `[held, streamed_units]`.
     total: SharedMemory<f32>,
@@ -249,7 +251,7 @@ struct Running {
 
 /// Output of the query rows from `start` on, and their statistics.
 #[cube]
-fn attend<E: Float, N: Size>(
+fn attend<E: Float, N: Size, M: Size>(
     q: &Array<Vector<E, N>>,
     k: &Array<Vector<E, N>>,
     v: &Array<Vector<E, N>>,
@@ -263,7 +265,7 @@ fn attend<E: Float, N: Size>(
 ) -> RowStatistics {
     let mut q_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.held() * tile.stride()));
     let mut kv_tile = SharedMemory::<Vector<f32, N>>::new(comptime!(tile.streamed() * tile.stride()));
-    let mut weights = SharedMemory::<f32>::new(comptime!(tile.held() * tile.weights_stride()));
+    let mut weights = SharedMemory::<Vector<f32, M>>::new(comptime!(tile.streamed() * tile.weights_stride()));
     let mut running = start_rows(tile);
     let mut seen = Seen::new(tile.held());
     let unit = UNIT_POS as usize;
@@ -278,15 +280,16 @@ fn attend<E: Float, N: Size>(
     while first < problem.streamed().1 {
         load::<E, N>(k, &mut kv_tile, &problem.keys(), first, vectors, comptime!(tile.streamed()), tile);
         sync_cube();
-        put_products::<N>(&q_tile, &kv_tile, &mut weights, vectors, tile);
-        mask(&mut weights, &mut running.most, &seen, first, scoring, capped, tile);
+        let mut scores = products::<N>(&q_tile, &kv_tile, vectors, tile);
+        mask(&mut scores, &mut running.most, &seen, first, scoring, capped, tile);
         sync_cube();
         load::<E, N>(v, &mut kv_tile, &problem.keys(), first, vectors, comptime!(tile.streamed()), tile);
-        let keys = min(problem.streamed().1 - first, tile.streamed());
-        exponentials::<N>(half, &mut running, &mut sums, &mut weights, keys, tile);
+        raise(half, &mut running, tile);
+        sync_cube();
+        exponentials::<N, M>(half, &mut running, &mut sums, &scores, &mut weights, tile);
         sync_cube();
         let keys = min(problem.streamed().1 - first, tile.streamed());
-        accumulate::<N>(&mut sums, &weights, &kv_tile, keys, tile);
+        accumulate::<N, M>(&mut sums, &weights, &kv_tile, keys, tile);
         first += comptime!(tile.streamed());
         half = 1 - half;
         // Before the loop asks for the end of the range again, so that none keeps it in a register.
@@ -306,7 +309,7 @@ fn attend<E: Float, N: Size>(
 /// Turns products into scores, [`LOWEST`] where masked, and leaves the greatest of each row and unit in `greatest`.
 #[cube]
 fn mask(
-    scores: &mut SharedMemory<f32>,
+    scores: &mut Array<f32>,
     greatest: &mut SharedMemory<f32>,
     seen: &Seen,
     first: usize,
@@ -315,58 +318,79 @@ fn mask(
     #[comptime] tile: Tile,
 ) {
     let (held_unit, streamed_unit) = unit(tile);
-    for i in 0..comptime!(tile.held_rows).runtime() {
-        let mut most = LOWEST.runtime();
-        #[unroll]
-        for j in 0..tile.streamed_rows {
-            let (row, col, at) = place(i, j, tile);
-            let s = select(seen.has(row, first + col), score(scores[at], scoring, capped), LOWEST);
-            scores[at] = s;
-            most = max(most, s);
-        }
-        greatest[(held_unit + i * tile.held_units) * tile.streamed_units + streamed_unit] = most;
-    }
-}
-
-/// Turns the scores in `weights` into weights relative to the new maxima, and rescales what was summed before. The old maxima are
-/// in the given half of `running.greatest`.
-#[cube]
-fn exponentials<N: Size>(
-    half: usize,
-    running: &mut Running,
-    sums: &mut Array<Vector<f32, N>>,
-    weights: &mut SharedMemory<f32>,
-    keys: usize,
-    #[comptime] tile: Tile,
-) {
-    let (held_unit, streamed_unit) = unit(tile);
     #[unroll]
     for i in 0..tile.held_rows {
         let row = held_unit + i * tile.held_units;
-        let before = running.greatest[half * comptime!(tile.held()) + row];
-        let mut most = before;
-        for u in 0..min(keys, tile.streamed_units) {
-            most = max(most, running.most[row * tile.streamed_units + u]);
+        let seen_by_row = seen.by(row);
+        let mut most = LOWEST.runtime();
+        #[unroll]
+        for j in 0..tile.streamed_rows {
+            let (key, _) = place(j, tile);
+            let n = comptime!(i * tile.streamed_rows + j);
+            let s = select(sees(seen_by_row, first + key), score(scores[n], scoring, capped), LOWEST);
+            scores[n] = s;
+            most = max(most, s);
         }
-        let rescale = f32::exp(before - most);
+        greatest[row * comptime!(tile.most_stride()) + streamed_unit] = most;
+    }
+}
+
+/// The new maxima of the cube's rows, one unit for each, from the old ones in the given half of `running.greatest` to the other half.
+#[cube]
+fn raise(half: usize, running: &mut Running, #[comptime] tile: Tile) {
+    let row = UNIT_POS as usize;
+    if row < tile.held() {
+        let mut most = running.greatest[half * comptime!(tile.held()) + row];
+        for u in 0..comptime!(tile.streamed_units).runtime() {
+            most = max(most, running.most[row * comptime!(tile.most_stride()) + u]);
+        }
+        running.greatest[(1 - half) * comptime!(tile.held()) + row] = most;
+    }
+}
+
+/// Turns scores into weights relative to the new maxima, and rescales what was summed before. The old maxima are in the given half
+/// of `running.greatest`, the new ones in the other.
+#[cube]
+fn exponentials<N: Size, M: Size>(
+    half: usize,
+    running: &mut Running,
+    sums: &mut Array<Vector<f32, N>>,
+    scores: &Array<f32>,
+    weights: &mut SharedMemory<Vector<f32, M>>,
+    #[comptime] tile: Tile,
+) {
+    let (held_unit, streamed_unit) = unit(tile);
+    let mut maxima = Array::<f32>::new(tile.held_rows);
+    let mut totals = Array::<f32>::new(tile.held_rows);
+    #[unroll]
+    for i in 0..tile.held_rows {
+        let row = held_unit + i * tile.held_units;
+        let most = running.greatest[(1 - half) * comptime!(tile.held()) + row];
+        let rescale = f32::exp(running.greatest[half * comptime!(tile.held()) + row] - most);
         #[unroll]
         for t in 0..tile.vectors {
             sums[i * tile.vectors + t] = sums[i * tile.vectors + t] * Vector::new(rescale);
         }
-        let mut total = running.total[row * tile.streamed_units + streamed_unit] * rescale;
+        totals[i] = running.total[row * tile.streamed_units + streamed_unit] * rescale;
+        maxima[i] = most;
+    }
+    #[unroll]
+    for j in 0..tile.streamed_rows {
+        let (_, at) = place(j, tile);
+        let mut of_rows = Vector::<f32, M>::new(0.0);
         #[unroll]
-        for j in 0..tile.streamed_rows {
-            let (_, _, at) = place(i, j, tile);
-            let s = weights[at];
+        for i in 0..tile.held_rows {
+            let s = scores[comptime!(i * tile.streamed_rows + j)];
             // What is masked stays out even where nothing was seen yet and the difference is 0.
-            let p = select(s <= LOWEST, 0.0, f32::exp(s - most));
-            total += p;
-            weights[at] = p;
+            let p = select(s <= LOWEST, 0.0, f32::exp(s - maxima[i]));
+            totals[i] += p;
+            of_rows[i] = p;
         }
-        running.total[row * tile.streamed_units + streamed_unit] = total;
-        if streamed_unit == 0 {
-            running.greatest[(1 - half) * comptime!(tile.held()) + row] = most;
-        }
+        weights[at] = of_rows;
+    }
+    #[unroll]
+    for i in 0..tile.held_rows {
+        running.total[(held_unit + i * tile.held_units) * tile.streamed_units + streamed_unit] = totals[i];
     }
 }
 
@@ -375,7 +399,7 @@ fn exponentials<N: Size>(
 fn start_rows(#[comptime] tile: Tile) -> Running {
     let (held_unit, streamed_unit) = unit(tile);
     let mut greatest = SharedMemory::<f32>::new(comptime!(2 * tile.held()));
-    let most = SharedMemory::<f32>::new(comptime!(tile.held() * tile.streamed_units));
+    let most = SharedMemory::<f32>::new(comptime!(tile.held() * tile.most_stride()));
     let mut total = SharedMemory::<f32>::new(comptime!(tile.held() * tile.streamed_units));
     #[unroll]
     for i in 0..tile.held_rows {

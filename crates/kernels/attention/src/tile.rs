@@ -7,7 +7,14 @@ use crate::block::FACTS;
 /// Up to this much shared memory a cube may take all that the device offers.
 const SMALL_SHARED_BYTES: usize = 48 * 1024;
 
-/// Numbers that a unit sums in registers: more would leave too few cubes at a time, or spill.
+/// From this much shared memory on, a large cube may take all of it.
+const LARGE_SHARED_BYTES: usize = 128 * 1024;
+
+/// Numbers of a unit in registers, products and the sums of one tile: with more, compilers spill.
+const MAX_NUMBERS: usize = 72;
+
+/// Numbers that a unit sums, where shared memory is small: of all tiles together, if a tile can be had so, else of one. Of more, a driver that
+/// compiles for a processor makes more code than it can work off in minutes.
 const MAX_SUMS: usize = 32;
 
 /// What a kernel keeps in shared memory and registers.
@@ -21,7 +28,7 @@ pub(crate) struct Need {
     pub(crate) weights: usize,
     /// Tiles of sums, in registers.
     pub(crate) sums: usize,
-    /// Held rows of a unit, at most.
+    /// Held rows of a unit, at most, where shared memory is small.
     pub(crate) rows: usize,
     /// Numbers of each held row.
     pub(crate) per_held: usize,
@@ -58,6 +65,8 @@ const CANDIDATES: [[usize; 4]; 8] = [
     [8, 8, 1, 1],
     [4, 8, 1, 1],
 ];
+/// What is tried before, where there is much shared memory.
+const LARGE_CANDIDATES: [[usize; 4]; 3] = [[16, 8, 4, 8], [16, 16, 4, 4], [16, 8, 4, 4]];
 
 impl Tile {
     /// The first candidate that fits the device, else the smallest, which the check of the launch then refuses.
@@ -71,6 +80,19 @@ impl Tile {
             let vectors = (head_dim / width).div_ceil(streamed_units);
             Self { held_units, streamed_units, held_rows, streamed_rows, vectors }
         };
+        let smallest = tile(CANDIDATES[CANDIDATES.len() - 1]);
+        if shared_bytes >= LARGE_SHARED_BYTES {
+            let fits = |tile: &Self| {
+                // Room for a second cube, unless one has many units: four rows of each in one cube are faster than two rows in two cubes.
+                let is_large = tile.units() >= 256 && tile.held_rows >= 4;
+                let usable = if is_large { shared_bytes } else { shared_bytes / 2 };
+                tile.units() <= units
+                    && tile.shared_bytes(need, width) <= usable
+                    && tile.held_rows <= if width == 1 { 2 } else { 4 }
+                    && tile.numbers(width) <= MAX_NUMBERS
+            };
+            return LARGE_CANDIDATES.into_iter().chain(CANDIDATES).map(tile).find(fits).unwrap_or(smallest);
+        }
         // What a device lends to one cube is about what a multiprocessor has: leave room for a second cube.
         let usable = (shared_bytes / 2).max(shared_bytes.min(SMALL_SHARED_BYTES));
         // Where channels come one at a time a unit has twice as many places to know, and four rows of them are too many.
@@ -79,21 +101,31 @@ impl Tile {
             tile.units() <= units
                 && tile.shared_bytes(need, width) <= usable
                 && tile.held_rows <= rows
-                && tile.sums(need, width) <= sums
+                && need.sums * tile.sums(width) <= sums
         };
-        let smallest = tile(CANDIDATES[CANDIDATES.len() - 1]);
         // Long heads leave little shared memory nothing but narrow tiles, whose units have more channels each.
         let first = |sums: usize| CANDIDATES.into_iter().map(tile).find(|tile| fits(tile, sums));
         first(MAX_SUMS).or_else(|| first(need.sums * MAX_SUMS)).unwrap_or(smallest)
     }
 
-    /// Numbers that a unit sums.
-    fn sums(&self, need: Need, width: usize) -> usize {
-        need.sums * self.held_rows * self.vectors * width
+    /// Numbers that a unit sums in one tile of sums.
+    fn sums(&self, width: usize) -> usize {
+        self.held_rows * self.vectors * width
+    }
+
+    /// Numbers of a unit: products, and the sums of one tile.
+    fn numbers(&self, width: usize) -> usize {
+        self.held_rows * self.streamed_rows + self.sums(width)
     }
 
     pub(crate) fn units(&self) -> usize {
         self.held_units * self.streamed_units
+    }
+
+    /// Whether kernels take several loads and rows in one round of a loop. Not of tiles for little shared memory: each access between two barriers
+    /// is much work for a driver that compiles for a processor. Nor of long rows, which have loads enough.
+    pub(crate) fn is_unrolled(&self) -> bool {
+        self.streamed_rows >= 4 && self.vectors <= 2
     }
 
     /// Rows that a cube keeps.
@@ -112,15 +144,20 @@ impl Tile {
         self.vectors * self.streamed_units + 1
     }
 
-    /// Numbers from one held row's weights to the next's.
+    /// From one streamed row's weights to the next's, in vectors of what a unit holds.
     pub(crate) fn weights_stride(&self) -> usize {
-        self.streamed() + 1
+        self.held_units + 1
+    }
+
+    /// From one held row's numbers of units to the next's: one unit goes over those of a row, its neighbour over the next's.
+    pub(crate) fn most_stride(&self) -> usize {
+        self.streamed_units + 1
     }
 
     pub(crate) fn shared_bytes(&self, need: Need, width: usize) -> usize {
         let rows = need.held * self.held() + need.streamed * self.streamed();
-        let weights = need.weights * self.held() * self.weights_stride();
-        let numbers = (need.per_held + need.per_unit * self.streamed_units) * self.held();
+        let weights = need.weights * self.streamed() * self.weights_stride() * self.held_rows;
+        let numbers = (need.per_held + need.per_unit * self.most_stride()) * self.held();
         let numbers = numbers + need.per_streamed * self.streamed() + FACTS;
         (rows * self.stride() * width + weights + numbers) * size_of::<f32>()
     }
@@ -146,9 +183,12 @@ mod tests {
                         let tile = Tile::within(shared_bytes, 256, need, (head_dim, width));
                         let case = format!("{shared_bytes} {head_dim} {width} {need:?} {tile:?}");
                         assert!(tile.shared_bytes(need, width) <= shared_bytes, "{case}");
-                        let is_small = shared_bytes < 128 * 1024 && head_dim > 128;
-                        let most = if is_small { need.sums * MAX_SUMS } else { MAX_SUMS };
-                        assert!(tile.sums(need, width) <= most, "{case}");
+                        if shared_bytes >= LARGE_SHARED_BYTES {
+                            assert!(tile.numbers(width) <= MAX_NUMBERS, "{case}");
+                        } else {
+                            let most = if head_dim > 128 { need.sums * MAX_SUMS } else { MAX_SUMS };
+                            assert!(need.sums * tile.sums(width) <= most, "{case}");
+                        }
                         // What is known of a row is found by a unit of its own.
                         assert!(tile.held().max(tile.streamed()) <= tile.units(), "{case}");
                         assert!(tile.vectors * tile.streamed_units * width >= head_dim, "{case}");

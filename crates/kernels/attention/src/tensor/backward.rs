@@ -13,7 +13,7 @@ use unsloth_common::{
 
 use crate::{
     backward::{Backward, QueryTile, pair},
-    block::{Form, Scoring, Sizes, problem},
+    block::{Form, Scoring, Sizes, problem, sees},
     shape::Shape,
     tensor::{
         Need, Tile, accumulate, fill,
@@ -183,7 +183,7 @@ fn differentiate_keys(
             for e in 0..2usize {
                 let row = from.1 + column + comptime!(8 * j + e);
                 let (weight, slope) =
-                    pair(product[e], queries.lse[row], queries.seen.has(row, key), scoring, capped, true);
+                    pair(product[e], queries.lse[row], sees(queries.seen.by(row), key), scoring, capped, true);
                 weights[e] = weight;
                 slopes[e] = slope * (dp[e] - queries.row_sums[row]);
             }
