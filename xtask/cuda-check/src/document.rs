@@ -99,9 +99,10 @@ fn low(text: &mut String) {
 }
 
 fn spilling(text: &mut String) {
-    text.push_str("\n## Spills\n\n| kernel | not more bytes than | why |\n|---|---:|---|\n");
-    for (kernel, most, reason) in spills::reasons() {
-        let _ = writeln!(text, "| `{kernel}` | {most} | {reason} |");
+    text.push_str("\n## Spills\n\n| kernel | calls | not more bytes than | why |\n|---|---|---:|---|\n");
+    for (kernel, calls, most, reason) in spills::reasons() {
+        let calls = if calls.is_empty() { "any" } else { calls };
+        let _ = writeln!(text, "| `{kernel}` | {calls} | {most} | {reason} |");
     }
 }
 

@@ -22,11 +22,11 @@ pub(crate) struct Listed {
 
 /// Every kernel that is below [`LOW`] in some instantiation on some architecture.
 pub(crate) static LISTED: [Listed; 14] = [
-    Listed { kernel: "attention::forward::forward_kernel", units: None, least: 25.0, reason: FORWARD },
-    Listed { kernel: "attention::forward::cached_kernel", units: None, least: 25.0, reason: FORWARD },
+    Listed { kernel: "attention::forward::forward_kernel", units: None, least: 12.5, reason: FORWARD },
+    Listed { kernel: "attention::forward::cached_kernel", units: None, least: 12.5, reason: FORWARD },
     Listed { kernel: "attention::decode::planes::part_kernel", units: None, least: 25.0, reason: PART },
-    Listed { kernel: "attention::backward::keys_kernel", units: None, least: 25.0, reason: BACKWARD },
-    Listed { kernel: "attention::backward::queries_kernel", units: None, least: 25.0, reason: BACKWARD },
+    Listed { kernel: "attention::backward::keys_kernel", units: None, least: 12.5, reason: BACKWARD },
+    Listed { kernel: "attention::backward::queries_kernel", units: None, least: 12.5, reason: BACKWARD },
     Listed { kernel: "attention::tensor::forward::forward_kernel", units: None, least: 25.0, reason: TENSOR_FORWARD },
     Listed { kernel: "attention::tensor::forward::cached_kernel", units: None, least: 25.0, reason: TENSOR_FORWARD },
     Listed { kernel: "attention::tensor::backward::keys_kernel", units: None, least: 12.5, reason: TENSOR_KEYS },
@@ -38,12 +38,12 @@ pub(crate) static LISTED: [Listed; 14] = [
     Listed { kernel: "linear::tensor::tensor_kernel", units: None, least: 12.5, reason: TENSOR_PRODUCT },
 ];
 
-const FORWARD: &str = "a tile of queries and one of keys in shared memory, up to 32 sums of a unit in registers: each number that is \
-    loaded is used for several products, and fewer rows would be loaded more often";
+const FORWARD: &str = "a tile of queries and one of keys in shared memory, four rows of a unit, up to 32 products and 32 sums of it in \
+    registers: each number that is loaded is used for four or eight products, which is faster than more planes with two rows each";
 const PART: &str = "several keys and values on their way to a unit's registers, beside the sums of up to four heads: bytes under way are what a pass over a cache \
     needs, and more of them per unit take the place of more units";
-const BACKWARD: &str = "two tiles of queries and two of keys in shared memory, up to 32 sums of a unit in registers: the scores are \
-    computed anew beside the gradients, and fewer rows would be loaded more often";
+const BACKWARD: &str = "two tiles of queries and two of keys in shared memory, four rows of a unit, up to 32 products and 64 sums of it in \
+    registers: each number that is loaded is used for four or eight products, which is faster than more planes with two rows each";
 
 const TENSOR_FORWARD: &str = "the output of 16 rows and their scores in the registers of a plane, where tensor cores need them: nothing of a row goes \
     through memory";
