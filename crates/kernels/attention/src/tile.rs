@@ -8,7 +8,7 @@ use crate::block::FACTS;
 const SMALL_SHARED_BYTES: usize = 48 * 1024;
 
 /// From this much shared memory on, a large cube may take all of it.
-const LARGE_SHARED_BYTES: usize = 128 * 1024;
+const LARGE_SHARED_BYTES: usize = 200 * 1024;
 
 /// Numbers of a unit in registers, products and the sums of one tile: with more, compilers spill.
 const MAX_NUMBERS: usize = 72;
