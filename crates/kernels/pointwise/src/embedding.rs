@@ -109,7 +109,7 @@ pub struct Sort<'a> {
     pub order: &'a Handle,
 }
 
-/// Launches a stable sort of the tokens by id; ids outside the table come last. `shape.hidden_size` is of no consequence.
+/// Launches a stable sort of the tokens by id; ids outside the table come last. Of `shape`, only `tokens` is of consequence.
 ///
 /// A token's place is the number of tokens that come before it: `tokens^2` comparisons, in one launch that fills a device.
 ///
