@@ -94,7 +94,7 @@ impl Drop for Tiles {
     }
 }
 
-/// Which parts of two factors are multiplied, and how far apart their tiles lie.
+/// Which parts of two factors are multiplied, in which order, and how far apart their tiles lie.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Products {
@@ -102,9 +102,16 @@ pub(crate) struct Products {
     steps: [usize; 2],
     /// Bytes of `list` that are in use.
     used: usize,
-    /// Where in a step a part of either factor lies, in bytes.
-    list: [[usize; 2]; MAX_PRODUCTS],
+    /// Where in a step a part of either factor lies, in bytes, or [`KEPT`].
+    list: [[isize; 2]; MAX_PRODUCTS],
 }
+
+/// A part that is in its tiles since the product before.
+const KEPT: isize = -1;
+
+/// Products of parts, each of which has one of them in common with the one before it: loading tiles costs as much as multiplying,
+/// and more where another program runs on the same core. What is left out by [`Products::new`] is not here.
+const ORDER: [[usize; 2]; MAX_PRODUCTS] = [[0, 2], [0, 1], [1, 1], [1, 0], [0, 0], [2, 0]];
 
 impl Products {
     /// The products of factors in `parts` parts each, whose blocks have `sides` tiles each. A part is 2^-8 of the one before it or
@@ -114,20 +121,65 @@ impl Products {
         let mut products = Self {
             steps: [0, 1].map(|side| parts[side] * sides[side] * tile_bytes),
             used: 0,
-            list: [[0; 2]; MAX_PRODUCTS],
+            list: [[KEPT; 2]; MAX_PRODUCTS],
         };
-        let pairs = (0..parts[0]).flat_map(|left| (0..parts[1]).map(move |right| [left, right]));
-        for (slot, pair) in products.list.iter_mut().zip(pairs.filter(|[left, right]| left + right < 3)) {
-            *slot = [0, 1].map(|side| pair[side] * sides[side] * tile_bytes);
+        let pairs = ORDER.into_iter().filter(|pair| pair[0] < parts[0] && pair[1] < parts[1]);
+        let mut before = None;
+        for (slot, pair) in products.list.iter_mut().zip(pairs) {
+            for side in [0, 1] {
+                if before.is_none_or(|before: [usize; 2]| before[side] != pair[side]) {
+                    slot[side] = (pair[side] * sides[side] * tile_bytes).cast_signed();
+                }
+            }
             products.used += size_of_val(slot);
+            before = Some(pair);
         }
         products
     }
 }
 
+/// Tiles of the left factor.
+macro_rules! left {
+    (1) => {
+        "tileloadd tmm4, [{from} + {row}]"
+    };
+    (2) => {
+        concat!(left!(1), "\n tileloadd tmm5, [{from} + {row} + 1024]")
+    };
+}
+
+/// Tiles of the right factor.
+macro_rules! right {
+    (1) => {
+        "tileloadd tmm6, [{from} + {row}]"
+    };
+    (2) => {
+        concat!(right!(1), "\n tileloadd tmm7, [{from} + {row} + 1024]")
+    };
+}
+
+/// Asks for as many tiles, line by line.
+macro_rules! prefetch {
+    (1) => {
+        prefetch!("0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15")
+    };
+    (2) => {
+        concat!(prefetch!(1), "\n", prefetch!("16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31"))
+    };
+    ($lines:literal) => {
+        concat!(".irp line, ", $lines, "\n prefetcht0 [{from} + 64 * \\line] \n .endr")
+    };
+}
+
 /// A kernel for a block of one or two tiles by one or two.
+///
+/// What a factor has in the next step is asked for as soon as the same part of this step is loaded; that of the left one only where
+/// there are several products to hide it behind.
 macro_rules! block {
-    ($name:ident, [$($load:literal),*], [$($zero:literal),*], [$($product:literal),*], [$($store:literal),*]) => {
+    (
+        $name:ident, $across:tt by $others:tt,
+        [$($load:literal),*], [$($zero:literal),*], [$($product:literal),*], [$($store:literal),*]
+    ) => {
         /// # Safety
         /// As for [`Tiles::multiply`].
         #[allow(unsafe_code, reason = "assembly")]
@@ -146,10 +198,24 @@ macro_rules! block {
                     "mov {end}, [{products} + 16]",
                     "add {end}, {list}",
                     "4:",
-                    "mov {left}, [{list}]",
-                    "mov {right}, [{list} + 8]",
-                    "add {left}, {a}",
-                    "add {right}, {b}",
+                    "mov {from}, [{list}]",
+                    "test {from}, {from}",
+                    "js 5f",
+                    "add {from}, {a}",
+                    left!($across),
+                    "cmp qword ptr [{products} + 16], 16",
+                    "je 5f",
+                    "add {from}, [{products}]",
+                    prefetch!($across),
+                    "5:",
+                    "mov {from}, [{list} + 8]",
+                    "test {from}, {from}",
+                    "js 6f",
+                    "add {from}, {b}",
+                    right!($others),
+                    "add {from}, [{products} + 8]",
+                    prefetch!($others),
+                    "6:",
                     "prefetcht1 [{ahead}]",
                     "prefetcht1 [{ahead} + 64]",
                     "add {ahead}, 128",
@@ -176,8 +242,7 @@ macro_rules! block {
                     ahead = inout(reg) ahead => _,
                     list = inout(reg) usize::from(add) => _,
                     end = out(reg) _,
-                    left = out(reg) _,
-                    right = out(reg) _,
+                    from = out(reg) _,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack)
@@ -189,6 +254,7 @@ macro_rules! block {
 
 block!(
     two_by_two,
+    2 by 2,
     [
         "tileloadd tmm0, [{c} + {c_bytes}]",
         "tileloadd tmm1, [{c} + {c_bytes} + 64]",
@@ -197,11 +263,7 @@ block!(
     ],
     ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
     [
-        "tileloadd tmm4, [{left} + {row}]",
-        "tileloadd tmm6, [{right} + {row}]",
-        "tileloadd tmm7, [{right} + {row} + 1024]",
         "tdpbf16ps tmm0, tmm4, tmm6",
-        "tileloadd tmm5, [{left} + {row} + 1024]",
         "tdpbf16ps tmm1, tmm4, tmm7",
         "tdpbf16ps tmm2, tmm5, tmm6",
         "tdpbf16ps tmm3, tmm5, tmm7"
@@ -215,35 +277,26 @@ block!(
 );
 block!(
     two_by_one,
+    2 by 1,
     ["tileloadd tmm0, [{c} + {c_bytes}]", "tileloadd tmm2, [{below} + {c_bytes}]"],
     ["tilezero tmm0", "tilezero tmm2"],
-    [
-        "tileloadd tmm4, [{left} + {row}]",
-        "tileloadd tmm6, [{right} + {row}]",
-        "tdpbf16ps tmm0, tmm4, tmm6",
-        "tileloadd tmm5, [{left} + {row} + 1024]",
-        "tdpbf16ps tmm2, tmm5, tmm6"
-    ],
+    ["tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm2, tmm5, tmm6"],
     ["tilestored [{c} + {c_bytes}], tmm0", "tilestored [{below} + {c_bytes}], tmm2"]
 );
 block!(
     one_by_two,
+    1 by 2,
     ["tileloadd tmm0, [{c} + {c_bytes}]", "tileloadd tmm1, [{c} + {c_bytes} + 64]", "/* {below} */"],
     ["tilezero tmm0", "tilezero tmm1"],
-    [
-        "tileloadd tmm4, [{left} + {row}]",
-        "tileloadd tmm6, [{right} + {row}]",
-        "tdpbf16ps tmm0, tmm4, tmm6",
-        "tileloadd tmm7, [{right} + {row} + 1024]",
-        "tdpbf16ps tmm1, tmm4, tmm7"
-    ],
+    ["tdpbf16ps tmm0, tmm4, tmm6", "tdpbf16ps tmm1, tmm4, tmm7"],
     ["tilestored [{c} + {c_bytes}], tmm0", "tilestored [{c} + {c_bytes} + 64], tmm1"]
 );
 block!(
     one_by_one,
+    1 by 1,
     ["tileloadd tmm0, [{c} + {c_bytes}]", "/* {below} */"],
     ["tilezero tmm0"],
-    ["tileloadd tmm4, [{left} + {row}]", "tileloadd tmm6, [{right} + {row}]", "tdpbf16ps tmm0, tmm4, tmm6"],
+    ["tdpbf16ps tmm0, tmm4, tmm6"],
     ["tilestored [{c} + {c_bytes}], tmm0"]
 );
 

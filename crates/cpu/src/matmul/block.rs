@@ -202,30 +202,21 @@ fn tile_product(
     assert!(a.len() >= rows * left.length(depth) && b.len() >= width * right.length(depth), "factors are whole");
     assert!(c.len() >= rows * width, "the tile of the result is whole");
     let steps = depth.div_ceil(amx::DEPTH);
-    // Two factors that are read once have to come from the first-level cache: of the left one, what fits there meets all columns.
-    let chunk = if left.count * right.count == 1 { L1_STEPS } else { steps };
     let across = rows / amx::SIDE;
     let by_width = [1, 2].map(|others| Products::new([left.count, right.count], [across, others]));
-    for start in (0..steps).step_by(chunk) {
-        let len = chunk.min(steps - start);
-        let step = left.count * across * amx::TILE;
-        let a = a[start * step..].as_ptr().cast::<u32>();
-        for col in (0..width).step_by(amx::BLOCK) {
-            let others = (width - col).min(amx::BLOCK) / amx::SIDE;
-            let b = b[col * right.length(depth) + start * right.count * others * amx::TILE..].as_ptr().cast();
-            let c = (c[col..].as_mut_ptr(), size_of::<f32>() * width);
-            let (products, sides) = (&by_width[others - 1], [across, others]);
-            // The next rows come from beyond the second-level cache, a part of them while each of these columns is at work.
-            let ahead = a.wrapping_add(steps * step + len * step / width.div_ceil(amx::BLOCK) * (col / amx::BLOCK));
-            #[allow(unsafe_code, reason = "forwards what was asserted")]
-            // SAFETY: the lengths are asserted above, and `Parts` packs blocks as `multiply` reads them.
-            unsafe {
-                tiles.multiply((products, sides), ([a, b, ahead], len), c, add || start > 0);
-            }
+    let len = steps * left.count * across * amx::TILE;
+    let a = a.as_ptr().cast::<u32>();
+    for col in (0..width).step_by(amx::BLOCK) {
+        let others = (width - col).min(amx::BLOCK) / amx::SIDE;
+        let b = b[col * right.length(depth)..].as_ptr().cast();
+        let c = (c[col..].as_mut_ptr(), size_of::<f32>() * width);
+        let (products, sides) = (&by_width[others - 1], [across, others]);
+        // The next rows come from beyond the second-level cache, a part of them while each of these columns is at work.
+        let ahead = a.wrapping_add(len + len / width.div_ceil(amx::BLOCK) * (col / amx::BLOCK));
+        #[allow(unsafe_code, reason = "forwards what was asserted")]
+        // SAFETY: the lengths are asserted above, and `Parts` packs blocks as `multiply` reads them.
+        unsafe {
+            tiles.multiply((products, sides), ([a, b, ahead], steps), c, add);
         }
     }
 }
-
-/// Steps of the dimension summed over of which two tiles each fill two thirds of a first-level cache of 48 KiB.
-#[cfg(target_arch = "x86_64")]
-const L1_STEPS: usize = 16;
