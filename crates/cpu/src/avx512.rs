@@ -158,49 +158,44 @@ pub(crate) unsafe fn tile((rows, vectors): (usize, usize), pairs: bool, operands
     }
 }
 
-/// Products of a line with `N` others, each in `U` vectors of partial sums. What a vector has of each is loaded by a closure that
-/// is given a mask and where to begin.
-macro_rules! dots {
+/// The product of two lines, in four vectors of partial sums. What a vector has of each is loaded by a closure that is given a mask and
+/// where to begin.
+macro_rules! dot {
     ($(#[$doc:meta])* $name:ident, ($left:ty, $load_left:expr), ($line:ty, $load_line:expr), $features:literal, $fused:expr) => {
         $(#[$doc])*
         ///
         /// # Safety
-        /// The processor has the features; lines are as long as `left`.
+        /// The processor has the features; `line` is as long as `left`.
         #[allow(unsafe_code, reason = "intrinsics on pointers: bounds checks would double the instructions")]
         #[target_feature(enable = $features)]
-        pub(crate) unsafe fn $name<const N: usize, const U: usize>(left: &[$left], lines: [*const $line; N]) -> [f32; N] {
+        pub(crate) unsafe fn $name(left: &[$left], line: *const $line) -> f32 {
             /// Elements of a vector.
             const LEN: usize = 64 / size_of::<$left>();
-            let mut sums = [[_mm512_setzero_ps(); U]; N];
-            let whole = left.len() / (U * LEN) * (U * LEN);
-            for at in (0..whole).step_by(U * LEN) {
-                for u in 0..U {
+            /// Bytes that are asked for before they are read, a page: the processor foresees no more by itself.
+            const AHEAD: usize = 4096;
+            let mut sums = [_mm512_setzero_ps(); 4];
+            let whole = left.len() / (4 * LEN) * (4 * LEN);
+            for at in (0..whole).step_by(4 * LEN) {
+                for (u, sum) in sums.iter_mut().enumerate() {
                     let at = at + u * LEN;
+                    _mm_prefetch::<_MM_HINT_T1>(line.wrapping_add(at).wrapping_byte_add(AHEAD).cast());
                     // SAFETY: whole vectors of the lines, of which the caller promises `left.len()` elements.
                     let x = unsafe { $load_left(u64::MAX, left.as_ptr().wrapping_add(at)) };
-                    for (line, sums) in lines.iter().zip(&mut sums) {
-                        // SAFETY: as above.
-                        let y = unsafe { $load_line(u64::MAX, line.wrapping_add(at)) };
-                        sums[u] = $fused(sums[u], x, y);
-                    }
+                    // SAFETY: as above.
+                    let y = unsafe { $load_line(u64::MAX, line.wrapping_add(at)) };
+                    *sum = $fused(*sum, x, y);
                 }
             }
             for at in (whole..left.len()).step_by(LEN) {
                 let mask = u64::MAX >> (64 - (left.len() - at).min(LEN));
                 // SAFETY: only elements below the length of the lines are read.
                 let x = unsafe { $load_left(mask, left.as_ptr().wrapping_add(at)) };
-                for (line, sums) in lines.iter().zip(&mut sums) {
-                    // SAFETY: as above.
-                    let y = unsafe { $load_line(mask, line.wrapping_add(at)) };
-                    sums[0] = $fused(sums[0], x, y);
-                }
+                // SAFETY: as above.
+                let y = unsafe { $load_line(mask, line.wrapping_add(at)) };
+                sums[0] = $fused(sums[0], x, y);
             }
-            let mut products = [0.0; N];
-            for (product, sums) in products.iter_mut().zip(sums) {
-                let sum = sums.into_iter().reduce(|a, b| _mm512_add_ps(a, b));
-                *product = _mm512_reduce_add_ps(sum.unwrap_or(_mm512_setzero_ps()));
-            }
-            products
+            let [a, b, c, d] = sums;
+            _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
         }
     };
 }
@@ -212,17 +207,17 @@ macro_rules! load_f32 {
     };
 }
 
-dots!(
+dot!(
     /// Products of f32.
-    dots,
+    dot,
     (f32, load_f32!()),
     (f32, load_f32!()),
     "avx512f",
     |sum, a, b| _mm512_fmadd_ps(a, b, sum)
 );
-dots!(
+dot!(
     /// Products of f32 with bf16, which become f32 by sixteen bits of zeros behind theirs.
-    dots_f32_bf16,
+    dot_f32_bf16,
     (f32, load_f32!()),
     (bf16, |mask: u64, from: *const bf16| {
         let halves = _mm256_maskz_loadu_epi16(mask as __mmask16, from.cast());
@@ -231,9 +226,9 @@ dots!(
     "avx512f,avx512bw,avx512vl",
     |sum, a, b| _mm512_fmadd_ps(a, b, sum)
 );
-dots!(
+dot!(
     /// Products of f32 with f16.
-    dots_f32_f16,
+    dot_f32_f16,
     (f32, load_f32!()),
     (f16, |mask: u64, from: *const f16| _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask as __mmask16, from.cast()))),
     "avx512f,avx512bw,avx512vl",
@@ -247,9 +242,9 @@ macro_rules! load_bf16 {
     };
 }
 
-dots!(
+dot!(
     /// Products of bf16.
-    dots_bf16,
+    dot_bf16,
     (bf16, load_bf16!()),
     (bf16, load_bf16!()),
     "avx512f,avx512bw,avx512bf16",

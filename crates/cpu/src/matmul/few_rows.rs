@@ -1,7 +1,7 @@
 //! Products with few rows on the left and whole rows on the right, as in generation: each row of the weight passes by once and
 //! meets every row of the left factor, so the memory's bandwidth is the limit.
 
-use std::{array, ops::Range};
+use std::ops::Range;
 
 use half::bf16;
 use unsloth_core::{FloatElement, Result};
@@ -21,11 +21,8 @@ const MAX_ROWS: usize = 2;
 /// Elements of the right factor that are worth a task.
 const TASK: usize = 32 * BLOCK;
 
-/// Rows of the right factor that pass by side by side where they are long, so that the left one is loaded once for all of them;
-/// short ones pass by faster one after another, as the memory foresees them.
+/// Rows of the right factor whose sums are finished together.
 const GROUP: usize = 4;
-/// Elements of a long row.
-const LONG: usize = 4096;
 
 /// A term with its left factor in f32.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "what AVX-512 wants to know"))]
@@ -142,48 +139,35 @@ impl Wide<'_> {
     #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
     fn add_vectors(&self, cols: &Range<usize>, sums: &mut [[f32; GROUP]]) -> bool {
         macro_rules! add {
-            ($right:ident, $left:expr, $sums:expr, $dots:ident) => {
-                self.add_lines(
-                    ($right, cols),
-                    $sums,
-                    // SAFETY: `Isa::choose` gives only what the processor has, and there are pairs only for one that multiplies
-                    // them; `row`, `pairs` and the lines have `right.cols` elements.
-                    |lines| unsafe { avx512::$dots::<GROUP, 2>($left, lines) },
-                    // SAFETY: as above.
-                    |line| unsafe { avx512::$dots::<1, 4>($left, line) },
-                )
+            ($right:ident, $left:expr, $sums:expr, $dot:ident) => {
+                // SAFETY: `Isa::choose` gives only what the processor has, and there are pairs only for one that multiplies them;
+                // `row`, `pairs` and the lines have `right.cols` elements.
+                self.add_lines(($right, cols), $sums, |line| unsafe { avx512::$dot($left, line) })
             };
         }
         match (self.right.data, self.pairs, sums) {
-            // Short lines of f32 pass by faster as the compiler has them.
-            (Elements::F32(right), _, sums) if self.right.cols >= LONG => {
-                sums.iter_mut().enumerate().for_each(|(i, sums)| add!(right, self.row(i), sums, dots));
+            (Elements::F32(right), _, sums) => {
+                sums.iter_mut().enumerate().for_each(|(i, sums)| add!(right, self.row(i), sums, dot));
             }
-            (Elements::BF16(right), Some(left), [sums]) => add!(right, left, sums, dots_bf16),
-            (Elements::BF16(right), None, [sums]) => add!(right, self.row(0), sums, dots_f32_bf16),
-            (Elements::F16(right), _, [sums]) => add!(right, self.row(0), sums, dots_f32_f16),
+            (Elements::BF16(right), Some(left), [sums]) => add!(right, left, sums, dot_bf16),
+            (Elements::BF16(right), None, [sums]) => add!(right, self.row(0), sums, dot_f32_bf16),
+            (Elements::F16(right), _, [sums]) => add!(right, self.row(0), sums, dot_f32_f16),
             _ => return false,
         }
         true
     }
 
-    /// Adds what `group` makes of as many lines of the right factor where they are long, or `one` of each.
+    /// Adds what `dot` makes of each of the lines of the right factor.
     #[cfg(target_arch = "x86_64")]
     fn add_lines<T>(
         &self,
         (right, cols): (&[T], &Range<usize>),
         sums: &mut [f32; GROUP],
-        group: impl Fn([*const T; GROUP]) -> [f32; GROUP],
-        one: impl Fn([*const T; 1]) -> [f32; 1],
+        dot: impl Fn(*const T) -> f32,
     ) {
         let Mat { row_stride, cols: k, .. } = self.right;
-        let line = |col: usize| right[col * row_stride..][..k].as_ptr();
-        let mut add = |j: usize, product: f32| sums[j] += self.factor * product;
-        if k >= LONG && cols.len() == GROUP {
-            let products = group(array::from_fn(|j| line(cols.start + j)));
-            products.into_iter().enumerate().for_each(|(j, product)| add(j, product));
-        } else {
-            cols.clone().enumerate().for_each(|(j, col)| add(j, one([line(col)])[0]));
+        for (sum, col) in sums.iter_mut().zip(cols.clone()) {
+            *sum += self.factor * dot(right[col * row_stride..][..k].as_ptr());
         }
     }
 
