@@ -89,9 +89,11 @@ fn streams(threads: usize, time: Duration, bytes: usize) -> [f64; 2] {
     let targets: Vec<std::sync::Mutex<Vec<u64>>> =
         (0..threads).map(|_| std::sync::Mutex::new(vec![0; words])).collect();
     let read = |thread: usize| {
-        // Several sums at once, so that their latency does not count.
-        let mut sums = [0u64; 32];
-        for chunk in sources[thread].chunks_exact(32) {
+        // Several sums at once, so that their latency does not count; few enough for registers.
+        let mut sums = [0u64; 16];
+        for chunk in sources[thread].chunks_exact(16) {
+            prefetch(chunk.as_ptr().wrapping_byte_add(PAGE));
+            prefetch(chunk.as_ptr().wrapping_byte_add(PAGE + LINE));
             sums.iter_mut().zip(chunk).for_each(|(sum, word)| *sum = sum.wrapping_add(*word));
         }
         black_box(sums);
@@ -105,6 +107,23 @@ fn streams(threads: usize, time: Duration, bytes: usize) -> [f64; 2] {
     let total = (threads * words * size_of::<u64>()) as f64;
     [stream(threads, time, total, read), stream(threads, time, 2.0 * total, copy)]
 }
+
+/// How far ahead a stream is asked for: processors foresee no more than a page by themselves.
+const PAGE: usize = 4096;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Asks for a cache line, anywhere.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, reason = "an intrinsic on a pointer")]
+fn prefetch(from: *const u64) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    // SAFETY: a hint about an address, which may be any.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) };
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn prefetch(_: *const u64) {}
 
 fn stream(threads: usize, time: Duration, bytes: f64, pass: impl Fn(usize) + Sync) -> f64 {
     together(threads, &pass);

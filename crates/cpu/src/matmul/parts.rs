@@ -38,7 +38,7 @@ pub(super) struct Parts {
 }
 
 /// Bytes of a line that are asked for before they are read.
-const AHEAD: usize = 512;
+const AHEAD: usize = 1024;
 
 impl Parts {
     pub(super) fn new(from: &Mat<'_>, side: Side, factor: f32) -> Self {
@@ -280,7 +280,7 @@ impl Place {
                 let mask = u32::MAX >> (DEPTH - (self.depth - k).min(DEPTH));
                 for line in 0..(self.lines - first).min(SIDE) {
                     let from = from.wrapping_add((first + line) * self.stride + k);
-                    prefetch(from.wrapping_byte_add(AHEAD));
+                    _mm_prefetch::<_MM_HINT_T1>(from.wrapping_byte_add(AHEAD).cast());
                     // SAFETY: the mask is of elements of this line; a row of a tile is written for each part.
                     unsafe { S::neighbours(from, mask, self.parts, to.wrapping_add(line * SIDE), part) };
                 }
