@@ -328,3 +328,31 @@ impl Tiles {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every product of parts that counts is there once, whichever part stays in its tiles.
+    #[test]
+    fn products_that_keep_a_part_are_all_there() {
+        for (left, right) in (1..=3).flat_map(|left| (1..=3).map(move |right| (left, right))) {
+            let sides = [2, 1];
+            let products = Products::new([left, right], sides);
+            let mut loaded = [KEPT; 2];
+            let mut found: Vec<[usize; 2]> = Vec::new();
+            for entry in &products.list[..products.used / size_of::<[isize; 2]>()] {
+                for side in [0, 1] {
+                    if entry[side] != KEPT {
+                        loaded[side] = entry[side];
+                    }
+                }
+                found.push([0, 1].map(|side| loaded[side].cast_unsigned() / (sides[side] * 4 * TILE)));
+            }
+            found.sort_unstable();
+            let expected: Vec<[usize; 2]> =
+                (0..left).flat_map(|i| (0..right).map(move |j| [i, j])).filter(|[i, j]| i + j < 3).collect();
+            assert_eq!(found, expected, "{left} and {right} parts");
+        }
+    }
+}
