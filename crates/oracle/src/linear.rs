@@ -30,10 +30,12 @@ pub fn forward(a: &impl Arith, dims: Dims, x: &[f64], weight: &[f64], bias: Opti
 /// `dx = dy W`: `[rows, in_features]`.
 pub fn input_gradient(a: &impl Arith, dims: Dims, dy: &[f64], weight: &[f64]) -> Vec<f64> {
     let mut dx = vec![0.0; dims.rows * dims.in_features];
-    for t in 0..dims.rows {
-        for i in 0..dims.in_features {
+    for i in 0..dims.in_features {
+        // Read once for all rows: its elements lie far apart.
+        let column: Vec<f64> = weight.iter().skip(i).step_by(dims.in_features).copied().collect();
+        for t in 0..dims.rows {
             let dy = &dy[t * dims.out_features..(t + 1) * dims.out_features];
-            let terms = dy.iter().enumerate().map(|(o, dy)| dy * weight[o * dims.in_features + i]);
+            let terms = dy.iter().zip(&column).map(|(dy, weight)| dy * weight);
             dx[t * dims.in_features + i] = a.store(a.sum(terms));
         }
     }
