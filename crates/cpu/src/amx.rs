@@ -109,8 +109,8 @@ pub(crate) struct Products {
 /// A part that is in its tiles since the product before.
 const KEPT: isize = -1;
 
-/// Products of parts, each of which has one of them in common with the one before it: loading tiles costs as much as multiplying,
-/// and more where another program runs on the same core. What is left out by [`Products::new`] is not here.
+/// Products of parts, each of which has one of them in common with the one before it, which is not loaded again: otherwise a block
+/// would load as many tiles as it multiplies. What is left out by [`Products::new`] is not here.
 const ORDER: [[usize; 2]; MAX_PRODUCTS] = [[0, 2], [0, 1], [1, 1], [1, 0], [0, 0], [2, 0]];
 
 impl Products {
