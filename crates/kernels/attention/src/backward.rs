@@ -10,8 +10,8 @@ use unsloth_common::{Launch, LaunchError, math::quick_exp, unchecked};
 
 use crate::{
     block::{
-        Form, Problem, Scoring, Seen, Sizes, accumulate, filled, horizontal_sum, load, place, problem, products, sees,
-        store, unit, zeros,
+        Form, Problem, Scoring, Seen, Sizes, accumulate, filled, horizontal_sum, load, problem, products, put, sees,
+        store, streamed_row, unit, zeros,
     },
     shape::Shape,
     tensor,
@@ -308,36 +308,33 @@ fn keys_kernel<E: Float, N: Size, M: Size>(
             load::<E, N>(dout, &mut dout_tile, &problem.queries(), first, vectors, comptime!(tile.streamed()), tile);
             query_tile.load(lse, row_sums, &problem, first, tokens, tile.streamed());
             sync_cube();
-            let ps = products::<N>(&k_tile, &q_tile, vectors, tile);
+            let mut ps = products::<N>(&k_tile, &q_tile, vectors, tile);
             let mut slopes = Array::<f32>::new(comptime!(tile.held_rows * tile.streamed_rows));
             #[unroll]
             for j in 0..tile.streamed_rows {
-                let (row, at) = place(j, tile);
+                let row = streamed_row(j, tile);
                 let (seen, lse) = (query_tile.seen.by(row), query_tile.lse[row]);
-                let mut of_rows = Vector::<f32, M>::new(0.0);
                 #[unroll]
                 for i in 0..tile.held_rows {
                     let is_seen = sees(seen, start + held_unit + i * tile.held_units);
                     let n = comptime!(i * tile.streamed_rows + j);
                     let (p, slope) = pair(ps[n], lse, is_seen, &scoring, capped, false);
-                    of_rows[i] = p;
+                    ps[n] = p;
                     slopes[n] = slope;
                 }
-                p_tile[at] = of_rows;
             }
+            put::<M>(&ps, &mut p_tile, tile);
             let dps = products::<N>(&v_tile, &dout_tile, vectors, tile);
             #[unroll]
             for j in 0..tile.streamed_rows {
-                let (row, at) = place(j, tile);
-                let row_sum = query_tile.row_sums[row];
-                let mut of_rows = Vector::<f32, M>::new(0.0);
+                let row_sum = query_tile.row_sums[streamed_row(j, tile)];
                 #[unroll]
                 for i in 0..tile.held_rows {
                     let n = comptime!(i * tile.streamed_rows + j);
-                    of_rows[i] = slopes[n] * (dps[n] - row_sum);
+                    slopes[n] *= dps[n] - row_sum;
                 }
-                ds_tile[at] = of_rows;
             }
+            put::<M>(&slopes, &mut ds_tile, tile);
             sync_cube();
             let count = min(problem.streamed().1 - first, tile.streamed());
             accumulate::<N, M>(&mut dv_sums, &p_tile, &dout_tile, count, tile);
@@ -402,29 +399,23 @@ fn queries_kernel<E: Float, N: Size, M: Size>(
                 let (seen, lse) = (query_tile.seen.by(row), query_tile.lse[row]);
                 #[unroll]
                 for j in 0..tile.streamed_rows {
-                    let (key, _) = place(j, tile);
+                    let key = streamed_row(j, tile);
                     let n = comptime!(i * tile.streamed_rows + j);
                     let (_, slope) = pair(slopes[n], lse, sees(seen, first + key), &scoring, capped, false);
                     slopes[n] = slope;
                 }
             }
             let dps = products::<N>(&dout_tile, &v_tile, vectors, tile);
-            let mut row_sums_of_unit = Array::<f32>::new(tile.held_rows);
             #[unroll]
             for i in 0..tile.held_rows {
-                row_sums_of_unit[i] = query_tile.row_sums[held_unit + i * tile.held_units];
-            }
-            #[unroll]
-            for j in 0..tile.streamed_rows {
-                let (_, at) = place(j, tile);
-                let mut of_rows = Vector::<f32, M>::new(0.0);
+                let row_sum = query_tile.row_sums[held_unit + i * tile.held_units];
                 #[unroll]
-                for i in 0..tile.held_rows {
+                for j in 0..tile.streamed_rows {
                     let n = comptime!(i * tile.streamed_rows + j);
-                    of_rows[i] = slopes[n] * (dps[n] - row_sums_of_unit[i]);
+                    slopes[n] *= dps[n] - row_sum;
                 }
-                ds_tile[at] = of_rows;
             }
+            put::<M>(&slopes, &mut ds_tile, tile);
             sync_cube();
             let count = min(problem.streamed().1 - first, tile.streamed());
             accumulate::<N, M>(&mut sums, &ds_tile, &k_tile, count, tile);

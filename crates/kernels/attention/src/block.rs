@@ -342,12 +342,26 @@ pub(crate) fn products<N: Size>(
     sums
 }
 
-/// Streamed row `j` of this unit within a tile, and the place of its weights in `[streamed, held_units]`, vectors of this unit's held rows.
+/// Streamed row `j` of this unit within a tile.
 #[cube]
-pub(crate) fn place(j: usize, #[comptime] tile: Tile) -> (usize, usize) {
-    let (held_unit, streamed_unit) = unit(tile);
-    let row = streamed_unit + j * tile.streamed_units;
-    (row, row * comptime!(tile.weights_stride()) + held_unit)
+pub(crate) fn streamed_row(j: usize, #[comptime] tile: Tile) -> usize {
+    let (_, streamed_unit) = unit(tile);
+    streamed_unit + j * tile.streamed_units
+}
+
+/// Writes this unit's weights, `[held_rows, streamed_rows]`, to `[streamed, held_units]`, vectors of a unit's held rows.
+#[cube]
+pub(crate) fn put<M: Size>(of_unit: &Array<f32>, weights: &mut SharedMemory<Vector<f32, M>>, #[comptime] tile: Tile) {
+    let (held_unit, _) = unit(tile);
+    #[unroll]
+    for j in 0..tile.streamed_rows {
+        let mut of_rows = Vector::<f32, M>::new(0.0);
+        #[unroll]
+        for i in 0..tile.held_rows {
+            of_rows[i] = of_unit[comptime!(i * tile.streamed_rows + j)];
+        }
+        weights[streamed_row(j, tile) * comptime!(tile.weights_stride()) + held_unit] = of_rows;
+    }
 }
 
 /// Sum over the components of a vector, first to last.

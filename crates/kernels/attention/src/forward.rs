@@ -8,8 +8,8 @@ use unsloth_common::{Launch, LaunchError, unchecked};
 
 use crate::{
     block::{
-        Form, LOWEST, Problem, Scoring, Seen, Sizes, accumulate, filled, load, place, problem, products, score, sees,
-        store, unit, zeros,
+        Form, LOWEST, Problem, Scoring, Seen, Sizes, accumulate, filled, load, problem, products, put, score, sees,
+        store, streamed_row, unit, zeros,
     },
     shape::Shape,
     tensor,
@@ -286,7 +286,7 @@ fn attend<E: Float, N: Size, M: Size>(
         load::<E, N>(v, &mut kv_tile, &problem.keys(), first, vectors, comptime!(tile.streamed()), tile);
         raise(half, &mut running, tile);
         sync_cube();
-        exponentials::<N, M>(half, &mut running, &mut sums, &scores, &mut weights, tile);
+        exponentials::<N, M>(half, &mut running, &mut sums, &mut scores, &mut weights, tile);
         sync_cube();
         let keys = min(problem.streamed().1 - first, tile.streamed());
         accumulate::<N, M>(&mut sums, &weights, &kv_tile, keys, tile);
@@ -325,7 +325,7 @@ fn mask(
         let mut most = LOWEST.runtime();
         #[unroll]
         for j in 0..tile.streamed_rows {
-            let (key, _) = place(j, tile);
+            let key = streamed_row(j, tile);
             let n = comptime!(i * tile.streamed_rows + j);
             let s = select(sees(seen_by_row, first + key), score(scores[n], scoring, capped), LOWEST);
             scores[n] = s;
@@ -348,14 +348,14 @@ fn raise(half: usize, running: &mut Running, #[comptime] tile: Tile) {
     }
 }
 
-/// Turns scores into weights relative to the new maxima, and rescales what was summed before. The old maxima are in the given half
+/// Turns scores into weights, in place and in shared memory, relative to the new maxima, and rescales what was summed before. The old maxima are in the given half
 /// of `running.greatest`, the new ones in the other.
 #[cube]
 fn exponentials<N: Size, M: Size>(
     half: usize,
     running: &mut Running,
     sums: &mut Array<Vector<f32, N>>,
-    scores: &Array<f32>,
+    scores: &mut Array<f32>,
     weights: &mut SharedMemory<Vector<f32, M>>,
     #[comptime] tile: Tile,
 ) {
@@ -376,18 +376,17 @@ fn exponentials<N: Size, M: Size>(
     }
     #[unroll]
     for j in 0..tile.streamed_rows {
-        let (_, at) = place(j, tile);
-        let mut of_rows = Vector::<f32, M>::new(0.0);
         #[unroll]
         for i in 0..tile.held_rows {
-            let s = scores[comptime!(i * tile.streamed_rows + j)];
+            let n = comptime!(i * tile.streamed_rows + j);
+            let s = scores[n];
             // What is masked stays out even where nothing was seen yet and the difference is 0.
             let p = select(s <= LOWEST, 0.0, f32::exp(s - maxima[i]));
             totals[i] += p;
-            of_rows[i] = p;
+            scores[n] = p;
         }
-        weights[at] = of_rows;
     }
+    put::<M>(scores, weights, tile);
     #[unroll]
     for i in 0..tile.held_rows {
         running.total[(held_unit + i * tile.held_units) * tile.streamed_units + streamed_unit] = totals[i];
