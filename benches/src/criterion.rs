@@ -34,7 +34,7 @@ pub fn run(group: &str) -> Result<()> {
         benches.throughput(if cost.flops > 0 {
             Throughput::Elements(cost.flops)
         } else {
-            Throughput::Bytes(cost.bytes)
+            Throughput::Bytes(cost.bytes())
         });
         for (name, run) in [("unsloth", Some(run)), ("candle", candle)] {
             let Some(mut run) = run else { continue };

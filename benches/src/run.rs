@@ -184,7 +184,10 @@ fn left_out(options: &Options) -> Vec<NotRun> {
         let full = Selection::full(vec![], TOKENS[0]);
         let models: Vec<&str> = full.models.iter().skip(1).map(|model| model.name).collect();
         left_out.push(NotRun::new(models.join(", "), "--quick"));
-        left_out.push(NotRun::new("sequences above 1024 tokens, fewer threads, all calls of an operator", "--quick"));
+        left_out.push(NotRun::new(
+            "micro-batches above 512 tokens, sequences above 1024, fewer threads, all calls of an operator",
+            "--quick",
+        ));
     }
     if !options.shapes.is_empty() {
         left_out.push(NotRun::new("all other models", format!("--shape {}", options.shapes.join(" --shape "))));
@@ -343,7 +346,7 @@ impl Session<'_> {
             id: case.id.clone(),
             threads,
             flops: cost.flops,
-            bytes: cost.bytes,
+            bytes: cost.bytes(),
             bound,
             percent_of_limit: 100.0 * least.as_secs_f64() / timing.median_s,
             peak_bytes,

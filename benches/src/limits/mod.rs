@@ -52,8 +52,8 @@ pub enum Bound {
 }
 
 impl Limits {
-    /// Least time that the device needs for this work, and what it is bound by: products at their measured rate, traffic at the
-    /// faster of reading and copying.
+    /// Least time that the device needs for this work, and what it is bound by: products at their measured rate; traffic at that of
+    /// copying as far as as much is written as read, and what is read beside that at the rate of reading.
     pub fn least_time(&self, cost: Cost, dtype: DType) -> (Duration, Bound) {
         let flops = match dtype {
             DType::BF16 => self.bf16_flops.as_ref(),
@@ -61,7 +61,9 @@ impl Limits {
             _ => None,
         };
         let compute = cost.flops as f64 / flops.unwrap_or(&self.f32_flops).per_second;
-        let memory = cost.bytes as f64 / self.read_bytes.per_second.max(self.copy_bytes.per_second);
+        let read_alone = cost.read.saturating_sub(cost.written);
+        let copied = cost.bytes() - read_alone;
+        let memory = read_alone as f64 / self.read_bytes.per_second + copied as f64 / self.copy_bytes.per_second;
         let bound = if compute > memory { Bound::Compute } else { Bound::Memory };
         (Duration::from_secs_f64(compute.max(memory)), bound)
     }
@@ -81,10 +83,13 @@ mod tests {
         let (read_bytes, copy_bytes) = (rate(10.0), rate(8.0));
         let limits =
             Limits { f32_flops: rate(100.0), bf16_flops: Some(rate(200.0)), f16_flops: None, read_bytes, copy_bytes };
-        let cost = Cost { flops: 400, bytes: 20 };
+        // Three read, one of them copied.
+        let cost = Cost { flops: 400, read: 24, written: 8 };
         assert_eq!(limits.least_time(cost, DType::F32), (Duration::from_secs(4), Bound::Compute));
         assert_eq!(limits.least_time(cost, DType::F16), (Duration::from_secs(4), Bound::Compute));
-        assert_eq!(limits.least_time(cost, DType::BF16), (Duration::from_secs(2), Bound::Memory));
+        assert_eq!(limits.least_time(cost, DType::BF16), (Duration::from_millis(3600), Bound::Memory));
+        let written = Cost { flops: 0, read: 8, written: 24 };
+        assert_eq!(limits.least_time(written, DType::F32), (Duration::from_secs(4), Bound::Memory));
     }
 
     #[test]

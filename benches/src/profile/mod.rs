@@ -222,7 +222,7 @@ fn shares(
         share.calls += 1.0;
         share.seconds += call.elapsed.as_secs_f64();
         share.flops += call.cost.flops as f64;
-        share.bytes += call.cost.bytes as f64;
+        share.bytes += call.cost.bytes() as f64;
     }
     let total: f64 = shares.iter().map(|share| share.seconds).sum();
     for share in &mut shares {

@@ -86,7 +86,7 @@ fn trace(profile: &Profile) -> Value {
         json!({ "name": call.name, "cat": place.kind, "ph": "X", "pid": 0, "tid": 0,
             "ts": micros(call.start), "dur": micros(call.elapsed),
             "args": { "shape": call.shape, "layer": place.kind, "module": place.module,
-                "flops": call.cost.flops, "bytes": call.cost.bytes } })
+                "flops": call.cost.flops, "bytes": call.cost.bytes() } })
     });
     let memory = profile.calls.iter().map(|(call, _)| {
         let held = |category: &Category| (category.name().to_owned(), json!(call.live_bytes[category.index()]));

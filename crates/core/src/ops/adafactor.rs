@@ -72,10 +72,10 @@ impl Buffers<'_> {
     /// Cost of a step: the gradient in; parameter and averages in and out.
     pub fn cost(&self) -> Cost {
         let averages = match &self.averages {
-            Averages::Factored { row, col } => Cost::of(&[&**row, &**row, &**col, &**col]),
-            Averages::Whole(v) => Cost::of(&[&**v, &**v]),
+            Averages::Factored { row, col } => Cost::of(&[&**row, &**col], &[&**row, &**col]),
+            Averages::Whole(v) => Cost::of(&[&**v], &[&**v]),
         };
-        Cost::of(&[self.grad, self.param, self.param]) + averages
+        Cost::of(&[self.grad, self.param], &[self.param]) + averages
     }
 }
 

@@ -92,7 +92,7 @@ pub struct Buffers<'a> {
 impl Buffers<'_> {
     /// Cost of a step: the gradient in; parameter and moments in and out.
     pub fn cost(&self) -> Cost {
-        Cost::of(&[self.grad, self.param, self.param, self.m, self.m, self.v, self.v])
+        Cost::of(&[self.grad, self.param, self.m, self.v], &[self.param, self.m, self.v])
     }
 }
 

@@ -99,7 +99,7 @@ impl Buffers<'_> {
     /// Cost of a step: the gradient in; parameter and moments in and out.
     pub fn cost(&self) -> Cost {
         let state = [&*self.m_codes, &*self.m_absmax, &*self.v_codes, &*self.v_absmax];
-        Cost::of(&[self.grad, self.param, self.param]) + Cost::of(&state) + Cost::of(&state)
+        Cost::of(&[self.grad, self.param], &[self.param]) + Cost::of(&state, &state)
     }
 }
 

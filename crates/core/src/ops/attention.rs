@@ -66,39 +66,46 @@ impl Spec {
     pub fn forward_cost(&self, offsets_q: &[usize], offsets_k: &[usize]) -> Cost {
         let (tokens_q, tokens_k) = (last(offsets_q), last(offsets_k));
         self.products(2, offsets_q, lengths(offsets_k))
-            + self.traffic((2, tokens_q), (2, tokens_k))
-            + self.lse(tokens_q)
+            + Cost::read(self.like_q(tokens_q) + 2 * self.like_k(tokens_k))
+            + Cost::written(self.like_q(tokens_q) + self.lse(tokens_q))
     }
 
     /// Five products, one of them the scores anew; q, k, v, out, dout and lse in, dq, dk, dv out.
     pub fn backward_cost(&self, offsets_q: &[usize], offsets_k: &[usize]) -> Cost {
         let (tokens_q, tokens_k) = (last(offsets_q), last(offsets_k));
         self.products(5, offsets_q, lengths(offsets_k))
-            + self.traffic((4, tokens_q), (4, tokens_k))
-            + self.lse(tokens_q)
+            + Cost::read(3 * self.like_q(tokens_q) + 2 * self.like_k(tokens_k) + self.lse(tokens_q))
+            + Cost::written(self.like_q(tokens_q) + 2 * self.like_k(tokens_k))
     }
 
     /// As the forward pass, over caches that hold `lens` keys, without lse.
     pub fn cached_cost(&self, offsets_q: &[usize], lens: &[usize]) -> Cost {
-        let keys = lens.iter().sum();
-        self.products(2, offsets_q, lens.iter().copied()) + self.traffic((2, last(offsets_q)), (2, keys))
+        let q = self.like_q(last(offsets_q));
+        self.products(2, offsets_q, lens.iter().copied())
+            + Cost::read(q + 2 * self.like_k(lens.iter().sum()))
+            + Cost::written(q)
     }
 
     /// Products over the pairs of a query and a key that it sees.
     fn products(&self, count: u64, offsets_q: &[usize], lens_k: impl Iterator<Item = usize>) -> Cost {
         let lens_q = lengths(offsets_q);
         let pairs: u64 = lens_q.zip(lens_k).map(|(seq_q, seq_k)| self.options.pairs(seq_q, seq_k)).sum();
-        Cost { flops: count * 2 * pairs * (self.num_heads * self.head_dim) as u64, bytes: 0 }
+        Cost { flops: count * 2 * pairs * (self.num_heads * self.head_dim) as u64, ..Cost::default() }
     }
 
-    /// Tensors like q and tensors like k, and the tokens of each.
-    fn traffic(&self, (like_q, tokens_q): (usize, usize), (like_k, tokens_k): (usize, usize)) -> Cost {
-        let heads = like_q * tokens_q * self.num_heads + like_k * tokens_k * self.num_kv_heads;
-        Cost::bytes(stored(heads * self.head_dim, self.dtype))
+    /// Bytes of a tensor like q.
+    fn like_q(&self, tokens_q: usize) -> usize {
+        stored(tokens_q * self.num_heads * self.head_dim, self.dtype)
     }
 
-    fn lse(&self, tokens_q: usize) -> Cost {
-        Cost::bytes(stored(self.num_heads * tokens_q, DType::F32))
+    /// Bytes of a tensor like k.
+    fn like_k(&self, tokens_k: usize) -> usize {
+        stored(tokens_k * self.num_kv_heads * self.head_dim, self.dtype)
+    }
+
+    /// Bytes of lse.
+    fn lse(&self, tokens_q: usize) -> usize {
+        stored(self.num_heads * tokens_q, DType::F32)
     }
 }
 
@@ -129,7 +136,7 @@ fn last(offsets: &[usize]) -> usize {
 
 /// Copying rows to a cache: in and out.
 pub fn kv_append_cost(rows: &Tensor) -> Cost {
-    Cost::of(&[rows, rows])
+    Cost::of(&[rows], &[rows])
 }
 
 /// Inputs of the forward pass.

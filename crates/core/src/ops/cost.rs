@@ -9,31 +9,49 @@ use crate::{DType, Tensor};
 pub struct Cost {
     /// Multiplications and additions of matrix products. Arithmetic beside them is left out: memory bounds it.
     pub flops: u64,
-    /// Bytes moved where every input is read once and every output written once; what is added to is both.
-    pub bytes: u64,
+    /// Bytes read where every input is read once. What is added to is an input and an output.
+    pub read: u64,
+    /// Bytes written where every output is written once.
+    pub written: u64,
 }
 
 impl Cost {
-    /// Traffic alone.
-    pub const fn bytes(bytes: usize) -> Self {
-        Self { flops: 0, bytes: bytes as u64 }
+    /// So many bytes in, nothing else.
+    pub const fn read(bytes: usize) -> Self {
+        Self { flops: 0, read: bytes as u64, written: 0 }
+    }
+
+    /// So many bytes out, nothing else.
+    pub const fn written(bytes: usize) -> Self {
+        Self { flops: 0, read: 0, written: bytes as u64 }
+    }
+
+    /// So many bytes in and out: something is added to them.
+    pub const fn updated(bytes: usize) -> Self {
+        Self { flops: 0, read: bytes as u64, written: bytes as u64 }
+    }
+
+    /// All bytes moved.
+    pub const fn bytes(&self) -> u64 {
+        self.read + self.written
     }
 
     /// `count` products of `rows x inner` with `inner x columns`, without their traffic.
     pub(super) const fn products(count: u64, [rows, inner, columns]: [usize; 3]) -> Self {
-        Self { flops: count * 2 * rows as u64 * inner as u64 * columns as u64, bytes: 0 }
+        Self { flops: count * 2 * rows as u64 * inner as u64 * columns as u64, read: 0, written: 0 }
     }
 
-    /// Every element of these tensors read or written once.
-    pub(super) fn of(tensors: &[&Tensor]) -> Self {
-        Self::bytes(tensors.iter().map(|tensor| tensor.bytes()).sum())
+    /// These tensors in, and these out.
+    pub(super) fn of(read: &[&Tensor], written: &[&Tensor]) -> Self {
+        let bytes = |tensors: &[&Tensor]| tensors.iter().map(|tensor| tensor.bytes()).sum();
+        Self::read(bytes(read)) + Self::written(bytes(written))
     }
 }
 
 impl Add for Cost {
     type Output = Self;
     fn add(self, other: Self) -> Self {
-        Self { flops: self.flops + other.flops, bytes: self.bytes + other.bytes }
+        Self { flops: self.flops + other.flops, read: self.read + other.read, written: self.written + other.written }
     }
 }
 
@@ -59,14 +77,14 @@ mod tests {
     const LINEAR: linear::Spec =
         linear::Spec { rows: 2, in_features: 3, out_features: 5, dtype: DType::BF16, weight_dtype: DType::F32 };
 
-    /// Forward: 2 * 2 * 3 * 5 FLOPs; x 6 and y 10 elements of bf16, 15 weights of f32: 32 + 60 bytes.
-    /// Weight gradient: dy and x in, 15 elements of f32 in and out: 32 + 120 bytes.
+    /// Forward: 2 * 2 * 3 * 5 FLOPs; x 6 and y 10 elements of bf16, 15 weights of f32: 12, 20 and 60 bytes.
+    /// Weight gradient: dy and x in, 15 elements of f32 in and out. Bias gradient: dy in, 5 elements of f32 in and out.
     #[test]
     fn linear_by_hand() {
-        assert_eq!(LINEAR.forward_cost(), Cost { flops: 60, bytes: 92 });
-        assert_eq!(LINEAR.input_gradient_cost(), LINEAR.forward_cost());
-        assert_eq!(LINEAR.weight_gradient_cost(), Cost { flops: 60, bytes: 152 });
-        assert_eq!(LINEAR.bias_gradient_cost(), Cost { flops: 0, bytes: 60 });
+        assert_eq!(LINEAR.forward_cost(), Cost { flops: 60, read: 72, written: 20 });
+        assert_eq!(LINEAR.input_gradient_cost(), Cost { flops: 60, read: 80, written: 12 });
+        assert_eq!(LINEAR.weight_gradient_cost(), Cost { flops: 60, read: 32 + 60, written: 60 });
+        assert_eq!(LINEAR.bias_gradient_cost(), Cost { flops: 0, read: 20 + 20, written: 20 });
     }
 
     /// Rank 1: A and B have 3 and 5 elements of f32, h 2. Forward adds 2 * 2 * 1 * 8 FLOPs and 32 + 8 bytes; backward with all
@@ -75,10 +93,11 @@ mod tests {
     fn lora_linear_by_hand() {
         let adapter_dtype = DType::F32;
         let spec = lora_linear::Spec { base: LINEAR, rank: 1, scale: 1.0, adapter_dtype, dropout: None };
-        assert_eq!(spec.forward_cost(), Cost { flops: 60 + 32, bytes: 92 + 40 });
-        assert_eq!(spec.backward_cost(true, true, true), Cost { flops: 60 + 64, bytes: 92 + 40 + 12 + 64 });
+        assert_eq!(spec.forward_cost(), Cost { flops: 60 + 32, read: 72 + 32, written: 20 + 8 });
+        let read = 80 + 32 + 8 + 12 + 32;
+        assert_eq!(spec.backward_cost(true, true, true), Cost { flops: 60 + 64, read, written: 12 + 32 });
         // dB alone: dy in (20), h in (8), dB in and out (40).
-        assert_eq!(spec.backward_cost(false, false, true), Cost { flops: 20, bytes: 68 });
+        assert_eq!(spec.backward_cost(false, false, true), Cost { flops: 20, read: 20 + 8 + 20, written: 20 });
     }
 
     /// Two rows of four bf16 elements, weight f32: 16 bytes a matrix, 16 the weight, 8 the statistics.
@@ -86,9 +105,9 @@ mod tests {
     fn rms_norm_by_hand() {
         let (dtype, weight_dtype) = (DType::BF16, DType::F32);
         let spec = rms_norm::Spec { rows: 2, hidden_size: 4, eps: 1e-5, weight_offset: 0.0, dtype, weight_dtype };
-        assert_eq!(spec.forward_cost(false), Cost::bytes(2 * 16 + 16 + 8));
-        assert_eq!(spec.forward_cost(true), Cost::bytes(4 * 16 + 16 + 8));
-        assert_eq!(spec.backward_cost(true, true), Cost::bytes(4 * 16 + 16 + 8 + 32));
+        assert_eq!(spec.forward_cost(false), Cost::read(16 + 16) + Cost::written(16 + 8));
+        assert_eq!(spec.forward_cost(true), Cost::read(2 * 16 + 16) + Cost::written(2 * 16 + 8));
+        assert_eq!(spec.backward_cost(true, true), Cost::read(3 * 16 + 16 + 8 + 16) + Cost::written(16 + 16));
     }
 
     /// Keys seen: causal over equal lengths 1 + 2 + 3; bottom-right over 2 queries and 3 keys 2 + 3; over 3 queries and 2 keys
@@ -104,10 +123,12 @@ mod tests {
             let cost = spec.forward_cost(&[0, seq_q], &[0, seq_k]);
             // Two products, two heads of two channels; q and out 2 * 2, k and v 2, lse 2 elements a token.
             assert_eq!(cost.flops, 2 * 2 * 2 * 2 * pairs, "{options:?}, {seq_q} x {seq_k}");
-            assert_eq!(cost.bytes, 4 * (8 * seq_q + 4 * seq_k + 2 * seq_q) as u64);
+            assert_eq!(cost.read, 4 * (4 * seq_q + 4 * seq_k) as u64);
+            assert_eq!(cost.written, 4 * (4 * seq_q + 2 * seq_q) as u64);
             let backward = spec.backward_cost(&[0, seq_q], &[0, seq_k]);
             assert_eq!(backward.flops, 5 * 2 * 2 * 2 * pairs);
-            assert_eq!(backward.bytes, 4 * (16 * seq_q + 8 * seq_k + 2 * seq_q) as u64);
+            assert_eq!(backward.read, 4 * (12 * seq_q + 4 * seq_k + 2 * seq_q) as u64);
+            assert_eq!(backward.written, 4 * (4 * seq_q + 4 * seq_k) as u64);
         }
     }
 }

@@ -77,17 +77,18 @@ pub struct Spec {
 impl Spec {
     /// Logits and targets in, lse out.
     pub fn forward_cost(&self) -> Cost {
-        Cost::bytes(stored(self.tokens * self.vocab_size, self.dtype) + self.rows())
+        Cost::read(self.logits() + stored(self.tokens, DType::I32)) + Cost::written(stored(self.tokens, DType::F32))
     }
 
     /// Logits, targets and lse in, dlogits out.
     pub fn backward_cost(&self) -> Cost {
-        Cost::bytes(2 * stored(self.tokens * self.vocab_size, self.dtype) + self.rows())
+        let rows = stored(self.tokens, DType::I32) + stored(self.tokens, DType::F32);
+        Cost::read(self.logits() + rows) + Cost::written(self.logits())
     }
 
-    /// Bytes of targets and lse.
-    fn rows(&self) -> usize {
-        stored(self.tokens, DType::I32) + stored(self.tokens, DType::F32)
+    /// Bytes of the logits.
+    fn logits(&self) -> usize {
+        stored(self.tokens * self.vocab_size, self.dtype)
     }
 }
 

@@ -34,9 +34,10 @@ impl NormSpec {
     /// The matrix and the adapter in, the norms out.
     pub fn cost(&self) -> Cost {
         let &Self { in_features, out_features, weight_dtype, rank, .. } = self;
-        let bytes = stored(in_features * out_features, weight_dtype)
-            + stored(rank * (in_features + out_features) + out_features, DType::F32);
-        Cost { flops: 2 * ((rank + 1) * in_features * out_features) as u64, ..Cost::bytes(bytes) }
+        let matrix = stored(in_features * out_features, weight_dtype);
+        let adapter = stored(rank * (in_features + out_features), DType::F32);
+        Cost { flops: 2 * ((rank + 1) * in_features * out_features) as u64, ..Cost::read(matrix + adapter) }
+            + Cost::written(stored(out_features, DType::F32))
     }
 }
 
@@ -52,19 +53,24 @@ pub struct Spec {
 }
 
 impl Spec {
-    /// `t` in, `y` out, and three vectors.
+    /// `t` and three vectors in, `y` out.
     pub fn forward_cost(&self) -> Cost {
-        self.cost(2)
+        Cost::read(self.matrix() + 3 * self.vector()) + Cost::written(self.matrix())
     }
 
-    /// `dy` and `t` in, `dt` out, and three vectors.
+    /// `dy`, `t` and two vectors in, `dt` out, the magnitudes' gradient in and out.
     pub fn backward_cost(&self) -> Cost {
-        self.cost(3)
+        Cost::read(2 * self.matrix() + 2 * self.vector()) + Cost::written(self.matrix()) + Cost::updated(self.vector())
     }
 
-    fn cost(&self, matrices: usize) -> Cost {
-        let matrix = stored(self.rows * self.out_features, self.dtype);
-        Cost::bytes(matrices * matrix + 3 * stored(self.out_features, DType::F32))
+    /// Bytes of a matrix.
+    fn matrix(&self) -> usize {
+        stored(self.rows * self.out_features, self.dtype)
+    }
+
+    /// Bytes of a vector.
+    fn vector(&self) -> usize {
+        stored(self.out_features, DType::F32)
     }
 }
 

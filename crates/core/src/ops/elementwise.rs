@@ -28,27 +28,27 @@ pub trait Elementwise {
 
 /// Cost of [`add`] and [`mul`]: two operands in, one out.
 pub fn binary_cost(a: &Tensor) -> Cost {
-    Cost::of(&[a, a, a])
+    Cost::of(&[a, a], &[a])
 }
 
 /// Cost of [`scale`], [`scale_by`] and [`copy`]: one in, one out.
 pub fn unary_cost(x: &Tensor) -> Cost {
-    Cost::of(&[x, x])
+    Cost::of(&[x], &[x])
 }
 
 /// Cost of [`accumulate`]: `x` in, the accumulator in and out.
 pub fn accumulate_cost(accumulator: &Tensor, x: &Tensor) -> Cost {
-    Cost::of(&[x, accumulator, accumulator])
+    Cost::of(&[x, accumulator], &[accumulator])
 }
 
 /// Cost of [`cast`]: one type in, the other out.
 pub fn cast_cost(x: &Tensor, dtype: DType) -> Cost {
-    Cost::bytes(x.bytes() + stored(x.num_elements(), dtype))
+    Cost::read(x.bytes()) + Cost::written(stored(x.num_elements(), dtype))
 }
 
 /// Cost of [`fill_zero`]: one out.
 pub fn fill_cost(x: &Tensor) -> Cost {
-    Cost::of(&[x])
+    Cost::of(&[], &[x])
 }
 
 fn pair(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {

@@ -26,16 +26,19 @@ pub struct Spec {
 impl Spec {
     /// Ids and their rows in, `out` out.
     pub fn forward_cost(&self) -> Cost {
-        self.cost(stored(1, self.weight_dtype) + stored(1, self.dtype))
+        self.cost(&[self.weight_dtype], self.dtype)
     }
 
     /// Ids and `dout` in, their rows of `dweight` in and out; a row once per token.
     pub fn backward_cost(&self) -> Cost {
-        self.cost(stored(1, self.dtype) + 2 * stored(1, DType::F32))
+        self.cost(&[self.dtype, DType::F32], DType::F32)
     }
 
-    fn cost(&self, bytes_per_element: usize) -> Cost {
-        Cost::bytes(stored(self.tokens, DType::I32) + self.tokens * self.hidden_size * bytes_per_element)
+    /// Ids and a row of each of these types in, one out, for every token.
+    fn cost(&self, read: &[DType], written: DType) -> Cost {
+        let row = |dtype: DType| stored(self.tokens * self.hidden_size, dtype);
+        let read: usize = read.iter().map(|&dtype| row(dtype)).sum();
+        Cost::read(stored(self.tokens, DType::I32) + read) + Cost::written(row(written))
     }
 }
 

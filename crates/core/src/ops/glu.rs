@@ -33,12 +33,17 @@ pub struct Spec {
 impl Spec {
     /// `gate` and `up` in, `out` out.
     pub fn forward_cost(&self) -> Cost {
-        Cost::bytes(3 * stored(self.elements, self.dtype))
+        Cost::read(2 * self.bytes()) + Cost::written(self.bytes())
     }
 
     /// `dout`, `gate` and `up` in, `dgate` and `dup` out.
     pub fn backward_cost(&self) -> Cost {
-        Cost::bytes(5 * stored(self.elements, self.dtype))
+        Cost::read(3 * self.bytes()) + Cost::written(2 * self.bytes())
+    }
+
+    /// Of one tensor.
+    fn bytes(&self) -> usize {
+        stored(self.elements, self.dtype)
     }
 }
 

@@ -47,21 +47,31 @@ impl Spec {
 
     /// `x`, `weight` and `bias` in, `out` and both statistics out; with a residual, that in and `sum` out.
     pub fn forward_cost(&self, has_residual: bool, has_bias: bool) -> Cost {
-        let bias = if has_bias { stored(self.hidden_size, self.weight_dtype) } else { 0 };
-        self.cost(if has_residual { 4 } else { 2 }) + Cost::bytes(bias)
+        let matrices = self.matrix() * (1 + usize::from(has_residual));
+        Cost::read(matrices + self.weight() * (1 + usize::from(has_bias))) + Cost::written(matrices + self.statistics())
     }
 
     /// `dout`, `sum`, `weight` and the statistics in, `dx` out; `dsum` in where there is one, so many gradients of parameters in and
     /// out.
     pub fn backward_cost(&self, has_dsum: bool, num_gradients: usize) -> Cost {
-        let gradients = 2 * num_gradients * stored(self.hidden_size, DType::F32);
-        self.cost(if has_dsum { 4 } else { 3 }) + Cost::bytes(gradients)
+        Cost::read(self.matrix() * (2 + usize::from(has_dsum)) + self.weight() + self.statistics())
+            + Cost::written(self.matrix())
+            + Cost::updated(num_gradients * stored(self.hidden_size, DType::F32))
     }
 
-    /// This many matrices, the weight and the statistics.
-    fn cost(&self, matrices: usize) -> Cost {
-        let matrix = stored(self.rows * self.hidden_size, self.dtype);
-        Cost::bytes(matrices * matrix + stored(self.hidden_size, self.weight_dtype) + 2 * stored(self.rows, DType::F32))
+    /// Bytes of a matrix.
+    fn matrix(&self) -> usize {
+        stored(self.rows * self.hidden_size, self.dtype)
+    }
+
+    /// Bytes of a vector of weights.
+    fn weight(&self) -> usize {
+        stored(self.hidden_size, self.weight_dtype)
+    }
+
+    /// Bytes of the statistics.
+    fn statistics(&self) -> usize {
+        2 * stored(self.rows, DType::F32)
     }
 }
 

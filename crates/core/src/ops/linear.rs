@@ -29,23 +29,29 @@ impl Spec {
     /// `x` and the weight in, `y` out. A bias is left out.
     pub fn forward_cost(&self) -> Cost {
         let [x, y] = self.activations();
-        self.product() + Cost::bytes(x + y + stored(self.in_features * self.out_features, self.weight_dtype))
+        self.product() + Cost::read(x + self.matrix(self.weight_dtype)) + Cost::written(y)
     }
 
     /// `dy` and the weight in, `dx` out.
     pub fn input_gradient_cost(&self) -> Cost {
-        self.forward_cost()
+        let [x, y] = self.activations();
+        self.product() + Cost::read(y + self.matrix(self.weight_dtype)) + Cost::written(x)
     }
 
     /// `dy` and `x` in, `dweight` in and out.
     pub fn weight_gradient_cost(&self) -> Cost {
         let [x, y] = self.activations();
-        self.product() + Cost::bytes(x + y + 2 * stored(self.in_features * self.out_features, DType::F32))
+        self.product() + Cost::read(x + y) + Cost::updated(self.matrix(DType::F32))
     }
 
     /// `dy` in, `dbias` in and out.
     pub fn bias_gradient_cost(&self) -> Cost {
-        Cost::bytes(self.activations()[1] + 2 * stored(self.out_features, DType::F32))
+        Cost::read(self.activations()[1]) + Cost::updated(stored(self.out_features, DType::F32))
+    }
+
+    /// Bytes of a matrix as large as the weight.
+    fn matrix(&self, dtype: DType) -> usize {
+        stored(self.in_features * self.out_features, dtype)
     }
 
     fn product(&self) -> Cost {

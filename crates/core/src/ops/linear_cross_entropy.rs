@@ -36,10 +36,11 @@ impl Spec {
     pub fn cost(&self, needs_dweight: bool) -> Cost {
         let products = 1 + u64::from(self.needs_dx) + u64::from(needs_dweight);
         let (x, matrix) = (self.tokens * self.hidden_size, self.vocab_size * self.hidden_size);
-        let rows = if self.needs_dx { 2 } else { 1 } * stored(x, self.dtype) + stored(self.tokens, DType::I32);
-        let dweight = if needs_dweight { 2 * stored(matrix, DType::F32) } else { 0 };
+        let given = |is_given: bool, bytes: usize| if is_given { bytes } else { 0 };
         Cost::products(products, [self.tokens, self.hidden_size, self.vocab_size])
-            + Cost::bytes(rows + stored(matrix, self.weight_dtype) + dweight)
+            + Cost::read(stored(x, self.dtype) + stored(self.tokens, DType::I32) + stored(matrix, self.weight_dtype))
+            + Cost::written(given(self.needs_dx, stored(x, self.dtype)))
+            + Cost::updated(given(needs_dweight, stored(matrix, DType::F32)))
     }
 }
 

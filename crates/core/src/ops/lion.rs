@@ -46,7 +46,7 @@ pub struct Buffers<'a> {
 impl Buffers<'_> {
     /// Cost of a step: the gradient in; parameter and momentum in and out.
     pub fn cost(&self) -> Cost {
-        Cost::of(&[self.grad, self.param, self.param, self.m, self.m])
+        Cost::of(&[self.grad, self.param, self.m], &[self.param, self.m])
     }
 }
 

@@ -33,14 +33,14 @@ pub struct Spec {
 impl Spec {
     /// That of the base layer; `A` and `B` in, `h` out.
     pub fn forward_cost(&self) -> Cost {
-        self.base.forward_cost() + self.low_rank(1, 1) + Cost::bytes(self.adapter() + self.h())
+        self.base.forward_cost() + self.low_rank(1, 1) + Cost::read(self.adapter()) + Cost::written(self.h())
     }
 
     /// Of `h` alone: `x` and `A` in, `h` out.
     pub fn hidden_cost(&self) -> Cost {
         let [x, _] = self.base.activations();
         let a = stored(self.rank * self.base.in_features, self.adapter_dtype);
-        self.low_rank(1, 0) + Cost::bytes(x + a + self.h())
+        self.low_rank(1, 0) + Cost::read(x + a) + Cost::written(self.h())
     }
 
     /// `dy` in, `h` and `x` where something reads them, `B` except for `dB` alone; with `dx` the base layer's matrix and `A` in;
@@ -50,18 +50,16 @@ impl Spec {
         let needs_dh = needs_dx || needs_dlora_a;
         let [x, y] = self.base.activations();
         let given = |is_given: bool, bytes: usize| if is_given { bytes } else { 0 };
-        let gradient =
-            |is_wanted: bool, features: usize| given(is_wanted, 2 * stored(self.rank * features, DType::F32));
+        let gradient = |is_wanted: bool, features: usize| given(is_wanted, stored(self.rank * features, DType::F32));
         let matrix = |is_read: bool, features: usize| given(is_read, stored(self.rank * features, self.adapter_dtype));
-        let bytes = given(!needs_dx, y)
+        let read = given(!needs_dx, y)
             + given(needs_dlora_a, x)
             + given(needs_dlora_b, self.h())
             + matrix(needs_dx, self.base.in_features)
-            + matrix(needs_dh, self.base.out_features)
-            + gradient(needs_dlora_a, self.base.in_features)
-            + gradient(needs_dlora_b, self.base.out_features);
+            + matrix(needs_dh, self.base.out_features);
+        let updated = gradient(needs_dlora_a, self.base.in_features) + gradient(needs_dlora_b, self.base.out_features);
         let base = if needs_dx { self.base.input_gradient_cost() } else { Cost::default() };
-        base + self.low_rank(through_a, through_b + u64::from(needs_dh)) + Cost::bytes(bytes)
+        base + self.low_rank(through_a, through_b + u64::from(needs_dh)) + Cost::read(read) + Cost::updated(updated)
     }
 
     /// Products of the size of `x A^T`, and of the size of `h B^T`.

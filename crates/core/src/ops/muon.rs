@@ -58,12 +58,12 @@ pub struct Buffers<'a> {
 
 /// Cost of [`Muon::muon_direction`]: the gradient in, the buffer in and out, the direction out.
 pub fn direction_cost(grad: &Tensor, buf: &Tensor) -> Cost {
-    Cost::of(&[grad, buf, buf, grad])
+    Cost::of(&[grad, buf], &[buf, grad])
 }
 
 /// Cost of [`Muon::muon_apply`]: the direction in, the parameter in and out.
 pub fn apply_cost(param: &Tensor, direction: &Tensor) -> Cost {
-    Cost::of(&[direction, param, param])
+    Cost::of(&[direction, param], &[param])
 }
 
 /// The parts of Muon that are not matrix products, of a backend.

@@ -15,7 +15,7 @@ pub trait Reduce {
 
 /// Cost of a reduction: every element in.
 pub fn cost(tensors: &[&Tensor]) -> Cost {
-    Cost::of(tensors)
+    Cost::of(tensors, &[])
 }
 
 fn list(op: &'static str, tensors: &[&Tensor]) -> Result<()> {

@@ -43,19 +43,31 @@ impl Spec {
 
     /// `x` and `weight` in, `out` and `rstd` out; with a residual, that in and `sum` out.
     pub fn forward_cost(&self, has_residual: bool) -> Cost {
-        self.cost(if has_residual { 4 } else { 2 })
+        let matrices = self.matrix() * (1 + usize::from(has_residual));
+        Cost::read(matrices + self.weight()) + Cost::written(matrices + self.statistics())
     }
 
     /// `dout`, `sum`, `weight` and `rstd` in, `dx` out; `dsum` in where there is one, `dweight` in and out where it is wanted.
     pub fn backward_cost(&self, has_dsum: bool, needs_dweight: bool) -> Cost {
-        let dweight = if needs_dweight { 2 * stored(self.hidden_size, DType::F32) } else { 0 };
-        self.cost(if has_dsum { 4 } else { 3 }) + Cost::bytes(dweight)
+        let dweight = if needs_dweight { stored(self.hidden_size, DType::F32) } else { 0 };
+        Cost::read(self.matrix() * (2 + usize::from(has_dsum)) + self.weight() + self.statistics())
+            + Cost::written(self.matrix())
+            + Cost::updated(dweight)
     }
 
-    /// This many matrices, the weight and the statistics.
-    fn cost(&self, matrices: usize) -> Cost {
-        let matrix = stored(self.rows * self.hidden_size, self.dtype);
-        Cost::bytes(matrices * matrix + stored(self.hidden_size, self.weight_dtype) + stored(self.rows, DType::F32))
+    /// Bytes of a matrix.
+    fn matrix(&self) -> usize {
+        stored(self.rows * self.hidden_size, self.dtype)
+    }
+
+    /// Bytes of a vector of weights.
+    fn weight(&self) -> usize {
+        stored(self.hidden_size, self.weight_dtype)
+    }
+
+    /// Bytes of the statistics.
+    fn statistics(&self) -> usize {
+        stored(self.rows, DType::F32)
     }
 }
 

@@ -57,7 +57,8 @@ impl Spec {
     pub fn cost(&self) -> Cost {
         let heads = (self.num_heads + self.num_kv_heads) * self.head_dim;
         let row = stored(1, DType::I32) + stored(self.head_dim, DType::F32);
-        Cost::bytes(2 * stored(self.tokens * heads, self.dtype) + self.tokens * row)
+        let rotated = stored(self.tokens * heads, self.dtype);
+        Cost::read(rotated + self.tokens * row) + Cost::written(rotated)
     }
 }
 

@@ -44,8 +44,8 @@ pub struct Buffers<'a> {
 impl Buffers<'_> {
     /// Cost of a step: the gradient in; parameter and buffer in and out.
     pub fn cost(&self) -> Cost {
-        let buf = self.buf.as_deref().map_or(Cost::default(), |buf| Cost::of(&[buf, buf]));
-        Cost::of(&[self.grad, self.param, self.param]) + buf
+        let buf = self.buf.as_deref().map_or(Cost::default(), |buf| Cost::of(&[buf], &[buf]));
+        Cost::of(&[self.grad, self.param], &[self.param]) + buf
     }
 }
 

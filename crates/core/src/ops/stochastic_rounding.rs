@@ -33,7 +33,7 @@ pub trait StochasticRounding {
 
 /// Cost of [`round`]: one type in, the other out.
 pub fn cost(x: &Tensor, out: &Tensor) -> Cost {
-    Cost::of(&[x, out])
+    Cost::of(&[x], &[out])
 }
 
 /// Rounds every element of `x`, f32, into `out`, bf16 of its shape.
