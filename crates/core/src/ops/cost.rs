@@ -61,6 +61,11 @@ impl Sum for Cost {
     }
 }
 
+/// `bytes` where there is something to move, else none.
+pub(super) const fn given(is_given: bool, bytes: usize) -> usize {
+    if is_given { bytes } else { 0 }
+}
+
 /// Bytes of `elements` elements.
 pub(super) const fn stored(elements: usize, dtype: DType) -> usize {
     elements * dtype.size_bytes()

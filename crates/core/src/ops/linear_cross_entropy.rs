@@ -6,7 +6,7 @@
 
 use super::{
     check,
-    cost::{Cost, stored},
+    cost::{Cost, given, stored},
     cross_entropy::LossSpec,
 };
 use crate::{DType, Result, Tensor, Weight};
@@ -36,7 +36,6 @@ impl Spec {
     pub fn cost(&self, needs_dweight: bool) -> Cost {
         let products = 1 + u64::from(self.needs_dx) + u64::from(needs_dweight);
         let (x, matrix) = (self.tokens * self.hidden_size, self.vocab_size * self.hidden_size);
-        let given = |is_given: bool, bytes: usize| if is_given { bytes } else { 0 };
         Cost::products(products, [self.tokens, self.hidden_size, self.vocab_size])
             + Cost::read(stored(x, self.dtype) + stored(self.tokens, DType::I32) + stored(matrix, self.weight_dtype))
             + Cost::written(given(self.needs_dx, stored(x, self.dtype)))

@@ -10,7 +10,7 @@
 
 use super::{
     check,
-    cost::{Cost, stored},
+    cost::{Cost, given, stored},
     linear,
 };
 use crate::{DType, Result, Tensor, Weight, rng::Philox};
@@ -49,7 +49,6 @@ impl Spec {
         let (through_a, through_b) = (u64::from(needs_dx) + u64::from(needs_dlora_a), u64::from(needs_dlora_b));
         let needs_dh = needs_dx || needs_dlora_a;
         let [x, y] = self.base.activations();
-        let given = |is_given: bool, bytes: usize| if is_given { bytes } else { 0 };
         let gradient = |is_wanted: bool, features: usize| given(is_wanted, stored(self.rank * features, DType::F32));
         let matrix = |is_read: bool, features: usize| given(is_read, stored(self.rank * features, self.adapter_dtype));
         let read = given(!needs_dx, y)

@@ -6,7 +6,7 @@
 
 use super::{
     check,
-    cost::{Cost, stored},
+    cost::{Cost, given, stored},
 };
 use crate::{DType, Result, Tensor};
 
@@ -49,7 +49,7 @@ impl Spec {
 
     /// `dout`, `sum`, `weight` and `rstd` in, `dx` out; `dsum` in where there is one, `dweight` in and out where it is wanted.
     pub fn backward_cost(&self, has_dsum: bool, needs_dweight: bool) -> Cost {
-        let dweight = if needs_dweight { stored(self.hidden_size, DType::F32) } else { 0 };
+        let dweight = given(needs_dweight, stored(self.hidden_size, DType::F32));
         Cost::read(self.matrix() * (2 + usize::from(has_dsum)) + self.weight() + self.statistics())
             + Cost::written(self.matrix())
             + Cost::updated(dweight)

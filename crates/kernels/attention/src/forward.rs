@@ -348,8 +348,8 @@ fn raise(half: usize, running: &mut Running, #[comptime] tile: Tile) {
     }
 }
 
-/// Turns scores into weights, in place and in shared memory, relative to the new maxima, and rescales what was summed before. The old maxima are in the given half
-/// of `running.greatest`, the new ones in the other.
+/// Turns scores into weights relative to the new maxima, in place and in shared memory, and rescales what was summed before. The
+/// old maxima are in the given half of `running.greatest`, the new ones in the other.
 #[cube]
 fn exponentials<N: Size, M: Size>(
     half: usize,
