@@ -24,6 +24,9 @@ type Fill = unsafe extern "C" fn(*mut c_int) -> c_int;
 type CodeSize = unsafe extern "C" fn(Program, *mut usize) -> c_int;
 type Code = unsafe extern "C" fn(Program, *mut c_char) -> c_int;
 
+/// The first version that keeps compiled headers.
+const PRECOMPILES: (i32, i32) = (12, 8);
+
 /// The library and where its headers are.
 pub(crate) struct Nvrtc {
     version: Version,
@@ -118,6 +121,10 @@ impl Nvrtc {
             // Registers, stack and spills go to the log.
             "--ptxas-options=-v".to_owned(),
         ];
+        // Headers are most of what most kernels consist of; they are read once for all that begin with the same.
+        if self.version() >= PRECOMPILES {
+            options.push("--pch".to_owned());
+        }
         options.extend(self.include.iter().map(|folder| format!("--include-path={}", folder.display())));
         let (code, log) = self.run(source, &options)?;
         let code = code.with_context(|| format!("NVRTC refuses it:\n{log}"))?;
