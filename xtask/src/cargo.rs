@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::vulkan::FEATURE;
+use crate::vulkan;
 
 /// The cargo that runs this task, at the root of the repository.
 pub(crate) fn command(root: &Path, arguments: &[&str]) -> Command {
@@ -26,12 +26,16 @@ pub(crate) fn run(root: &Path, arguments: &[&str], environment: &[(&str, &str)])
     Ok(())
 }
 
+/// Features of the tests that any machine can run. They ask no network.
+pub(crate) const FEATURES: &str = "unsloth-cli/hub,unsloth-cli/parquet";
+
 /// Builds a `bin` or `example` of any package, and says where it is. As part of the workspace, with the same features as its tests: so
 /// nothing is compiled twice.
 pub(crate) fn build(root: &Path, (kind, name): (&str, &str)) -> Result<PathBuf> {
     let option = format!("--{kind}");
     let format = "--message-format=json-render-diagnostics";
-    let arguments = ["build", "--quiet", "--workspace", "--features", FEATURE, &option, name, format];
+    let features = [FEATURES, vulkan::FEATURE].join(",");
+    let arguments = ["build", "--quiet", "--workspace", "--features", &features, &option, name, format];
     println!("$ cargo {}", arguments.join(" "));
     let output = command(root, &arguments).stderr(Stdio::inherit()).output().context("starting cargo")?;
     ensure!(output.status.success(), "cargo {}: {}", arguments.join(" "), output.status);
