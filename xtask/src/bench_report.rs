@@ -12,6 +12,9 @@ const END: &str = "<!-- cargo xtask bench-report: end -->";
 /// Whose operators stand in the document where a file has several models'; the file has them all.
 const MODEL: &str = "Llama-3.2-1B";
 
+/// What an entry is the timing of, on so many threads.
+const IDENTITY: [&str; 5] = ["op", "part", "model", "shape", "dtype"];
+
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Change nothing; fail if the document is not what the results say.
@@ -62,12 +65,12 @@ fn tables(root: &Path) -> Result<String> {
     let folder = root.join(RESULTS);
     let entries = fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
     let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
-    paths.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
     paths.sort();
+    let is = |path: &Path, kind: &str| path.extension().is_some_and(|extension| extension == kind);
     let mut text = String::new();
-    for path in paths {
+    for path in paths.iter().filter(|path| is(path, "json")) {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let results: Value = serde_json::from_str(&read(&path)?).with_context(|| name.clone())?;
+        let results: Value = serde_json::from_str(&read(path)?).with_context(|| name.clone())?;
         let table = match (results.get("results"), results.get("runs")) {
             (Some(Value::Array(entries)), _) => timings(&results, entries),
             (_, Some(Value::Array(runs))) => programs(&results, runs),
@@ -78,6 +81,13 @@ fn tables(root: &Path) -> Result<String> {
         };
         let table = table.with_context(|| format!("{RESULTS}/{name}"))?;
         writeln!(text, "### [{name}](../{RESULTS}/{name})\n\n{table}")?;
+        // `name.sequence-time.svg` is a picture of `name.json`.
+        let stem = name.trim_end_matches("json");
+        for picture in paths.iter().filter(|path| is(path, "svg")).filter_map(|path| path.file_name()?.to_str()) {
+            if let Some(what) = picture.strip_prefix(stem).and_then(|rest| rest.strip_suffix(".svg")) {
+                writeln!(text, "![{}](../{RESULTS}/{picture})\n", what.replace('-', " "))?;
+            }
+        }
     }
     Ok(text)
 }
@@ -128,7 +138,31 @@ fn timings(report: &Value, entries: &[Value]) -> Result<String> {
             table.push_str(&timing(entry)?);
         }
     }
+    table.push_str(&fewer_threads(entries, main)?);
     Ok(table)
+}
+
+/// What was timed with other numbers of threads besides, next to all of them.
+fn fewer_threads(entries: &[Value], main: u64) -> Result<String> {
+    let mut table = String::new();
+    for entry in entries.iter().filter(|entry| entry["threads"].as_u64() != Some(main)) {
+        let is_same = |other: &&Value| {
+            other["threads"].as_u64() == Some(main) && IDENTITY.iter().all(|&field| other[field] == entry[field])
+        };
+        let Some(with_all) = entries.iter().find(is_same) else { continue };
+        let (median, ratio) =
+            (number(entry, "median_s")?, number(entry, "median_s")? / number(with_all, "median_s")?);
+        let what = identity(entry)?;
+        writeln!(table, "| {what} | {} | {} | {ratio:.2} |", number(entry, "threads")?, seconds(median))?;
+    }
+    if !table.is_empty() {
+        table = format!("\n| with fewer threads | threads | median | over that with {main} |\n|---|---|---|---|\n{table}");
+    }
+    Ok(table)
+}
+
+fn identity(entry: &Value) -> Result<String> {
+    Ok(IDENTITY.iter().map(|field| text(entry, field)).collect::<Result<Vec<_>>>()?.join(", "))
 }
 
 fn timing(entry: &Value) -> Result<String> {
@@ -142,13 +176,9 @@ fn timing(entry: &Value) -> Result<String> {
     let peers = entry["peers"].as_array().map(Vec::as_slice).unwrap_or_default();
     let peers = peers.iter().map(|peer| Ok(format!("{} {:.2}", text(peer, "name")?, number(peer, "ratio")?)));
     let peers = peers.collect::<Result<Vec<_>>>()?.join(", ");
-    let mut what = Vec::new();
-    for field in ["op", "part", "model", "shape", "dtype"] {
-        what.push(text(entry, field)?);
-    }
+    let what = identity(entry)?;
     let (p90, of_limit) = (seconds(number(entry, "p90_s")?), number(entry, "percent_of_limit")?);
     let peak = number(entry, "peak_bytes")? / f64::from(1 << 20);
-    let what = what.join(", ");
     Ok(format!("| {what} | {} | {p90} | {rate} | {of_limit:.0}% | {peak:.1} MiB | {peers} |\n", seconds(median)))
 }
 
@@ -217,7 +247,9 @@ mod tests {
         "results": [{"op": "glu", "part": "forward", "model": "m", "shape": "2 x 3", "dtype": "f32", "threads": 2,
             "median_s": 0.002, "p90_s": 0.003, "min_s": 0.002, "samples": 9, "flops": 0, "bytes": 20000000, "bound": "memory",
             "percent_of_limit": 50.0, "peak_bytes": 1048576, "tokens_per_second": null,
-            "peers": [{"name": "candle", "median_s": 0.004, "ratio": 2.0}]}]}"#;
+            "peers": [{"name": "candle", "median_s": 0.004, "ratio": 2.0}]},
+            {"op": "glu", "part": "forward", "model": "m", "shape": "2 x 3", "dtype": "f32", "threads": 1, "median_s": 0.003,
+            "peers": []}]}"#;
     const PROGRAMS: &str = r#"{"what": "one step", "machine": "two cores", "commands": {"ours": "train"},
         "runs": [{"model": "small", "dtype": "f32", "program": "ours", "median_s": [1.5], "tokens_per_second": [700.0],
             "peak_rss_mb": 445}]}"#;
@@ -230,6 +262,7 @@ mod tests {
             ("benches/results/a.json", BENCH),
             ("benches/results/b.json", PROGRAMS),
             ("benches/results/c.json", SUITES),
+            ("benches/results/a.sequence-time.svg", "<svg/>"),
         ];
         let tree = plant(&files);
         assert_eq!(check(tree.path()).unwrap().len(), 1, "an empty table is not what the results say");
@@ -241,6 +274,8 @@ mod tests {
         let row = "| glu, forward, m, 2 x 3, f32 | 2.000 ms | 3.000 ms | 10.0 GB/s | 50% | 1.0 MiB | candle 2.00 |";
         for part in [
             row,
+            "| glu, forward, m, 2 x 3, f32 | 1 | 3.000 ms | 1.50 |",
+            "![sequence time](../benches/results/a.sequence-time.svg)",
             "| small | f32 | ours | 1.5 | 700 | 445 |",
             "0123456789ab. Typed off.\n",
             "200.0 GFLOP/s",
