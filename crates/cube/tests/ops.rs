@@ -38,9 +38,23 @@ fn adamw8bit() {
     suite::adamw8bit::run(&device());
 }
 
+// No other suite takes as long: its parts run beside each other.
 #[test]
-fn attention() {
-    suite::attention::run(&device());
+fn attention_in_f32() {
+    suite::attention::run_shapes(&device(), DType::F32);
+}
+
+#[test]
+fn attention_in_half_precision() {
+    let device = device();
+    for dtype in device.float_dtypes().into_iter().filter(|&dtype| dtype != DType::F32) {
+        suite::attention::run_shapes(&device, dtype);
+    }
+}
+
+#[test]
+fn attention_without_shapes() {
+    suite::attention::run_without_shapes(&device());
 }
 
 #[test]

@@ -27,6 +27,22 @@ pub fn run(device: &Device) {
     report::finish(OP, device, check(device));
 }
 
+/// Runs the part of the suite that goes over shapes, masks and scales, in one storage type.
+///
+/// # Panics
+/// If the device fails it.
+pub fn run_shapes(device: &Device, dtype: DType) {
+    report::finish(OP, device, check_shapes(device, dtype));
+}
+
+/// Runs the suite but for what [`run_shapes`] runs in each type.
+///
+/// # Panics
+/// If the device fails it.
+pub fn run_without_shapes(device: &Device) {
+    report::finish(OP, device, check_without_shapes(device));
+}
+
 /// Runs the part of the suite that tensor cores may run.
 ///
 /// # Panics
@@ -60,12 +76,20 @@ pub fn check_on_tensor_cores(device: &Device) -> Checked {
 /// The first failure.
 pub fn check(device: &Device) -> Checked {
     for dtype in device.float_dtypes() {
-        for problem in problems() {
-            attend(device, Values::new(problem, dtype, 1.0))?;
-        }
-        // Scores far beyond 88, where exp leaves f32.
-        attend(device, Values::new(problem((2, 1, 16), (&[65], &[65])), dtype, 9.0))?;
+        check_shapes(device, dtype)?;
     }
+    check_without_shapes(device)
+}
+
+fn check_shapes(device: &Device, dtype: DType) -> Checked {
+    for problem in problems() {
+        attend(device, Values::new(problem, dtype, 1.0))?;
+    }
+    // Scores far beyond 88, where exp leaves f32.
+    attend(device, Values::new(problem((2, 1, 16), (&[65], &[65])), dtype, 9.0))
+}
+
+fn check_without_shapes(device: &Device) -> Checked {
     attend(device, Values::new(problem((2, 1, 64), (&[300], &[300])), DType::F32, 1.0))?;
     cached::check(device)?;
     for (name, hazard) in HAZARDS {
