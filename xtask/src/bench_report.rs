@@ -150,13 +150,13 @@ fn fewer_threads(entries: &[Value], main: u64) -> Result<String> {
             other["threads"].as_u64() == Some(main) && IDENTITY.iter().all(|&field| other[field] == entry[field])
         };
         let Some(with_all) = entries.iter().find(is_same) else { continue };
-        let (median, ratio) =
-            (number(entry, "median_s")?, number(entry, "median_s")? / number(with_all, "median_s")?);
+        let (median, ratio) = (number(entry, "median_s")?, number(entry, "median_s")? / number(with_all, "median_s")?);
         let what = identity(entry)?;
         writeln!(table, "| {what} | {} | {} | {ratio:.2} |", number(entry, "threads")?, seconds(median))?;
     }
     if !table.is_empty() {
-        table = format!("\n| with fewer threads | threads | median | over that with {main} |\n|---|---|---|---|\n{table}");
+        table =
+            format!("\n| with fewer threads | threads | median | over that with {main} |\n|---|---|---|---|\n{table}");
     }
     Ok(table)
 }
