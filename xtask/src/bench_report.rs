@@ -131,27 +131,27 @@ fn timings(report: &Value, entries: &[Value]) -> Result<String> {
         "\n| what | median | p90 | rate | of limit | peak | peers' time over ours |\n|---|---|---|---|---|---|---|\n",
     );
     let has_model = entries.iter().any(|entry| entry["model"] == MODEL);
-    for entry in entries {
+    let is_shown = |entry: &&Value| {
         let is_whole = matches!(entry["op"].as_str(), Some("train_step" | "decode"));
-        let is_shown = is_whole || !has_model || entry["model"] == MODEL || entry["model"] == "square";
-        if is_shown && entry["threads"].as_u64() == Some(main) {
-            table.push_str(&timing(entry)?);
-        }
+        is_whole || !has_model || entry["model"] == MODEL || entry["model"] == "square"
+    };
+    let (all, fewer): (Vec<&Value>, Vec<&Value>) =
+        entries.iter().filter(is_shown).partition(|entry| entry["threads"].as_u64() == Some(main));
+    for entry in &all {
+        table.push_str(&timing(entry)?);
     }
-    table.push_str(&fewer_threads(entries, main)?);
+    table.push_str(&fewer_threads(&all, &fewer, main)?);
     Ok(table)
 }
 
-/// What was timed with other numbers of threads besides, next to all of them.
-fn fewer_threads(entries: &[Value], main: u64) -> Result<String> {
+/// What was timed with `fewer` threads besides, next to `all` of them, which are `main`.
+fn fewer_threads(all: &[&Value], fewer: &[&Value], main: u64) -> Result<String> {
     let mut table = String::new();
-    for entry in entries.iter().filter(|entry| entry["threads"].as_u64() != Some(main)) {
-        let is_same = |other: &&Value| {
-            other["threads"].as_u64() == Some(main) && IDENTITY.iter().all(|&field| other[field] == entry[field])
-        };
-        let Some(with_all) = entries.iter().find(is_same) else { continue };
-        let (median, ratio) = (number(entry, "median_s")?, number(entry, "median_s")? / number(with_all, "median_s")?);
-        let what = identity(entry)?;
+    for entry in fewer {
+        let is_same = |other: &&&Value| IDENTITY.iter().all(|&field| other[field] == entry[field]);
+        let Some(with_all) = all.iter().find(is_same) else { continue };
+        let median = number(entry, "median_s")?;
+        let (what, ratio) = (identity(entry)?, median / number(with_all, "median_s")?);
         writeln!(table, "| {what} | {} | {} | {ratio:.2} |", number(entry, "threads")?, seconds(median))?;
     }
     if !table.is_empty() {

@@ -26,7 +26,7 @@ pub(crate) fn run(root: &Path, arguments: &[&str], environment: &[(&str, &str)])
     Ok(())
 }
 
-/// Features of the tests that any machine can run. They ask no network.
+/// Features that all tests are built with: theirs need no device and ask no network.
 pub(crate) const FEATURES: &str = "unsloth-cli/hub,unsloth-cli/parquet";
 
 /// Builds a `bin` or `example` of any package, and says where it is. As part of the workspace, with the same features as its tests: so

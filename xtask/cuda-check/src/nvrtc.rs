@@ -121,7 +121,7 @@ impl Nvrtc {
             // Registers, stack and spills go to the log.
             "--ptxas-options=-v".to_owned(),
         ];
-        // Headers are most of what most kernels consist of; they are read once for all that begin with the same.
+        // Headers are compiled once for all kernels that begin with the same ones.
         if self.version() >= PRECOMPILES {
             options.push("--pch".to_owned());
         }
