@@ -3,6 +3,7 @@
 //!
 //! `cargo xtask bench` runs all of it; the criterion benches run the same cases, an operator each.
 
+mod candle;
 pub mod case;
 pub mod cases;
 mod check;

@@ -185,7 +185,7 @@ fn left_out(options: &Options) -> Vec<NotRun> {
         let models: Vec<&str> = full.models.iter().skip(1).map(|model| model.name).collect();
         left_out.push(NotRun::new(models.join(", "), "--quick"));
         left_out.push(NotRun::new(
-            "micro-batches above 512 tokens, sequences above 1024, fewer threads, all calls of an operator",
+            "micro-batches above 512 tokens, sequences above 1024, fewer threads, all calls of an operator, candle's whole steps",
             "--quick",
         ));
     }

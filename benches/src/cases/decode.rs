@@ -1,6 +1,10 @@
 //! Generation of one sequence, a token at a time.
 
-use std::{rc::Rc, sync::Arc, time::Instant};
+use std::{
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, ensure};
 use serde_json::json;
@@ -16,8 +20,9 @@ use unsloth_rs::{
 
 use super::{Selection, each};
 use crate::{
+    candle,
     case::{Case, Context, Prepared, Run},
-    training::{Folder, random_ids},
+    training::{Folder, FolderPath, random_ids},
 };
 
 const OP: &str = "decode";
@@ -31,14 +36,15 @@ pub fn cases(selection: &Selection) -> Vec<Case> {
         let folder = Folder::of(selection.folder.as_deref(), model);
         let name = folder.name();
         let shape = format!("{NEW} tokens behind {PROMPT}");
-        let prepare = move |at: &Context<'_>| prepare(at, &folder, dtype);
+        let with_candle = selection.all_calls;
+        let prepare = move |at: &Context<'_>| prepare(at, &folder, dtype, with_candle);
         vec![Case::new((OP, "greedy"), (&name, shape), dtype, prepare).with_tokens(NEW - 1)]
     })
 }
 
-fn prepare(context: &Context<'_>, folder: &Folder, dtype: DType) -> Result<Prepared> {
-    let path = folder.written()?;
-    let model = Rc::new(Decoder::load(path.as_ref(), context.device, LoadOptions::frozen(dtype))?);
+fn prepare(context: &Context<'_>, folder: &Folder, dtype: DType, with_candle: bool) -> Result<Prepared> {
+    let path = Rc::new(folder.written()?);
+    let model = Rc::new(Decoder::load((*path).as_ref(), context.device, LoadOptions::frozen(dtype))?);
     let prompt = random_ids(model.config().vocab_size, PROMPT)?;
     let options = GenerateOptions { max_new_tokens: NEW, ignore_eos: true, sampling: Sampling::GREEDY };
     let (checked, checked_prompt, device) = (Rc::clone(&model), prompt.clone(), context.device.clone());
@@ -57,8 +63,10 @@ fn prepare(context: &Context<'_>, folder: &Folder, dtype: DType) -> Result<Prepa
         ensure!(best - chosen <= 0.02 * spread, "{OP}: token {last} has logit {chosen}, the largest is {best}");
         Ok(())
     };
-    let torch = json!({ "op": OP, "part": "greedy", "folder": path.as_ref().display().to_string(), "prompt": PROMPT,
+    let torch = json!({ "op": OP, "part": "greedy", "folder": (*path).as_ref().display().to_string(), "prompt": PROMPT,
         "new": NEW, "dtype": dtype.name() });
+    let fits = with_candle && context.with_candle && candle::has(model.config());
+    let candle = fits.then(|| peer(Rc::clone(&path), &prompt, dtype));
     let recording = Arc::clone(context.recording);
     let run = move || {
         let _folder = &path;
@@ -71,5 +79,19 @@ fn prepare(context: &Context<'_>, folder: &Folder, dtype: DType) -> Result<Prepa
         })?;
         Ok(first.map(|first| first.elapsed()).unwrap_or_default())
     };
-    Ok(Prepared::new(check, Run::Clocked(Box::new(run))).with_torch(torch))
+    Ok(Prepared::new(check, Run::Clocked(Box::new(run))).with_candle(candle).with_torch(torch))
+}
+
+/// candle's own generation. Its copy of the weights is there from the first run on.
+fn peer(path: Rc<FolderPath>, prompt: &[i32], dtype: DType) -> Run {
+    let ids: Vec<u32> = prompt.iter().copied().map(i32::cast_unsigned).collect();
+    let mut loaded = None;
+    Run::Clocked(Box::new(move || {
+        let model = match &mut loaded {
+            Some(model) => model,
+            none => none.insert(candle::Model::load((*path).as_ref(), dtype, PROMPT + NEW)?),
+        };
+        let (_, seconds) = model.generate(&ids, NEW)?;
+        Ok(Duration::from_secs_f64(seconds))
+    }))
 }

@@ -7,14 +7,16 @@ use serde_json::json;
 use unsloth_rs::{
     DType, Device,
     cpu::{CpuBackend, CpuOptions, Isa},
+    llm::decoder::Decoder,
     train::Checkpointing,
 };
 
 use super::{Selection, each};
 use crate::{
+    candle,
     case::{Case, Context, Prepared, Run},
     models::ModelShape,
-    training::{Folder, Options, random_batch, trainer},
+    training::{Folder, FolderPath, Options, random_batch, random_ids, trainer},
 };
 
 const OP: &str = "train_step";
@@ -23,6 +25,8 @@ const RANK: usize = 16;
 const LONGEST_OF_OTHERS: usize = 2048;
 /// Tokens that the first step is checked with at most. Operators are checked at the lengths they are timed at.
 const CHECKED: usize = 2048;
+/// Longest sequence that candle is timed with: it keeps the scores of every layer, and takes tens of seconds in bf16.
+const LONGEST_OF_CANDLE: usize = 1024;
 /// How far loss and gradient norm of the first step may be from those of the same step in f32 on the processor's portable path:
 /// relative, by the storage type.
 const TOLERANCE: [(DType, f32); 3] = [(DType::F32, 1e-4), (DType::F16, 1e-2), (DType::BF16, 5e-2)];
@@ -51,11 +55,18 @@ fn case(
     let shape = format!("1 x {seq_len}, rank {RANK}, checkpointing {checkpointing}");
     let name = folder.name();
     let options = Options { dtype, rank: RANK, checkpointing };
-    let prepare = move |at: &Context<'_>| prepare(at, &folder, seq_len, &options);
+    let with_candle =
+        selection.all_calls && seq_len <= LONGEST_OF_CANDLE && options.checkpointing == Checkpointing::None;
+    let prepare = move |at: &Context<'_>| prepare(at, &folder, (seq_len, with_candle), &options);
     Case::new((OP, "lora"), (&name, shape), dtype, prepare).with_tokens(seq_len)
 }
 
-fn prepare(context: &Context<'_>, folder: &Folder, seq_len: usize, options: &Options) -> Result<Prepared> {
+fn prepare(
+    context: &Context<'_>,
+    folder: &Folder,
+    (seq_len, with_candle): (usize, bool),
+    options: &Options,
+) -> Result<Prepared> {
     let path = folder.written()?;
     let mut training = trainer(path.as_ref(), context.device, options.clone())?;
     let vocab_size = training.model().config().vocab_size;
@@ -77,12 +88,28 @@ fn prepare(context: &Context<'_>, folder: &Folder, seq_len: usize, options: &Opt
     };
     let torch = json!({ "op": OP, "part": "lora", "folder": (*path).as_ref().display().to_string(), "seq_len": seq_len,
         "rank": RANK, "checkpointing": options.checkpointing.keeps_inputs(), "dtype": options.dtype.name() });
+    let fits = with_candle && context.with_candle && candle::has(training.model().config());
+    let candle = fits.then(|| peer(Rc::clone(&path), training.model(), seq_len, options.dtype)).transpose()?;
     let keep = path;
     let run = Run::call(move || {
         let _folder = &keep;
         training.step(&batch)
     });
-    Ok(Prepared::new(check, run).with_torch(torch))
+    Ok(Prepared::new(check, run).with_candle(candle).with_torch(torch))
+}
+
+/// candle's own step. Its copy of the weights is there from the first run on.
+fn peer(path: Rc<FolderPath>, model: &Decoder, seq_len: usize, dtype: DType) -> Result<Run> {
+    let start = candle::start_of(model)?;
+    let ids = random_ids(model.config().vocab_size, seq_len)?.into_iter().map(i32::cast_unsigned).collect::<Vec<_>>();
+    let mut loaded = None;
+    Ok(Run::call(move || -> Result<()> {
+        let training = match &mut loaded {
+            Some(training) => training,
+            none => none.insert(candle::Training::new((*path).as_ref(), dtype, &start, ids.clone())?),
+        };
+        training.step().map(drop)
+    }))
 }
 
 thread_local! {
