@@ -4,9 +4,9 @@
 use unsloth_core::{DType, Lengths, Sequences, ops};
 
 /// Queries of an attention tile.
-const Q_BLOCK: usize = 64;
+const Q_BLOCK: usize = 128;
 /// Keys of an attention tile.
-const K_BLOCK: usize = 120;
+const K_BLOCK: usize = 128;
 /// Up to this many queries of a sequence, each visits cached keys for itself.
 const MAX_ROW_QUERIES: usize = 4;
 /// Keys that it visits in one task.

@@ -18,6 +18,10 @@ use crate::{
     simd::{self, Fused, vectorised_fused},
 };
 
+/// Queries whose softmax is taken at once where there are as many. One vector alone would wait for its own last maximum; more than
+/// the registers of AVX2 hold is slower there.
+const MANY_LANES: usize = 4 * LANES;
+
 struct Task {
     sequence: Sequence,
     head: usize,
@@ -152,13 +156,13 @@ impl Block<'_> {
                     }
                 }
                 visible.mask(queries, tile, scores, f32::NEG_INFINITY);
-                // Several vectors at a time: one alone would wait for its own last maximum.
-                if padded(rows) == Q_BLOCK {
-                    self.absorb_lanes::<Q_BLOCK>(m, 0, scores, width);
-                } else {
-                    // Not `for_each`: what is not inlined is not compiled for these instructions.
-                    let mut from = 0;
-                    while from < rows {
+                // Not `for_each`: what is not inlined is not compiled for these instructions.
+                let mut from = 0;
+                while from < rows {
+                    if padded(rows) - from >= MANY_LANES {
+                        self.absorb_lanes::<MANY_LANES>(m, from, scores, width);
+                        from += MANY_LANES;
+                    } else {
                         self.absorb_lanes::<LANES>(m, from, scores, width);
                         from += LANES;
                     }

@@ -137,6 +137,8 @@ fn problems() -> Vec<Problem> {
         same((2, 2, 128), &[33]),
         same((2, 1, 256), &[9]),
         same((3, 1, 24), &[131]),
+        // More than two tiles of any backend in either direction.
+        same((2, 1, 16), &[127, 1, 128, 257]),
         // Empty queries, empty keys, both.
         problem((2, 1, 16), (&[3, 0, 4, 0, 2], &[3, 5, 0, 0, 2])),
         with(same((4, 2, 24), &[17, 0, 5]), all_keys),
