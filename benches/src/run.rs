@@ -42,6 +42,8 @@ pub struct Options {
     pub ops: Vec<String>,
     /// Names of [`MODELS`]; none: all.
     pub shapes: Vec<String>,
+    /// Lengths of one sequence, for attention and training steps; none: those of the selection.
+    pub seq_lens: Vec<usize>,
     /// A Hugging Face folder to train and decode.
     pub folder: Option<PathBuf>,
     /// The smallest model and few samples.
@@ -77,6 +79,10 @@ impl Options {
         ensure!(!self.quick || self.shapes.is_empty(), "--shape: --quick is about the smallest model");
         ensure!(self.threads.is_empty() || self.device == "cpu", "--threads: {} has none to choose", self.device);
         ensure!(!self.threads.contains(&0), "--threads 0: must be at least 1");
+        ensure!(!self.quick || self.seq_lens.is_empty(), "--seq: --quick has its own lengths");
+        if let Some(len) = self.seq_lens.iter().find(|&&len| len < 2) {
+            bail!("--seq {len}: must be at least 2: a token and its target");
+        }
         Ok(())
     }
 
@@ -106,6 +112,11 @@ impl Options {
         let mut selection = if self.quick { Selection::quick(dtypes) } else { Selection::full(dtypes, tokens) };
         if !self.shapes.is_empty() {
             selection.models.retain(|model| self.shapes.iter().any(|shape| shape == model.name));
+        }
+        if !self.seq_lens.is_empty() {
+            selection.seq_lens.clone_from(&self.seq_lens);
+            selection.step_lens.clone_from(&self.seq_lens);
+            selection.all_lens = true;
         }
         Selection { folder: self.folder.clone(), ..selection }
     }
@@ -192,6 +203,10 @@ fn left_out(options: &Options) -> Vec<NotRun> {
     if !options.shapes.is_empty() {
         left_out.push(NotRun::new("all other models", format!("--shape {}", options.shapes.join(" --shape "))));
     }
+    if !options.seq_lens.is_empty() {
+        let lens: Vec<String> = options.seq_lens.iter().map(usize::to_string).collect();
+        left_out.push(NotRun::new("all other lengths of a sequence", format!("--seq {}", lens.join(","))));
+    }
     if !options.ops.is_empty() {
         left_out.push(NotRun::new("all other operators", format!("--op {}", options.ops.join(" --op "))));
     }
@@ -220,10 +235,11 @@ impl Session<'_> {
         tell(&format!("limits with {threads} threads: {limits}"));
         self.report.limits.push(ThreadLimits { threads, limits: limits.clone() });
         let is_main = threads == self.main || !self.options.threads.is_empty();
+        let of_fewer = |lens: &[usize]| if selection.all_lens { lens.to_vec() } else { vec![1024] };
         let smaller = Selection {
             models: selection.models[..1].to_vec(),
-            seq_lens: vec![1024],
-            step_lens: vec![1024],
+            seq_lens: of_fewer(&selection.seq_lens),
+            step_lens: of_fewer(&selection.step_lens),
             all_calls: false,
             ..selection.clone()
         };

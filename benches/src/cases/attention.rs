@@ -36,12 +36,13 @@ const MOST_SCORES: usize = 1 << 28;
 pub fn cases(selection: &Selection) -> Vec<Case> {
     let mut cases = each(selection.small_models(), &selection.dtypes, |model, dtype| {
         let of = |seq_len| [forward_case(model, seq_len, dtype), backward_case(model, seq_len, dtype)];
-        let longest = if selection.is_smallest(&model) { usize::MAX } else { LONGEST_OF_OTHERS };
-        selection.seq_lens.iter().filter(|&&seq_len| seq_len <= longest).flat_map(|&seq_len| of(seq_len)).collect()
+        selection.lens_of(&model, &selection.seq_lens, LONGEST_OF_OTHERS).into_iter().flat_map(of).collect()
     });
     let others = &selection.models[selection.small_models().len()..];
     cases.extend(each(others, &selection.dtypes, |model, dtype| {
-        vec![forward_case(model, 2048, dtype), backward_case(model, 2048, dtype)]
+        let lens = if selection.all_lens { &selection.seq_lens[..] } else { &[2048] };
+        let of = |&seq_len: &usize| [forward_case(model, seq_len, dtype), backward_case(model, seq_len, dtype)];
+        lens.iter().flat_map(of).collect()
     }));
     cases.extend(each(&selection.models, &selection.dtypes, |model, dtype| {
         let capacity = 4 * selection.tokens;

@@ -43,6 +43,8 @@ pub struct Selection {
     pub seq_lens: Vec<usize>,
     /// Lengths of one sequence, for training steps.
     pub step_lens: Vec<usize>,
+    /// All lengths of all models; else the smallest alone shows how cost grows far.
+    pub all_lens: bool,
     /// All projections and calls rather than those that take longest.
     pub all_calls: bool,
     /// A Hugging Face folder to train and decode instead of models of two layers that are written for the purpose.
@@ -59,6 +61,7 @@ impl Selection {
             loss_tokens: 128,
             seq_lens: vec![256, 512, 1024],
             step_lens: vec![128, 256, 512],
+            all_lens: false,
             all_calls: false,
             folder: None,
         }
@@ -73,6 +76,7 @@ impl Selection {
             loss_tokens: tokens.min(1024),
             seq_lens: SEQ_LENS.to_vec(),
             step_lens: SEQ_LENS.to_vec(),
+            all_lens: false,
             all_calls: true,
             folder: None,
         }
@@ -88,8 +92,10 @@ impl Selection {
         }
     }
 
-    fn is_smallest(&self, model: &ModelShape) -> bool {
-        self.models.first() == Some(model)
+    /// Those of `lens` for a model: up to `longest` where it is not to show how cost grows.
+    fn lens_of(&self, model: &ModelShape, lens: &[usize], longest: usize) -> Vec<usize> {
+        let is_whole = self.all_lens || self.models.first() == Some(model);
+        lens.iter().copied().filter(|&len| is_whole || len <= longest).collect()
     }
 
     /// The smallest models: for what depends on the vocabulary or is a model itself.
@@ -149,6 +155,7 @@ mod tests {
             loss_tokens: 9,
             seq_lens: vec![40],
             step_lens: vec![24],
+            all_lens: false,
             all_calls: true,
             folder: None,
         }
@@ -208,6 +215,25 @@ mod tests {
         let all: Vec<Case> = GROUPS.iter().flat_map(|(group, _)| cases_of(group)).collect();
         let ids: std::collections::HashSet<_> = all.iter().map(|case| &case.id).collect();
         assert_eq!(ids.len(), all.len());
+    }
+
+    /// Of every model, where by themselves the larger ones have fewer.
+    #[test]
+    fn lengths_that_are_asked_for_are_the_only_ones() {
+        const LEN: usize = 8192;
+        let full = Selection::full(vec![DType::F32], 64);
+        let asked = Selection { seq_lens: vec![LEN], step_lens: vec![LEN], all_lens: true, ..full };
+        let of_part = |cases: Vec<Case>, part: &str| -> Vec<String> {
+            cases.into_iter().filter(|case| case.id.part == part).map(|case| case.id.shape).collect()
+        };
+        for part in ["forward", "backward"] {
+            let shapes = of_part(attention::cases(&asked), part);
+            assert_eq!(shapes.len(), MODELS.len());
+            assert!(shapes.iter().all(|shape| shape.starts_with("8192 x ")), "{shapes:?}");
+        }
+        let shapes = of_part(train_step::cases(&asked), "lora");
+        assert_eq!(shapes.len(), 2 * asked.small_models().len(), "with and without checkpointing");
+        assert!(shapes.iter().all(|shape| shape.starts_with("1 x 8192,")), "{shapes:?}");
     }
 
     #[test]

@@ -36,8 +36,7 @@ pub fn cases(selection: &Selection) -> Vec<Case> {
     let models = if selection.folder.is_some() { &selection.models[..1] } else { selection.small_models() };
     each(models, &selection.dtypes, |model, dtype| {
         let step = |seq_len, checkpointing| case(selection, model, (seq_len, dtype), checkpointing);
-        let longest = if selection.is_smallest(&model) { usize::MAX } else { LONGEST_OF_OTHERS };
-        let lens: Vec<usize> = selection.step_lens.iter().copied().filter(|&seq_len| seq_len <= longest).collect();
+        let lens = selection.lens_of(&model, &selection.step_lens, LONGEST_OF_OTHERS);
         let mut cases: Vec<Case> = lens.iter().map(|&seq_len| step(seq_len, Checkpointing::None)).collect();
         let middle = lens.get(lens.len() / 2);
         cases.extend(middle.map(|&seq_len| step(seq_len, Checkpointing::Every(1))));

@@ -33,6 +33,9 @@ pub(crate) struct Arguments {
     /// Only this storage type (f32, bf16 or f16); repeat for several [default: f32 and bf16].
     #[arg(long = "dtype", value_name = "TYPE", value_parser = dtype)]
     dtypes: Vec<DType>,
+    /// Lengths of one sequence, for attention and train_step, separated by commas [default: 512 to 16384, of larger models fewer].
+    #[arg(long = "seq", value_name = "TOKENS", value_delimiter = ',', conflicts_with = "quick")]
+    seq_lens: Vec<usize>,
     /// Numbers of threads, separated by commas [default: all, and some operators with fewer].
     #[arg(long, value_name = "N", value_delimiter = ',')]
     threads: Vec<usize>,
@@ -76,6 +79,7 @@ fn bench(arguments: Arguments) -> Result<ExitCode> {
         threads: arguments.threads,
         ops: arguments.ops,
         shapes: arguments.shapes,
+        seq_lens: arguments.seq_lens,
         folder: arguments.model,
         quick: arguments.quick,
         time_limit: arguments.time_limit.map(Duration::from_secs),
