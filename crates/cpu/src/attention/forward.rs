@@ -116,11 +116,19 @@ pub(super) fn block<'a, T: FloatElement>(
     block.max.fill(f32::NEG_INFINITY);
     block.sum.fill(0.0);
     q_head.columns(path, (first_q + queries.start, rows), q, q_transposed);
-    for keys in visible.tiles(queries) {
+    let mut tiles = visible.tiles(queries).peekable();
+    while let Some(keys) = tiles.next() {
         let (cols, seen) = (keys.len(), (first_k + keys.start, keys.len()));
+        if rows <= LANES {
+            // There is little to do with what is read.
+            v_head.ask(seen.0..seen.0 + cols);
+        }
         let (size, alpha, a) = ((cols, padded(rows), path.depth(d)), spec.options.scale, k_head.left(path, seen, k));
         let b = (bits(q_transposed), width);
         Product { size, alpha, a, b, c: (scores, width), into: Into::Overwrite }.run(path);
+        if let Some(next) = tiles.peek().filter(|_| rows <= LANES) {
+            k_head.ask(first_k + next.start..first_k + next.end);
+        }
         block.absorb(&visible, queries, &keys, (scores, spec.options.softcap));
         let (size, a) = ((rows, padded(d), path.depth(cols)), path.by_rows(scores, (cols, rows), pairs));
         let (_, b) = v_head.both(path, seen, v);

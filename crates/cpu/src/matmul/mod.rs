@@ -30,6 +30,7 @@ use self::{
 };
 pub use isa::Isa;
 pub(crate) use mat::{Elements, Into, Mat, MatMut, Sum, Term};
+pub(crate) use pack::prefetch_all;
 
 use crate::{CpuBackend, parallel::Disjoint};
 

@@ -255,7 +255,7 @@ pub(super) fn prefetch<T>(address: *const T) {
 }
 
 /// [`prefetch`] of every line of some elements.
-pub(super) fn prefetch_all<T>(elements: &[T]) {
+pub(crate) fn prefetch_all<T>(elements: &[T]) {
     (0..elements.len()).step_by(64 / size_of::<T>()).for_each(|i| prefetch(elements.as_ptr().wrapping_add(i)));
 }
 
