@@ -13,7 +13,7 @@ use super::{
 use crate::{
     CpuBackend,
     access::{read, write},
-    matmul::Into,
+    matmul::{Into, prefetch_all},
     parallel::Disjoint,
     simd::{self, Fused, vectorised_fused},
 };
@@ -94,6 +94,11 @@ pub(super) fn run<T: FloatElement>(
     })
 }
 
+/// Asks for rows before they are read: those of one head lie apart, which no processor foresees.
+fn ask<T: FloatElement>(head: Head<'_, T>, rows: Range<usize>) {
+    rows.for_each(|token| prefetch_all(head.row(token)));
+}
+
 /// Output rows of a block of queries.
 pub(super) fn block<'a, T: FloatElement>(
     (spec, path): (&Spec, Path),
@@ -121,13 +126,13 @@ pub(super) fn block<'a, T: FloatElement>(
         let (cols, seen) = (keys.len(), (first_k + keys.start, keys.len()));
         if rows <= LANES {
             // There is little to do with what is read.
-            v_head.ask(seen.0..seen.0 + cols);
+            ask(v_head, seen.0..seen.0 + cols);
         }
         let (size, alpha, a) = ((cols, padded(rows), path.depth(d)), spec.options.scale, k_head.left(path, seen, k));
         let b = (bits(q_transposed), width);
         Product { size, alpha, a, b, c: (scores, width), into: Into::Overwrite }.run(path);
         if let Some(next) = tiles.peek().filter(|_| rows <= LANES) {
-            k_head.ask(first_k + next.start..first_k + next.end);
+            ask(k_head, first_k + next.start..first_k + next.end);
         }
         block.absorb(&visible, queries, &keys, (scores, spec.options.softcap));
         let (size, a) = ((rows, padded(d), path.depth(cols)), path.by_rows(scores, (cols, rows), pairs));

@@ -7,8 +7,6 @@
 //! An element of a factor is an f32, or, where the processor multiplies pairs of bf16, two neighbours of the dimension summed
 //! over. Both are 32 bits, and the products differ in nothing but an instruction.
 
-use std::ops::Range;
-
 use half::bf16;
 use pulp::{Simd, WithSimd};
 use unsloth_core::{DType, FloatElement};
@@ -16,7 +14,7 @@ use unsloth_core::{DType, FloatElement};
 #[cfg(target_arch = "x86_64")]
 use crate::avx512;
 use crate::{
-    matmul::{Into, Isa, prefetch_all},
+    matmul::{Into, Isa},
     simd::{self, vectorised},
 };
 
@@ -130,11 +128,6 @@ pub(super) struct Head<'a, T> {
 impl<'a, T: FloatElement> Head<'a, T> {
     pub(super) fn row(&self, token: usize) -> &'a [T] {
         &self.data[(token * self.num_heads + self.head) * self.head_dim..][..self.head_dim]
-    }
-
-    /// Asks for rows before they are read: those of one head lie apart, which no processor foresees.
-    pub(super) fn ask(&self, rows: Range<usize>) {
-        rows.for_each(|token| prefetch_all(self.row(token)));
     }
 
     /// Copies rows `first ..` to the rows of a tile; what fills a row up is zero.
