@@ -117,11 +117,11 @@ impl Weights {
 }
 
 impl Model {
-    /// A model from a Hugging Face folder, for sequences of up to `positions` tokens.
+    /// A model from a Hugging Face folder, for sequences of up to `positions` tokens. `device` makes its rotary tables.
     ///
     /// # Errors
     /// If the folder cannot be read, or is of a model that is not [here](has).
-    pub(crate) fn load(folder: &Path, dtype: Storage, positions: usize) -> Result<Self> {
+    pub(crate) fn load(folder: &Path, device: &unsloth_rs::Device, dtype: Storage, positions: usize) -> Result<Self> {
         let config = DecoderConfig::load(folder)?;
         ensure!(has(&config), "candle's layers do not make this model");
         let dtype = match dtype {
@@ -144,13 +144,8 @@ impl Model {
         };
         let layers = (0..config.layers.len()).map(layer).collect::<Result<_>>()?;
         let norm = weights.norm("model.norm", &config)?;
-        let (frequencies, factor) = config.layers[0].rope.frequencies()?;
-        let angles = |f: fn(f64) -> f64| -> Result<Tensor> {
-            let all = (0..positions).flat_map(|p| frequencies.iter().map(move |frequency| p as f64 * frequency));
-            let values: Vec<f32> = all.map(|angle| (f(angle) * factor) as f32).collect();
-            Ok(Tensor::from_vec(values, (positions, frequencies.len()), &Device::Cpu)?.to_dtype(dtype)?)
-        };
-        let angles = [angles(f64::cos)?, angles(f64::sin)?];
+        let (cos, sin) = config.layers[0].rope.tables(device, positions)?;
+        let angles = [to_candle(&cos)?.to_dtype(dtype)?, to_candle(&sin)?.to_dtype(dtype)?];
         Ok(Self { config, embedding, layers, norm, head, angles })
     }
 
@@ -275,8 +270,14 @@ pub(crate) struct Training {
 impl Training {
     /// # Errors
     /// As [`Model::load`]; an adapter for a matrix that is not there.
-    pub(crate) fn new(folder: &Path, dtype: Storage, start: &Start, ids: Vec<u32>) -> Result<Self> {
-        let mut model = Model::load(folder, dtype, ids.len())?;
+    pub(crate) fn new(
+        folder: &Path,
+        device: &unsloth_rs::Device,
+        dtype: Storage,
+        start: &Start,
+        ids: Vec<u32>,
+    ) -> Result<Self> {
+        let mut model = Model::load(folder, device, dtype, ids.len())?;
         let mut trained = Vec::new();
         for (path, a, scale) in start {
             let linears = model.layers.iter_mut().enumerate().flat_map(|(i, layer)| {
@@ -365,7 +366,7 @@ mod tests {
         let device = cpu();
         let mut ours = trainer(folder.path(), &device, options).unwrap();
         let start = start_of(ours.model()).unwrap();
-        let mut theirs = Training::new(folder.path(), Storage::F32, &start, ids(33)).unwrap();
+        let mut theirs = Training::new(folder.path(), &device, Storage::F32, &start, ids(33)).unwrap();
         let batch = [random_batch(&device, TINY.vocab_size, (1, 33)).unwrap()];
         for step in 0..3 {
             ours.step(&batch).unwrap();
@@ -381,11 +382,12 @@ mod tests {
     fn generates_the_same_tokens() {
         let folder = tempfile::tempdir().unwrap();
         write_checkpoint(folder.path(), &TINY, 2).unwrap();
-        let decoder = Decoder::load(folder.path(), &cpu(), LoadOptions::frozen(Storage::F32)).unwrap();
+        let device = cpu();
+        let decoder = Decoder::load(folder.path(), &device, LoadOptions::frozen(Storage::F32)).unwrap();
         let prompt = random_ids(TINY.vocab_size, 9).unwrap();
         let options = GenerateOptions { max_new_tokens: 12, ignore_eos: true, sampling: Sampling::GREEDY };
         let ours = generate(&decoder, &prompt, options, |_| ()).unwrap().tokens;
-        let model = Model::load(folder.path(), Storage::F32, 21).unwrap();
+        let model = Model::load(folder.path(), &device, Storage::F32, 21).unwrap();
         let (theirs, _) = model.generate(&ids(9), 12).unwrap();
         assert_eq!(ours, theirs.into_iter().map(u32::cast_signed).collect::<Vec<_>>());
     }

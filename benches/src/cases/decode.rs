@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Result, ensure};
 use serde_json::json;
 use unsloth_rs::{
-    DType,
+    DType, Device,
     llm::{
         decoder::{Decoder, LoadOptions},
         generate::{GenerateOptions, generate},
@@ -66,7 +66,7 @@ fn prepare(context: &Context<'_>, folder: &Folder, dtype: DType, with_candle: bo
     let torch = json!({ "op": OP, "part": "greedy", "folder": (*path).as_ref().display().to_string(), "prompt": PROMPT,
         "new": NEW, "dtype": dtype.name() });
     let fits = with_candle && context.with_candle && candle::has(model.config());
-    let candle = fits.then(|| peer(Rc::clone(&path), &prompt, dtype));
+    let candle = fits.then(|| peer(Rc::clone(&path), context.device, &prompt, dtype));
     let recording = Arc::clone(context.recording);
     let run = move || {
         let _folder = &path;
@@ -83,13 +83,14 @@ fn prepare(context: &Context<'_>, folder: &Folder, dtype: DType, with_candle: bo
 }
 
 /// candle's own generation. Its copy of the weights is there from the first run on.
-fn peer(path: Rc<FolderPath>, prompt: &[i32], dtype: DType) -> Run {
+fn peer(path: Rc<FolderPath>, device: &Device, prompt: &[i32], dtype: DType) -> Run {
+    let device = device.clone();
     let ids: Vec<u32> = prompt.iter().copied().map(i32::cast_unsigned).collect();
     let mut loaded = None;
     Run::Clocked(Box::new(move || {
         let model = match &mut loaded {
             Some(model) => model,
-            none => none.insert(candle::Model::load((*path).as_ref(), dtype, PROMPT + NEW)?),
+            none => none.insert(candle::Model::load((*path).as_ref(), &device, dtype, PROMPT + NEW)?),
         };
         let (_, seconds) = model.generate(&ids, NEW)?;
         Ok(Duration::from_secs_f64(seconds))

@@ -88,7 +88,8 @@ fn prepare(
     let torch = json!({ "op": OP, "part": "lora", "folder": (*path).as_ref().display().to_string(), "seq_len": seq_len,
         "rank": RANK, "checkpointing": options.checkpointing.keeps_inputs(), "dtype": options.dtype.name() });
     let fits = with_candle && context.with_candle && candle::has(training.model().config());
-    let candle = fits.then(|| peer(Rc::clone(&path), training.model(), seq_len, options.dtype)).transpose()?;
+    let candle =
+        fits.then(|| peer(Rc::clone(&path), context.device, training.model(), seq_len, options.dtype)).transpose()?;
     let keep = path;
     let run = Run::call(move || {
         let _folder = &keep;
@@ -98,14 +99,14 @@ fn prepare(
 }
 
 /// candle's own step. Its copy of the weights is there from the first run on.
-fn peer(path: Rc<FolderPath>, model: &Decoder, seq_len: usize, dtype: DType) -> Result<Run> {
-    let start = candle::start_of(model)?;
+fn peer(path: Rc<FolderPath>, device: &Device, model: &Decoder, seq_len: usize, dtype: DType) -> Result<Run> {
+    let (start, device) = (candle::start_of(model)?, device.clone());
     let ids = random_ids(model.config().vocab_size, seq_len)?.into_iter().map(i32::cast_unsigned).collect::<Vec<_>>();
     let mut loaded = None;
     Ok(Run::call(move || -> Result<()> {
         let training = match &mut loaded {
             Some(training) => training,
-            none => none.insert(candle::Training::new((*path).as_ref(), dtype, &start, ids.clone())?),
+            none => none.insert(candle::Training::new((*path).as_ref(), &device, dtype, &start, ids.clone())?),
         };
         training.step().map(drop)
     }))

@@ -18,8 +18,8 @@ use crate::{
     simd::{self, Fused, vectorised_fused},
 };
 
-/// Queries whose softmax is taken at once where there are as many. One vector alone would wait for its own last maximum; more than
-/// the registers of AVX2 hold is slower there.
+/// Queries whose softmax is taken at once where there are as many. One vector alone would wait for its own last maximum; the
+/// sums of more would not stay in the registers of AVX2.
 const MANY_LANES: usize = 4 * LANES;
 
 struct Task {

@@ -20,7 +20,7 @@ use crate::{
     access::{dispatch_float, output},
 };
 
-/// Queries of a tile. Keys and values are put in order for products once for so many: on AMX half of them took a fifth longer.
+/// Queries of a tile. Keys and values are put in order for products once for so many.
 const Q_BLOCK: usize = 128;
 /// Keys of a tile: whole tiles of AMX, in either direction. Scores of a tile fit the second-level cache several times.
 const K_BLOCK: usize = 128;
