@@ -2,6 +2,8 @@
 #![cfg(feature = "wgpu")]
 #![allow(clippy::unwrap_used, reason = "a helper of a test may panic like the test itself")]
 
+use std::process::Command;
+
 use cubecl::prelude::*;
 use cubecl_wgpu::{WgpuDevice, WgpuRuntime};
 use unsloth_core::{DType, Device, Error, ops::stochastic_rounding::Spec, rng::Philox};
@@ -23,118 +25,56 @@ fn a_software_device_has_f16() {
     assert!(device().supports(DType::F16) || !adapters()[0].is_cpu);
 }
 
-#[test]
-fn adafactor() {
-    suite::adafactor::run(&device());
+/// Runs a suite in a process of its own. In one process CubeCL works for a device on one thread, where the driver compiles kernels, which
+/// takes most of the time: tests beside each other would only wait for each other.
+fn apart(name: &str, suite: impl FnOnce(&Device)) {
+    const INSIDE: &str = "UNSLOTH_SUITE_IN_PROCESS";
+    if std::env::var_os(INSIDE).is_some() {
+        return suite(&device());
+    }
+    let mut process = Command::new(std::env::current_exe().unwrap());
+    let output = process.args(["--exact", name, "--show-output"]).env(INSIDE, "1").output().unwrap();
+    let [said, errors] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text));
+    let is_passed = output.status.success() && said.contains("test result: ok. 1 passed");
+    assert!(is_passed, "{}: {said}{errors}", output.status);
+    // Where it ran, without what the other process says of its tests.
+    said.lines().filter(|line| line.contains(" on ")).for_each(|line| println!("{line}"));
 }
 
-#[test]
-fn adamw() {
-    suite::adamw::run(&device());
+macro_rules! suites {
+    ($($name:ident)*) => {
+        $(
+            #[test]
+            fn $name() {
+                apart(stringify!($name), suite::$name::run);
+            }
+        )*
+    };
 }
 
-#[test]
-fn adamw8bit() {
-    suite::adamw8bit::run(&device());
+suites! {
+    adafactor adamw adamw8bit cross_entropy dora elementwise embedding glu layer_norm linear linear_cross_entropy lion lora_dropout
+    lora_linear muon reduce rms_norm rope sgd
 }
 
 // No other suite takes as long: its parts run beside each other.
 #[test]
 fn attention_in_f32() {
-    suite::attention::run_shapes(&device(), DType::F32);
+    apart("attention_in_f32", |device| suite::attention::run_shapes(device, DType::F32));
 }
 
 #[test]
 fn attention_in_half_precision() {
-    let device = device();
-    for dtype in device.float_dtypes().into_iter().filter(|&dtype| dtype != DType::F32) {
-        suite::attention::run_shapes(&device, dtype);
-    }
+    apart("attention_in_half_precision", |device| {
+        for dtype in device.float_dtypes().into_iter().filter(|&dtype| dtype != DType::F32) {
+            suite::attention::run_shapes(device, dtype);
+        }
+    });
 }
 
 #[test]
 fn attention_without_shapes() {
-    suite::attention::run_without_shapes(&device());
-}
-
-#[test]
-fn cross_entropy() {
-    suite::cross_entropy::run(&device());
-}
-
-#[test]
-fn dora() {
-    suite::dora::run(&device());
-}
-
-#[test]
-fn elementwise() {
-    suite::elementwise::run(&device());
-}
-
-#[test]
-fn embedding() {
-    suite::embedding::run(&device());
-}
-
-#[test]
-fn glu() {
-    suite::glu::run(&device());
-}
-
-#[test]
-fn layer_norm() {
-    suite::layer_norm::run(&device());
-}
-
-#[test]
-fn linear() {
-    suite::linear::run(&device());
-}
-
-#[test]
-fn linear_cross_entropy() {
-    suite::linear_cross_entropy::run(&device());
-}
-
-#[test]
-fn lion() {
-    suite::lion::run(&device());
-}
-
-#[test]
-fn lora_dropout() {
-    suite::lora_dropout::run(&device());
-}
-
-#[test]
-fn lora_linear() {
-    suite::lora_linear::run(&device());
-}
-
-#[test]
-fn muon() {
-    suite::muon::run(&device());
-}
-
-#[test]
-fn reduce() {
-    suite::reduce::run(&device());
-}
-
-#[test]
-fn rms_norm() {
-    suite::rms_norm::run(&device());
-}
-
-#[test]
-fn rope() {
-    suite::rope::run(&device());
-}
-
-#[test]
-fn sgd() {
-    suite::sgd::run(&device());
+    apart("attention_without_shapes", suite::attention::run_without_shapes);
 }
 
 /// A device without bf16 has none to round to, and says so; the kernel itself, which computes with integers, runs there as well.
