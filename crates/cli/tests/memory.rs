@@ -245,7 +245,7 @@ fn activations_at_the_peak(options: &str, (model, data): (&Path, &Path), output:
 #[test]
 #[ignore = "full: minutes of training on a deep model"]
 fn a_deep_model_holds_as_much_less_as_it_says() {
-    /// What a process holds besides its buffers: the program, what products of f32 pack, what waits in the pool.
+    /// What a process holds besides its buffers: the program, and what waits in the pool.
     const BESIDES: u64 = 64 << 20;
     let folder = tempfile::tempdir().unwrap();
     let (model, data) = (folder.path().join("model"), folder.path().join("data.jsonl"));

@@ -2,6 +2,9 @@
 //!
 //! Training asks for the same sizes in every step; taking them from the system each time costs page faults that rival the
 //! arithmetic. The pool keeps released blocks and serves a request with the smallest one that fits without much waste.
+//!
+//! Scratch is held for one operator call, nearly always one piece at a time, but in many sizes. Large pieces have blocks of their own, which
+//! serve whatever fits, so that the largest one is all that waits.
 
 use std::{
     collections::BTreeMap,
@@ -26,10 +29,21 @@ struct Idle {
     since: u64,
 }
 
+/// What a block is lent for: blocks of one purpose do not serve the other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    Buffer,
+    /// A large piece of [`Category::Workspace`].
+    Scratch,
+}
+
+/// Released blocks by capacity in lines; within one capacity the last released is reused first: it is warm in cache.
+type Blocks = BTreeMap<usize, Vec<Idle>>;
+
 #[derive(Default)]
 struct State {
-    /// Released blocks by capacity in lines; within one capacity the last released is reused first: it is warm in cache.
-    idle: BTreeMap<usize, Vec<Idle>>,
+    idle: Blocks,
+    idle_scratch: Blocks,
     idle_bytes: u64,
     resident_bytes: u64,
     tick: u64,
@@ -69,7 +83,12 @@ impl HostPool {
     pub fn allocate(self: &Arc<Self>, bytes: usize, category: Category, init: Init) -> Result<HostBlock> {
         let charge = self.ledger.charge(bytes, category)?;
         let num_lines = class(crate::round_up(bytes) / size_of::<Line>());
-        let reused = self.take_idle(num_lines);
+        let is_large = num_lines * size_of::<Line>() >= AllocationCounts::LARGE_BYTES;
+        let purpose = match category {
+            Category::Workspace if is_large => Purpose::Scratch,
+            _ => Purpose::Buffer,
+        };
+        let reused = self.take_idle(num_lines, purpose);
         let lines = match reused {
             Some(mut lines) => {
                 if init == Init::Zero {
@@ -77,22 +96,27 @@ impl HostPool {
                 }
                 lines
             }
-            None => self.take_fresh(num_lines, &charge)?,
+            None => self.take_fresh(num_lines, purpose, &charge)?,
         };
-        Ok(HostBlock { lines, bytes, charge, pool: Arc::clone(self) })
+        Ok(HostBlock { lines, bytes, purpose, charge, pool: Arc::clone(self) })
     }
 
-    fn take_idle(&self, num_lines: usize) -> Option<Vec<Line>> {
+    fn take_idle(&self, num_lines: usize, purpose: Purpose) -> Option<Vec<Line>> {
         let mut state = self.lock();
         state.tick += 1;
-        // Large blocks may waste a quarter, small ones may be twice as large as needed.
+        // Large blocks may waste a quarter, small ones may be twice as large as needed; scratch is soon given back.
         let large = num_lines * size_of::<Line>() >= AllocationCounts::LARGE_BYTES;
-        let most = if large { num_lines + num_lines / 4 } else { num_lines * 2 };
-        let capacity = *state.idle.range(num_lines..=most).next()?.0;
-        let blocks = state.idle.get_mut(&capacity)?;
+        let most = match purpose {
+            Purpose::Scratch => usize::MAX,
+            Purpose::Buffer if large => num_lines + num_lines / 4,
+            Purpose::Buffer => num_lines * 2,
+        };
+        let all = state.idle_of(purpose);
+        let capacity = *all.range(num_lines..=most).next()?.0;
+        let blocks = all.get_mut(&capacity)?;
         let block = blocks.pop()?;
         if blocks.is_empty() {
-            state.idle.remove(&capacity);
+            all.remove(&capacity);
         }
         state.idle_bytes -= (capacity * size_of::<Line>()) as u64;
         state.counts.reused += 1;
@@ -101,11 +125,15 @@ impl HostPool {
         Some(block.lines)
     }
 
-    fn take_fresh(&self, num_lines: usize, charge: &Charge) -> Result<Vec<Line>> {
+    fn take_fresh(&self, num_lines: usize, purpose: Purpose, charge: &Charge) -> Result<Vec<Line>> {
         let bytes = (num_lines * size_of::<Line>()) as u64;
         let mut state = self.lock();
         let oldest = state.tick.saturating_sub(IDLE_ALLOCATIONS);
         state.release_idle(oldest);
+        if purpose == Purpose::Scratch {
+            // None that waits is large enough: this one takes their place.
+            state.release_scratch();
+        }
         if self.ledger.budget_bytes().is_some_and(|budget| state.resident_bytes + bytes > budget) {
             state.release_idle(u64::MAX);
         }
@@ -140,7 +168,8 @@ impl HostPool {
     /// Every size of block that was ever lent, the smallest first, and how often.
     pub fn classes(&self) -> Vec<ClassUsage> {
         let state = self.lock();
-        let idle = |lines: &usize| state.idle.get(lines).map_or(0, |blocks| blocks.len() as u64);
+        let waiting = |all: &Blocks, lines: &usize| all.get(lines).map_or(0, |blocks| blocks.len() as u64);
+        let idle = |lines: &usize| waiting(&state.idle, lines) + waiting(&state.idle_scratch, lines);
         let class = |(lines, class): (&usize, &ClassUsage)| {
             let block_bytes = (lines * size_of::<Line>()) as u64;
             ClassUsage { block_bytes, num_idle: idle(lines), ..*class }
@@ -160,24 +189,48 @@ impl HostPool {
 }
 
 impl State {
+    fn idle_of(&mut self, purpose: Purpose) -> &mut Blocks {
+        match purpose {
+            Purpose::Buffer => &mut self.idle,
+            Purpose::Scratch => &mut self.idle_scratch,
+        }
+    }
+
     /// Frees idle blocks that were released before `tick`.
     fn release_idle(&mut self, tick: u64) {
-        let mut freed = 0u64;
-        self.idle.retain(|&capacity, blocks| {
-            let before = blocks.len();
-            blocks.retain(|block| block.since >= tick);
-            freed += ((before - blocks.len()) * capacity * size_of::<Line>()) as u64;
-            !blocks.is_empty()
-        });
-        self.idle_bytes -= freed;
-        self.resident_bytes -= freed;
+        let freed = release(&mut self.idle, tick) + release(&mut self.idle_scratch, tick);
+        self.forget(freed);
     }
+
+    /// Frees all idle scratch.
+    fn release_scratch(&mut self) {
+        let freed = release(&mut self.idle_scratch, u64::MAX);
+        self.forget(freed);
+    }
+
+    fn forget(&mut self, idle_bytes: u64) {
+        self.idle_bytes -= idle_bytes;
+        self.resident_bytes -= idle_bytes;
+    }
+}
+
+/// Frees blocks that were released before `tick`; gives their bytes.
+fn release(all: &mut Blocks, tick: u64) -> u64 {
+    let mut freed = 0u64;
+    all.retain(|&capacity, blocks| {
+        let before = blocks.len();
+        blocks.retain(|block| block.since >= tick);
+        freed += ((before - blocks.len()) * capacity * size_of::<Line>()) as u64;
+        !blocks.is_empty()
+    });
+    freed
 }
 
 /// A lent block; dropping it returns it to its pool.
 pub struct HostBlock {
     lines: Vec<Line>,
     bytes: usize,
+    purpose: Purpose,
     charge: Charge,
     pool: Arc<HostPool>,
 }
@@ -211,7 +264,7 @@ impl Drop for HostBlock {
         if let Some(class) = state.classes.get_mut(&lines.len()) {
             class.num_lent -= 1;
         }
-        state.idle.entry(lines.len()).or_default().push(Idle { lines, since });
+        state.idle_of(self.purpose).entry(lines.len()).or_default().push(Idle { lines, since });
     }
 }
 
@@ -249,18 +302,41 @@ mod tests {
     #[test]
     fn a_much_larger_block_is_not_wasted_on_a_small_request() {
         let pool = pool(None);
-        drop(pool.allocate(8 << 20, Category::Workspace, Init::Arbitrary).unwrap());
-        let _small = pool.allocate(1 << 20, Category::Workspace, Init::Arbitrary).unwrap();
+        drop(pool.allocate(8 << 20, Category::Activations, Init::Arbitrary).unwrap());
+        let _small = pool.allocate(1 << 20, Category::Activations, Init::Arbitrary).unwrap();
         assert_eq!(pool.counts().fresh_large, 2);
         assert_eq!(pool.usage(), PoolUsage { reserved_bytes: 9 << 20, idle_bytes: 8 << 20 });
         pool.trim();
         assert_eq!(pool.usage(), PoolUsage { reserved_bytes: 1 << 20, idle_bytes: 0 });
     }
 
+    /// Calls that take one piece of scratch, or two, of different sizes, over and over: what waits is the largest of either.
+    #[test]
+    fn scratch_is_as_much_as_one_call_needs() {
+        let pool = pool(None);
+        let scratch = |bytes: usize| pool.allocate(bytes, Category::Workspace, Init::Arbitrary).unwrap();
+        let kept = pool.allocate(3 << 20, Category::Activations, Init::Arbitrary).unwrap();
+        for step in 0..3 {
+            for bytes in [1 << 20, 5 << 20, 2 << 20] {
+                drop(scratch(bytes));
+            }
+            let (_first, second) = (scratch(4 << 20), scratch(1 << 20));
+            drop(second);
+            let usage = pool.usage();
+            assert_eq!((usage.reserved_bytes, usage.idle_bytes), (9 << 20, 1 << 20), "{step}");
+        }
+        // One block of scratch for 1 MiB, one for 5, and one for the second of two pieces.
+        assert_eq!(pool.counts().fresh_large, 4);
+        drop(kept);
+        // Neither kind takes the other's blocks.
+        let _kept = pool.allocate(5 << 20, Category::Activations, Init::Arbitrary).unwrap();
+        assert_eq!(pool.counts().fresh_large, 5);
+    }
+
     #[test]
     fn idle_blocks_make_room_within_the_budget() {
         let pool = pool(Some(3 << 20));
-        drop(pool.allocate(2 << 20, Category::Workspace, Init::Arbitrary).unwrap());
+        drop(pool.allocate(2 << 20, Category::Activations, Init::Arbitrary).unwrap());
         let _block = pool.allocate(1 << 20, Category::Workspace, Init::Arbitrary).unwrap();
         assert_eq!(pool.usage().reserved_bytes, 3 << 20);
         let _other = pool.allocate(1 << 19, Category::Workspace, Init::Arbitrary).unwrap();
@@ -270,11 +346,11 @@ mod tests {
     #[test]
     fn blocks_idle_for_long_are_given_back() {
         let pool = pool(None);
-        drop(pool.allocate(1 << 20, Category::Workspace, Init::Arbitrary).unwrap());
+        drop(pool.allocate(1 << 20, Category::Activations, Init::Arbitrary).unwrap());
         for _ in 0..=IDLE_ALLOCATIONS {
-            drop(pool.allocate(256, Category::Workspace, Init::Arbitrary).unwrap());
+            drop(pool.allocate(256, Category::Activations, Init::Arbitrary).unwrap());
         }
-        let _block = pool.allocate(4 << 20, Category::Workspace, Init::Arbitrary).unwrap();
+        let _block = pool.allocate(4 << 20, Category::Activations, Init::Arbitrary).unwrap();
         assert_eq!(pool.usage().idle_bytes, 256);
     }
 
@@ -301,9 +377,11 @@ mod tests {
     fn the_account_is_that_of_the_blocks() {
         let pool = pool(None);
         let mut held = Vec::new();
+        // Large scratch may lie in a block of any size.
+        let categories: Vec<Category> = Category::ALL.into_iter().filter(|&one| one != Category::Workspace).collect();
         for round in 0..200usize {
             let bytes = 1 + round * 7919 % 300_000;
-            held.push(pool.allocate(bytes, Category::ALL[round % 7], Init::Arbitrary).unwrap());
+            held.push(pool.allocate(bytes, categories[round % categories.len()], Init::Arbitrary).unwrap());
             if round % 3 == 0 {
                 held.swap_remove(round * 31 % held.len());
             }
