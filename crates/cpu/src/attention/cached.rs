@@ -6,6 +6,7 @@ use unsloth_core::{Element, FloatElement, KvView, Lengths, Result, Sequences, Te
 
 use super::{
     K_BLOCK, Q_BLOCK, Sequence, Visible, forward,
+    rows::{self, Heads},
     tile::{Head, Path, stride},
 };
 use crate::{
@@ -21,7 +22,7 @@ const MAX_ROW_QUERIES: usize = 4;
 /// Keys of a task. Where a sequence is cut depends on nothing else.
 const KEYS: usize = 4 * K_BLOCK;
 
-/// Query heads of one query that share a key head.
+/// Query heads of one query, all of one task for the same keys.
 struct Rows {
     /// The query, counted over all sequences.
     token: usize,
@@ -73,9 +74,9 @@ fn run_rows<T: FloatElement>(
     out: &mut Tensor,
 ) -> Result<()> {
     let d = spec.head_dim;
-    let (rows, tasks) = cut(spec, sequences);
     let parts = |sequence: &Sequence| sequence.visible.seq_q * sequence.visible.seq_k.div_ceil(KEYS).max(1);
     let parts: usize = sequences.iter().map(parts).sum();
+    let (rows, tasks) = cut(&head_ranges(spec, parts, backend.num_threads()), spec.head_dim, sequences);
     let mut partials = backend.workspace(parts * spec.num_heads * partial_len(d))?;
     let results = Disjoint::new(&mut partials);
     let path = Path::new::<T>(backend.isa(), d);
@@ -84,13 +85,20 @@ fn run_rows<T: FloatElement>(
     let num_threads = if parts * spec.num_kv_heads < 2 { 1 } else { backend.num_threads() };
     backend.for_each_task_on(num_threads, &tasks, forward::scratch_len(d), |task, scratch| {
         let Task { token, heads, keys, start } = task;
-        let head = heads.start / (spec.num_heads / spec.num_kv_heads);
-        let key_rows = |data| Head { data, num_heads: spec.num_kv_heads, head, head_dim: d };
         // Heads of one query lie as rows of one head do: one after another.
         let q = Head { data: q, num_heads: 1, head: 0, head_dim: d };
-        let visible = Visible { seq_q: heads.len(), seq_k: keys.len(), causal: false, left: None };
-        let sequence = Sequence { first_q: token * spec.num_heads + heads.start, first_k: keys.start, visible };
-        let block = forward::block((spec, path), sequence, &(0..heads.len()), (q, key_rows(k), key_rows(v)), scratch);
+        let (first_q, num_heads) = (token * spec.num_heads + heads.start, spec.num_kv_heads);
+        let group = spec.num_heads / num_heads;
+        let first = heads.start / group;
+        let block = if group <= rows::MAX_GROUP {
+            let some = |data| Heads { data, num_heads, head_dim: d, first, count: heads.len() / group };
+            rows::block((spec, backend.isa()), (q, first_q), (some(k), some(v)), keys, scratch)
+        } else {
+            let one = |data| Head { data, num_heads, head: first, head_dim: d };
+            let visible = Visible { seq_q: heads.len(), seq_k: keys.len(), causal: false, left: None };
+            let sequence = Sequence { first_q, first_k: keys.start, visible };
+            forward::block((spec, path), sequence, &(0..heads.len()), (q, one(k), one(v)), scratch)
+        };
         #[allow(unsafe_code, reason = "tasks write pieces of one buffer")]
         // SAFETY: `cut` gives each task a range of its own.
         let to = unsafe { results.piece(*start..start + heads.len() * partial_len(d)) };
@@ -113,28 +121,36 @@ fn run_rows<T: FloatElement>(
     Ok(())
 }
 
-/// All rows, and their tasks. A row that sees no keys has a task too, which finds that out.
-fn cut(spec: &Spec, sequences: &[Sequence]) -> (Vec<Rows>, Vec<Task>) {
+/// Query heads of a task: those of several key heads as far as there are tasks for all threads.
+fn head_ranges(spec: &Spec, parts: usize, num_threads: usize) -> Vec<Range<usize>> {
     let group = (spec.num_heads / spec.num_kv_heads.max(1)).max(1);
+    if group <= rows::MAX_GROUP {
+        let heads = (spec.num_kv_heads * parts / (2 * num_threads)).clamp(1, rows::MAX_ROWS / group) * group;
+        return (0..spec.num_heads).step_by(heads).map(|head| head..spec.num_heads.min(head + heads)).collect();
+    }
+    let of_one = |head: usize| (head..head + group).step_by(Q_BLOCK).map(move |first| (first, head + group));
+    let ranges = (0..spec.num_heads).step_by(group).flat_map(of_one);
+    ranges.map(|(first, end)| first..end.min(first + Q_BLOCK)).collect()
+}
+
+/// All rows, and their tasks. A row that sees no keys has a task too, which finds that out.
+fn cut(heads: &[Range<usize>], head_dim: usize, sequences: &[Sequence]) -> (Vec<Rows>, Vec<Task>) {
     let (mut all, mut tasks, mut start) = (Vec::new(), Vec::<Task>::new(), 0);
     for Sequence { first_q, first_k, visible } in sequences {
-        for (query, head) in (0..visible.seq_q).flat_map(|i| (0..spec.num_heads).step_by(group).map(move |h| (i, h))) {
-            let (token, seen) = (first_q + query, visible.keys(query));
-            for first in (head..head + group).step_by(Q_BLOCK) {
-                let (heads, first_task) = (first..(head + group).min(first + Q_BLOCK), tasks.len());
-                let mut task = |keys: Range<usize>| {
-                    let keys = first_k + keys.start..first_k + keys.end;
-                    tasks.push(Task { token, heads: heads.clone(), keys, start });
-                    start += heads.len() * partial_len(spec.head_dim);
-                };
-                if seen.is_empty() {
-                    task(0..0);
-                }
-                for part in (seen.start / KEYS..).map(|part| part * KEYS).take_while(|part| *part < seen.end) {
-                    task(seen.start.max(part)..seen.end.min(part + KEYS));
-                }
-                all.push(Rows { token, heads, tasks: first_task..tasks.len() });
+        for (query, heads) in (0..visible.seq_q).flat_map(|i| heads.iter().map(move |heads| (i, heads))) {
+            let (token, seen, first_task) = (first_q + query, visible.keys(query), tasks.len());
+            let mut task = |keys: Range<usize>| {
+                let keys = first_k + keys.start..first_k + keys.end;
+                tasks.push(Task { token, heads: heads.clone(), keys, start });
+                start += heads.len() * partial_len(head_dim);
+            };
+            if seen.is_empty() {
+                task(0..0);
             }
+            for part in (seen.start / KEYS..).map(|part| part * KEYS).take_while(|part| *part < seen.end) {
+                task(seen.start.max(part)..seen.end.min(part + KEYS));
+            }
+            all.push(Rows { token, heads: heads.clone(), tasks: first_task..tasks.len() });
         }
     }
     (all, tasks)

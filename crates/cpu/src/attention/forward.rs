@@ -114,12 +114,7 @@ pub(super) fn block<'a, T: FloatElement>(
     let (k, v) = (take(&mut scratch, K_BLOCK * wide), take(&mut scratch, K_BLOCK * wide));
     let scores = take(&mut scratch, K_BLOCK * width);
     let pairs = take(&mut scratch, K_BLOCK / 2 * width);
-    let out = take(&mut scratch, rows * wide);
-    let mut statistics = || take(&mut scratch, padded(rows));
-    let mut block = Block { out, max: statistics(), sum: statistics(), rescale: statistics() };
-    block.out.fill(0.0);
-    block.max.fill(f32::NEG_INFINITY);
-    block.sum.fill(0.0);
+    let mut block = Block::empty((rows, wide), &mut scratch);
     q_head.columns(path, (first_q + queries.start, rows), q, q_transposed);
     let mut tiles = visible.tiles(queries).peekable();
     while let Some(keys) = tiles.next() {
@@ -139,16 +134,32 @@ pub(super) fn block<'a, T: FloatElement>(
         let (_, b) = v_head.both(path, seen, v);
         Product { size, alpha: 1.0, a, b, c: (block.out, wide), into: Into::Add }.run(path);
     }
-    for (row, sum) in block.out.chunks_exact_mut(wide).zip(&*block.sum) {
-        // A fully masked row is zeros already; NaN stays NaN.
-        if *sum != 0.0 {
-            simd::scale(row, 1.0 / sum);
-        }
-    }
+    block.divide(wide);
     block
 }
 
-impl Block<'_> {
+impl<'a> Block<'a> {
+    /// Of `rows` rows, `wide` elements apart, that have visited no key, in scratch.
+    pub(super) fn empty((rows, wide): (usize, usize), scratch: &mut &'a mut [f32]) -> Self {
+        let out = take(scratch, rows * wide);
+        let mut statistics = || take(scratch, padded(rows));
+        let block = Self { out, max: statistics(), sum: statistics(), rescale: statistics() };
+        block.out.fill(0.0);
+        block.max.fill(f32::NEG_INFINITY);
+        block.sum.fill(0.0);
+        block
+    }
+
+    /// Divides the output by the sums, when all keys have been visited.
+    pub(super) fn divide(&mut self, wide: usize) {
+        for (row, sum) in self.out.chunks_exact_mut(wide).zip(&*self.sum) {
+            // A fully masked row is zeros already; NaN stays NaN.
+            if *sum != 0.0 {
+                simd::scale(row, 1.0 / sum);
+            }
+        }
+    }
+
     /// Turns a tile of scores into probabilities relative to the new maxima, and rescales what was summed before.
     fn absorb(
         &mut self,

@@ -8,6 +8,7 @@ mod amx;
 mod backward;
 mod cached;
 mod forward;
+mod rows;
 mod tile;
 
 use unsloth_core::{

@@ -279,15 +279,7 @@ impl Product<'_> {
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => self.tiles(path.pairs),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => {
-                let Some(v3) = pulp::x86::V3::try_new() else { unreachable!("a path is made for this processor") };
-                Simd::vectorize(v3, self);
-            }
-            #[cfg(target_arch = "x86_64")]
-            _ => self.with_simd(pulp::Scalar::new()),
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => pulp::Arch::new().dispatch(self),
+            isa => isa.vectorize(self),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Which instructions products are made of: a value, found once.
 
+use pulp::WithSimd;
 use unsloth_core::{Error, Result};
 
 /// An instruction set that matrix products and attention have a path for. Every path sums in f32 and gives the same bits on every
@@ -67,6 +68,21 @@ impl Isa {
     /// Whether it has vectors of AVX-512.
     pub(crate) fn has_avx512(self) -> bool {
         matches!(self, Self::Avx512 | Self::Avx512Bf16 | Self::Amx)
+    }
+
+    /// Runs what is written for vectors of any width with the widest that it has of at most eight f32.
+    #[inline]
+    pub(crate) fn vectorize<W: WithSimd>(self, work: W) -> W::Output {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if self == Self::Portable {
+                return pulp::Simd::vectorize(pulp::Scalar::new(), work);
+            }
+            let Some(v3) = pulp::x86::V3::try_new() else { unreachable!("a path is chosen for this processor") };
+            pulp::Simd::vectorize(v3, work)
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        pulp::Arch::new().dispatch(work)
     }
 
     /// The fastest that this processor has.
