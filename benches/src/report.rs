@@ -68,6 +68,10 @@ pub struct Entry {
     pub bound: Bound,
     /// Least time that the measured limits allow, in percent of the median.
     pub percent_of_limit: f64,
+    /// The rate of products that this percentage is of, in FLOP/s, where it was measured between the samples (their median): that of
+    /// [`Report::limits`] is the best one, from the start of the run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_flops: Option<f64>,
     /// Highest number of bytes held on the device while it ran, from the ledger; inputs are among them.
     pub peak_bytes: u64,
     /// Those beyond what was held before.
@@ -212,6 +216,7 @@ pub(crate) mod tests {
             bytes: 1_000_000,
             bound: Bound::Compute,
             percent_of_limit: 50.0,
+            limit_flops: None,
             peak_bytes: 3 << 20,
             extra_bytes: 1 << 20,
             peak_rss_bytes: None,

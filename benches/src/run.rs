@@ -17,7 +17,7 @@ use crate::{
     case::{Case, Context, Prepared},
     cases::{GROUPS, Selection},
     criterion::once,
-    limits::{self, Limits, Rate},
+    limits::{self, Bound, Limits, Products, Rate},
     machine::{self, Machine, Noise},
     measure::{Contender, Effort, Eviction, InProcess, Timing, in_turn},
     models::MODELS,
@@ -119,6 +119,14 @@ impl Options {
             selection.all_lens = true;
         }
         Selection { folder: self.folder.clone(), ..selection }
+    }
+
+    fn effort(&self, device: &Device) -> Effort {
+        match (self.quick, machine::is_cpu(device)) {
+            (true, _) => Effort::QUICK,
+            (false, true) => Effort::FULL,
+            (false, false) => Effort::DEVICE,
+        }
     }
 
     /// Numbers of threads, the last one that of the main results.
@@ -231,7 +239,7 @@ impl Session<'_> {
     /// All cases; with fewer threads than the main results have, only those that [`SCALING`] is about.
     fn with_threads(&mut self, threads: usize, selection: &Selection, tell: &mut dyn FnMut(&str)) -> Result<()> {
         let (device, recording) = recorded(&self.options.open(threads)?);
-        let limits = self.limits(&device, threads)?;
+        let (limits, products) = self.limits(&device, threads)?;
         tell(&format!("limits with {threads} threads: {limits}"));
         self.report.limits.push(ThreadLimits { threads, limits: limits.clone() });
         let is_main = threads == self.main || !self.options.threads.is_empty();
@@ -254,7 +262,7 @@ impl Session<'_> {
                     self.report.not_run.push(NotRun::new(case.id.to_string(), "--time-limit"));
                     continue;
                 }
-                match self.case(&case, (context, threads), &limits) {
+                match self.case(&case, (context, threads), (&limits, products.as_ref())) {
                     Ok(entry) => {
                         tell(&entry.to_string());
                         self.report.results.push(entry);
@@ -279,11 +287,13 @@ impl Session<'_> {
         self.report.not_run.push(NotRun::new(case.id.to_string(), reason));
     }
 
-    fn limits(&mut self, device: &Device, threads: usize) -> Result<Limits> {
+    /// The limits, and how to measure those of a processor's products again.
+    fn limits(&mut self, device: &Device, threads: usize) -> Result<(Limits, Option<Products>)> {
         // Others disturb a processor more than a card.
         let time = Duration::from_millis(if self.options.quick || !machine::is_cpu(device) { 400 } else { 2000 });
         if machine::is_cpu(device) {
-            return Ok(limits::cpu(threads, time, machine::beyond_caches()));
+            let (limits, products) = limits::cpu(threads, time, machine::beyond_caches());
+            return Ok((limits, Some(products)));
         }
         let size = if self.options.quick { (2048, 64 << 20) } else { (4096, 256 << 20) };
         let mut limits = limits::device(device, time, size)?;
@@ -301,10 +311,15 @@ impl Session<'_> {
                 *rate = theirs;
             }
         }
-        Ok(limits)
+        Ok((limits, None))
     }
 
-    fn case(&mut self, case: &Case, (context, threads): (Context<'_>, usize), limits: &Limits) -> Result<Entry> {
+    fn case(
+        &mut self,
+        case: &Case,
+        (context, threads): (Context<'_>, usize),
+        (limits, products): (&Limits, Option<&Products>),
+    ) -> Result<Entry> {
         let Prepared { mut check, mut run, candle, torch } = case.prepare(&context)?;
         check()?;
         drop(check);
@@ -330,11 +345,10 @@ impl Session<'_> {
             contenders.push(Box::new(candle));
         }
         if let Some(peer) = self.torch.as_ref().filter(|_| threads == self.main) {
-            peer.borrow_mut().clear()?;
-            for (name, task) in &torch {
-                match Task::prepare(peer, name, task) {
+            for (name, task) in Task::prepare_all(peer, &torch)? {
+                match task {
                     Ok(task) => {
-                        names.push((*name).to_owned());
+                        names.push(name.to_owned());
                         contenders.push(Box::new(task));
                     }
                     Err(error) => {
@@ -343,21 +357,25 @@ impl Session<'_> {
                 }
             }
         }
-        let effort = match (self.options.quick, machine::is_cpu(device)) {
-            (true, _) => Effort::QUICK,
-            (false, true) => Effort::FULL,
-            (false, false) => Effort::DEVICE,
-        };
-        let mut timings = in_turn(&mut contenders, effort)?.into_iter();
+        let dtype = DType::FLOATS.into_iter().find(|dtype| dtype.name() == case.id.dtype).unwrap_or(DType::F32);
+        let (mut least, bound) = limits.least_time(cost, dtype);
+        let products = products.filter(|_| bound == Bound::Compute);
+        if let Some(products) = products {
+            contenders.push(Box::new(Limit { products, dtype, flops: cost.flops as f64 }));
+        }
+        let mut timings = in_turn(&mut contenders, self.options.effort(device))?;
         drop(contenders);
+        if products.is_some() {
+            let limit = timings.pop().context("the limit has times")?;
+            least = Duration::from_secs_f64(limit.median_s);
+        }
+        let mut timings = timings.into_iter();
         let timing = timings.next().context("a case has its own times")?;
         let peer = |(name, theirs): (String, Timing)| {
             let ratio = theirs.median_s / timing.median_s;
             PeerTiming { name, timing: theirs, ratio }
         };
         let peers = names.into_iter().zip(timings).map(peer).collect();
-        let dtype = DType::FLOATS.into_iter().find(|dtype| dtype.name() == case.id.dtype).unwrap_or(DType::F32);
-        let (least, bound) = limits.least_time(cost, dtype);
         Ok(Entry {
             id: case.id.clone(),
             threads,
@@ -365,6 +383,7 @@ impl Session<'_> {
             bytes: cost.bytes(),
             bound,
             percent_of_limit: 100.0 * least.as_secs_f64() / timing.median_s,
+            limit_flops: products.map(|_| cost.flops as f64 / least.as_secs_f64()),
             peak_bytes,
             extra_bytes: peak_bytes.saturating_sub(before),
             peak_rss_bytes,
@@ -372,6 +391,20 @@ impl Session<'_> {
             timing,
             peers,
         })
+    }
+}
+
+/// The least time for a number of FLOPs, measured in turn with those that need longer: what a processor's products take depends on
+/// what else its cores do, which on a virtual machine nobody here sees.
+struct Limit<'a> {
+    products: &'a Products,
+    dtype: DType,
+    flops: f64,
+}
+
+impl Contender for Limit<'_> {
+    fn sample(&mut self) -> Result<f64> {
+        Ok(self.flops / self.products.rate(self.dtype))
     }
 }
 

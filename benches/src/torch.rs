@@ -89,6 +89,18 @@ pub struct Task<'a> {
 }
 
 impl<'a> Task<'a> {
+    /// Gets tasks ready that are named, after forgetting all others; those that PyTorch refuses are errors.
+    ///
+    /// # Errors
+    /// If the peer has ended.
+    pub fn prepare_all<'n>(
+        torch: &'a RefCell<Torch>,
+        tasks: &[(&'n str, Value)],
+    ) -> Result<Vec<(&'n str, Result<Self>)>> {
+        torch.borrow_mut().clear()?;
+        Ok(tasks.iter().map(|(name, task)| (*name, Self::prepare(torch, name, task))).collect())
+    }
+
     /// Gets a task ready, under a name of its own.
     ///
     /// # Errors

@@ -6,6 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use unsloth_rs::DType;
+
 use super::{Limits, Rate};
 
 /// How long products run at a time: short, so that some run without being interrupted. The best counts, for it is a limit.
@@ -15,22 +17,94 @@ const SPRINT: Duration = Duration::from_millis(3);
 type Kernel = fn(iterations: u64) -> u64;
 
 /// Measures with `threads` threads, each rate for about `time`, streaming through `bytes` bytes.
-pub fn measure(threads: usize, time: Duration, bytes: usize) -> Limits {
-    let rate = |(name, kernel): (&str, Kernel)| Rate::new(products(threads, time, kernel), name);
-    let faster =
-        |a: Rate, b: Option<Rate>| b.into_iter().fold(a, |a, b| if b.per_second > a.per_second { b } else { a });
-    let [read, copy] = streams(threads, time, bytes);
-    let tiles = tiles().map(rate);
+pub fn measure(threads: usize, time: Duration, bytes: usize) -> (Limits, Products) {
+    let faster = |a: Measured, b: Option<Measured>| {
+        b.into_iter().fold(a, |a, b| if b.1.per_second > a.1.per_second { b } else { a })
+    };
+    let measured = |(name, kernel): (&str, Kernel)| {
+        let sprint = Sprint::new(kernel, threads);
+        let rate = Rate::new(sprint.best(time), name);
+        (sprint, rate)
+    };
+    let tiles = tiles().map(measured);
     // Products of f32 are made of those of their parts where that is faster.
-    let parts = tiles
-        .as_ref()
-        .map(|tiles| Rate::new(tiles.per_second / PARTS_PRODUCTS, "a sixth of AMX tiles of bf16 in registers"));
-    Limits {
-        f32_flops: faster(rate(fma()), parts),
-        bf16_flops: bf16_dot().map(rate).map(|dot| faster(dot, tiles)),
+    let parts = tiles.as_ref().map(|(sprint, rate)| {
+        let sprint = Sprint { products_of_one: PARTS_PRODUCTS, ..*sprint };
+        (sprint, Rate::new(rate.per_second / PARTS_PRODUCTS, "a sixth of AMX tiles of bf16 in registers"))
+    });
+    let (f32, f32_flops) = faster(measured(fma()), parts);
+    let (bf16, bf16_flops) = bf16_dot().map(measured).map(|dot| faster(dot, tiles)).unzip();
+    let [read, copy] = streams(threads, time, bytes);
+    let limits = Limits {
+        f32_flops,
+        bf16_flops,
         f16_flops: None,
         read_bytes: Rate::new(read, "sums of a buffer"),
         copy_bytes: Rate::new(copy, "copies of a buffer, bytes read and written"),
+    };
+    (limits, Products { f32, bf16 })
+}
+
+type Measured = (Sprint, Rate);
+
+/// The products that [`Limits`] are about, to be measured again at any time.
+#[derive(Debug)]
+pub struct Products {
+    f32: Sprint,
+    bf16: Option<Sprint>,
+}
+
+impl Products {
+    /// FLOPs per second of a type's products at this moment, by one sprint.
+    pub fn rate(&self, dtype: DType) -> f64 {
+        let bf16 = self.bf16.as_ref().filter(|_| dtype == DType::BF16);
+        bf16.unwrap_or(&self.f32).rate()
+    }
+}
+
+/// Products that all threads make at once, for about [`SPRINT`].
+#[derive(Debug)]
+struct Sprint {
+    kernel: Kernel,
+    threads: usize,
+    /// Of each thread.
+    iterations: u64,
+    /// How many of the kernel's products make one.
+    products_of_one: f64,
+}
+
+impl Sprint {
+    fn new(kernel: Kernel, threads: usize) -> Self {
+        // As many iterations as one thread runs for about a sprint.
+        let mut iterations = 1 << 10;
+        loop {
+            let start = Instant::now();
+            black_box(kernel(iterations));
+            if start.elapsed() >= SPRINT {
+                break;
+            }
+            iterations *= 2;
+        }
+        Self { kernel, threads, iterations, products_of_one: 1.0 }
+    }
+
+    /// FLOPs per second.
+    fn rate(&self) -> f64 {
+        // A kernel is linear in its iterations: one tells what each does.
+        let flops = self.threads as f64 * (self.kernel)(1) as f64 * self.iterations as f64;
+        let slowest = together(self.threads, |_| {
+            black_box((self.kernel)(self.iterations));
+        });
+        flops / self.products_of_one / slowest.as_secs_f64()
+    }
+
+    /// The highest rate within `time`.
+    fn best(&self, time: Duration) -> f64 {
+        let (start, mut best) = (Instant::now(), 0.0f64);
+        while best == 0.0 || start.elapsed() < time {
+            best = best.max(self.rate());
+        }
+        best
     }
 }
 
@@ -52,34 +126,6 @@ fn together(threads: usize, work: impl Fn(usize) + Sync) -> Duration {
             handles.into_iter().map(|handle| handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         times.max().unwrap_or_default()
     })
-}
-
-/// FLOPs per second.
-fn products(threads: usize, time: Duration, kernel: Kernel) -> f64 {
-    // As many iterations as one thread runs for about a sprint.
-    let mut iterations = 1 << 10;
-    loop {
-        let start = Instant::now();
-        black_box(kernel(iterations));
-        if start.elapsed() >= SPRINT {
-            break;
-        }
-        iterations *= 2;
-    }
-    let (start, mut best) = (Instant::now(), 0.0f64);
-    while best == 0.0 || start.elapsed() < time {
-        let flops = threads as f64 * kernel_flops(kernel, iterations);
-        let slowest = together(threads, |_| {
-            black_box(kernel(iterations));
-        });
-        best = best.max(flops / slowest.as_secs_f64());
-    }
-    best
-}
-
-fn kernel_flops(kernel: Kernel, iterations: u64) -> f64 {
-    // A kernel is linear in its iterations: one tells what each does.
-    kernel(1) as f64 * iterations as f64
 }
 
 /// Bytes per second that all threads read, and that they read and write in a copy.

@@ -153,7 +153,7 @@ fn timed(training: &mut Trainer<Decoder>, batch: &[unsloth_rs::train::Batch; 1],
 fn limits(device: &Device) -> Result<Limits> {
     let time = std::time::Duration::from_millis(400);
     if machine::is_cpu(device) {
-        return Ok(limits::cpu(machine::cpus(), time, machine::beyond_caches()));
+        return Ok(limits::cpu(machine::cpus(), time, machine::beyond_caches()).0);
     }
     limits::device(device, time, (2048, 64 << 20))
 }
