@@ -404,7 +404,7 @@ struct Limit<'a> {
 
 impl Contender for Limit<'_> {
     fn sample(&mut self) -> Result<f64> {
-        Ok(self.flops / self.products.rate(self.dtype))
+        Ok(self.products.time(self.dtype, self.flops).as_secs_f64())
     }
 }
 

@@ -13,6 +13,9 @@ use super::{Limits, Rate};
 /// How long products run at a time: short, so that some run without being interrupted. The best counts, for it is a limit.
 const SPRINT: Duration = Duration::from_millis(3);
 
+/// How many times longer a measurement is that is to be as long as something else.
+const MOST_SPRINTS: f64 = 32.0;
+
 /// A loop over products in registers; returns the products' FLOPs per iteration times `iterations`.
 type Kernel = fn(iterations: u64) -> u64;
 
@@ -55,10 +58,14 @@ pub struct Products {
 }
 
 impl Products {
-    /// FLOPs per second of a type's products at this moment, by one sprint.
-    pub fn rate(&self, dtype: DType) -> f64 {
+    /// How long so many FLOPs of a type's products take at this moment: measured by as many, if that is neither less than a sprint nor
+    /// more than [`MOST_SPRINTS`]. A processor that has just begun is faster than one that keeps on.
+    pub fn time(&self, dtype: DType, flops: f64) -> Duration {
         let bf16 = self.bf16.as_ref().filter(|_| dtype == DType::BF16);
-        bf16.unwrap_or(&self.f32).rate()
+        let sprint = bf16.unwrap_or(&self.f32);
+        let sprints = (flops / sprint.flops()).clamp(1.0, MOST_SPRINTS);
+        let run = Sprint { iterations: (sprints * sprint.iterations as f64) as u64, ..*sprint };
+        Duration::from_secs_f64(flops / run.rate())
     }
 }
 
@@ -88,14 +95,18 @@ impl Sprint {
         Self { kernel, threads, iterations, products_of_one: 1.0 }
     }
 
+    /// What all threads do.
+    fn flops(&self) -> f64 {
+        // A kernel is linear in its iterations: one tells what each does.
+        self.threads as f64 * (self.kernel)(1) as f64 * self.iterations as f64 / self.products_of_one
+    }
+
     /// FLOPs per second.
     fn rate(&self) -> f64 {
-        // A kernel is linear in its iterations: one tells what each does.
-        let flops = self.threads as f64 * (self.kernel)(1) as f64 * self.iterations as f64;
         let slowest = together(self.threads, |_| {
             black_box((self.kernel)(self.iterations));
         });
-        flops / self.products_of_one / slowest.as_secs_f64()
+        self.flops() / slowest.as_secs_f64()
     }
 
     /// The highest rate within `time`.
