@@ -117,7 +117,7 @@ pub(super) fn block<'a, T: FloatElement>(
         for head in 0..k.count {
             k.ask(&next, head);
             let (q, to) = (&q[head * group * wide..], &mut scores[head * group * width + start..]);
-            isa.vectorize(Scores { q: (q, wide), rows: group, lines, head, to: (to, width) });
+            isa.vectorize(Pass { sums: Sums::Scores, rows: group, from: (q, wide), lines, head, to: (to, width) });
         }
     }
     (0..v.count).for_each(|share| v.ask(&cut(keys.start), share));
@@ -131,7 +131,14 @@ pub(super) fn block<'a, T: FloatElement>(
         for head in 0..v.count {
             v.ask(&next, head);
             let (weights, to) = (&scores[head * group * width + start..], &mut block.out[head * group * wide..]);
-            isa.vectorize(Outputs { weights: (weights, width), rows: group, lines, head, to: (to, wide) });
+            isa.vectorize(Pass {
+                sums: Sums::Outputs,
+                rows: group,
+                from: (weights, width),
+                lines,
+                head,
+                to: (to, wide),
+            });
         }
     }
     block.divide(wide);
@@ -159,45 +166,55 @@ fn exponentials(scores: &mut [f32], softcap: Option<f32>) -> (f32, f32) {
     )
 }
 
-/// Calls a function for as many rows at once as registers have room for: `$name::<S, R>($simd, first row)`.
-macro_rules! by_rows {
-    ($self:ident, $simd:ident, $name:ident) => {
-        for first in (0..$self.rows).step_by(ROWS) {
-            match $self.rows - first {
-                1 => $self.$name::<S, 1>($simd, first),
-                2 => $self.$name::<S, 2>($simd, first),
-                3 => $self.$name::<S, 3>($simd, first),
-                _ => $self.$name::<S, ROWS>($simd, first),
-            }
-        }
-    };
+enum Sums {
+    /// Products of rows of queries with keys, written.
+    Scores,
+    /// Values by rows of weights, added.
+    Outputs,
 }
 
-/// Products of rows of queries with keys.
-struct Scores<'a> {
-    /// Rows, and their distance.
-    q: (&'a [f32], usize),
+/// Rows of one head that meet some keys or values.
+struct Pass<'a> {
+    sums: Sums,
     rows: usize,
+    /// Rows of queries or weights, and their distance.
+    from: (&'a [f32], usize),
     lines: Lines<'a>,
     head: usize,
-    /// Rows of scores, and their distance.
+    /// Rows of scores or output, and their distance.
     to: (&'a mut [f32], usize),
 }
 
-impl WithSimd for Scores<'_> {
+impl WithSimd for Pass<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        by_rows!(self, simd, some);
+        for first in (0..self.rows).step_by(ROWS) {
+            match self.rows - first {
+                1 => self.some::<S, 1>(simd, first),
+                2 => self.some::<S, 2>(simd, first),
+                3 => self.some::<S, 3>(simd, first),
+                _ => self.some::<S, ROWS>(simd, first),
+            }
+        }
     }
 }
 
-impl Scores<'_> {
+impl Pass<'_> {
+    /// `R` rows, from `first` on.
     #[inline(always)]
     fn some<S: Simd, const R: usize>(&mut self, simd: S, first: usize) {
+        match self.sums {
+            Sums::Scores => self.scores::<S, R>(simd, first),
+            Sums::Outputs => self.outputs::<S, R>(simd, first),
+        }
+    }
+
+    #[inline(always)]
+    fn scores<S: Simd, const R: usize>(&mut self, simd: S, first: usize) {
         let Lines { cols, keys, .. } = self.lines;
-        let (q, distance) = self.q;
+        let (q, distance) = self.from;
         let q: [&[S::f32s]; R] = std::array::from_fn(|r| S::as_simd_f32s(&q[(first + r) * distance..][..cols]).0);
         let len = q[0].len();
         let (to, width) = (&mut *self.to.0, self.to.1);
@@ -221,33 +238,11 @@ impl Scores<'_> {
             }
         }
     }
-}
-
-/// Sums of values by weights.
-struct Outputs<'a> {
-    /// Rows, and their distance.
-    weights: (&'a [f32], usize),
-    rows: usize,
-    lines: Lines<'a>,
-    head: usize,
-    /// Rows that are added to, and their distance.
-    to: (&'a mut [f32], usize),
-}
-
-impl WithSimd for Outputs<'_> {
-    type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        by_rows!(self, simd, some);
-    }
-}
-
-impl Outputs<'_> {
-    #[inline(always)]
-    fn some<S: Simd, const R: usize>(&mut self, simd: S, first: usize) {
+    fn outputs<S: Simd, const R: usize>(&mut self, simd: S, first: usize) {
         let Lines { cols, keys, .. } = self.lines;
-        let (weights, width) = self.weights;
+        let (weights, width) = self.from;
         let weights: [&[f32]; R] = std::array::from_fn(|r| &weights[(first + r) * width..][..keys]);
         let (to, distance) = (&mut *self.to.0, self.to.1);
         for col in (0..cols).step_by(ACROSS * S::F32_LANES) {
