@@ -58,8 +58,8 @@ pub struct Products {
 }
 
 impl Products {
-    /// How long so many FLOPs of a type's products take at this moment: measured by as many, if that is neither less than a sprint nor
-    /// more than [`MOST_SPRINTS`]. A processor that has just begun is faster than one that keeps on.
+    /// How long so many FLOPs of a type's products take at this moment: measured by as many, but for 3 ms at least and for about a tenth
+    /// of a second at most. A processor that has just begun may be faster than one that keeps on.
     pub fn time(&self, dtype: DType, flops: f64) -> Duration {
         let bf16 = self.bf16.as_ref().filter(|_| dtype == DType::BF16);
         let sprint = bf16.unwrap_or(&self.f32);
