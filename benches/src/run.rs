@@ -394,8 +394,8 @@ impl Session<'_> {
     }
 }
 
-/// The least time for a number of FLOPs, measured in turn with those that need longer: what a processor's products take depends on
-/// what else its cores do, which on a virtual machine nobody here sees.
+/// The least time for a number of FLOPs, measured in turn with those that need longer: a processor's rate of products is not the same
+/// throughout a run.
 struct Limit<'a> {
     products: &'a Products,
     dtype: DType,

@@ -59,7 +59,7 @@ pub struct Products {
 
 impl Products {
     /// How long so many FLOPs of a type's products take at this moment: measured by as many, but for 3 ms at least and for about a tenth
-    /// of a second at most. A processor that has just begun may be faster than one that keeps on.
+    /// of a second at most.
     pub fn time(&self, dtype: DType, flops: f64) -> Duration {
         let bf16 = self.bf16.as_ref().filter(|_| dtype == DType::BF16);
         let sprint = bf16.unwrap_or(&self.f32);

@@ -58,6 +58,10 @@ fn class(num_lines: usize) -> usize {
     num_lines.next_multiple_of((num_lines.next_power_of_two() / 32).max(1))
 }
 
+fn is_large(num_lines: usize) -> bool {
+    num_lines * size_of::<Line>() >= AllocationCounts::LARGE_BYTES
+}
+
 /// A pool of 64-byte aligned host blocks with a [`Ledger`].
 pub struct HostPool {
     ledger: Arc<Ledger>,
@@ -83,9 +87,8 @@ impl HostPool {
     pub fn allocate(self: &Arc<Self>, bytes: usize, category: Category, init: Init) -> Result<HostBlock> {
         let charge = self.ledger.charge(bytes, category)?;
         let num_lines = class(crate::round_up(bytes) / size_of::<Line>());
-        let is_large = num_lines * size_of::<Line>() >= AllocationCounts::LARGE_BYTES;
         let purpose = match category {
-            Category::Workspace if is_large => Purpose::Scratch,
+            Category::Workspace if is_large(num_lines) => Purpose::Scratch,
             _ => Purpose::Buffer,
         };
         let reused = self.take_idle(num_lines, purpose);
@@ -105,10 +108,9 @@ impl HostPool {
         let mut state = self.lock();
         state.tick += 1;
         // Large blocks may waste a quarter, small ones may be twice as large as needed; scratch is soon given back.
-        let large = num_lines * size_of::<Line>() >= AllocationCounts::LARGE_BYTES;
         let most = match purpose {
             Purpose::Scratch => usize::MAX,
-            Purpose::Buffer if large => num_lines + num_lines / 4,
+            Purpose::Buffer if is_large(num_lines) => num_lines + num_lines / 4,
             Purpose::Buffer => num_lines * 2,
         };
         let all = state.idle_of(purpose);
@@ -148,7 +150,7 @@ impl HostPool {
         state.resident_bytes += bytes;
         let class = state.classes.entry(num_lines).or_default();
         (class.num_fresh, class.num_lent) = (class.num_fresh + 1, class.num_lent + 1);
-        if bytes >= AllocationCounts::LARGE_BYTES as u64 {
+        if is_large(num_lines) {
             state.counts.fresh_large += 1;
         }
         Ok(lines)

@@ -87,17 +87,15 @@ fn run_rows<T: FloatElement>(
         let Task { token, heads, keys, start } = task;
         // Heads of one query lie as rows of one head do: one after another.
         let q = Head { data: q, num_heads: 1, head: 0, head_dim: d };
-        let (first_q, num_heads) = (token * spec.num_heads + heads.start, spec.num_kv_heads);
-        let group = spec.num_heads / num_heads;
-        let first = heads.start / group;
+        let (first_q, group) = (token * spec.num_heads + heads.start, spec.num_heads / spec.num_kv_heads);
+        let head = |data| Head { data, num_heads: spec.num_kv_heads, head: heads.start / group, head_dim: d };
         let block = if group <= rows::MAX_GROUP {
-            let some = |data| Heads { data, num_heads, head_dim: d, first, count: heads.len() / group };
-            rows::block((spec, backend.isa()), (q, first_q), (some(k), some(v)), keys, scratch)
+            let [k, v] = [k, v].map(|data| Heads { first: head(data), count: heads.len() / group });
+            rows::block((spec, backend.isa()), (q, first_q), (k, v), keys, scratch)
         } else {
-            let one = |data| Head { data, num_heads, head: first, head_dim: d };
             let visible = Visible { seq_q: heads.len(), seq_k: keys.len(), causal: false, left: None };
             let sequence = Sequence { first_q, first_k: keys.start, visible };
-            forward::block((spec, path), sequence, &(0..heads.len()), (q, one(k), one(v)), scratch)
+            forward::block((spec, path), sequence, &(0..heads.len()), (q, head(k), head(v)), scratch)
         };
         #[allow(unsafe_code, reason = "tasks write pieces of one buffer")]
         // SAFETY: `cut` gives each task a range of its own.

@@ -26,20 +26,18 @@ const CHUNK: usize = 4096;
 const ROWS: usize = 4;
 const ACROSS: usize = 2;
 
-/// Some heads of `[tokens, heads, head_dim]`, neighbours.
+/// Some heads that are neighbours.
 #[derive(Clone, Copy)]
 pub(super) struct Heads<'a, T> {
-    pub(super) data: &'a [T],
-    pub(super) num_heads: usize,
-    pub(super) head_dim: usize,
-    pub(super) first: usize,
+    pub(super) first: Head<'a, T>,
     pub(super) count: usize,
 }
 
 impl<'a, T: FloatElement> Heads<'a, T> {
     /// What the heads have of a token.
     fn row(self, token: usize) -> &'a [T] {
-        &self.data[(token * self.num_heads + self.first) * self.head_dim..][..self.count * self.head_dim]
+        let Head { data, num_heads, head, head_dim } = self.first;
+        &data[(token * num_heads + head) * head_dim..][..self.count * head_dim]
     }
 
     /// Asks for a share of some tokens before they are read: one that is asked for all at once waits for the memory.
@@ -51,12 +49,11 @@ impl<'a, T: FloatElement> Heads<'a, T> {
 
     /// Rows of tokens in f32: as they lie in memory where they are whole vectors, else by way of `buffer`.
     fn lines(self, tokens: Range<usize>, buffer: &'a mut [f32]) -> Lines<'a> {
-        let (d, cols) = (self.head_dim, padded(self.head_dim));
-        let keys = tokens.len();
+        let Head { data, num_heads, head, head_dim: d } = self.first;
+        let (cols, keys) = (padded(d), tokens.len());
         if T::DTYPE == DType::F32 && cols == d {
-            let data = bytemuck::cast_slice::<T, f32>(self.data);
-            let row = self.num_heads * d;
-            return Lines { data: &data[tokens.start * row + self.first * d..], row, cols, keys };
+            let (data, row) = (bytemuck::cast_slice::<T, f32>(data), num_heads * d);
+            return Lines { data: &data[tokens.start * row + head * d..], row, cols, keys };
         }
         let row = self.count * cols;
         for (token, to) in tokens.zip(buffer.chunks_exact_mut(row)) {
@@ -299,8 +296,8 @@ mod tests {
         let stored = |x: &[f32]| x.iter().map(|&x| T::from_f32(x)).collect::<Vec<T>>();
         let (q_data, k_data, v_data) = (stored(&q), stored(&k), stored(&v));
         let q_head = Head { data: &q_data[..], num_heads: 1, head: 0, head_dim: d };
-        let [k_heads, v_heads] =
-            [&k_data, &v_data].map(|data| Heads { data: &data[..], num_heads: HEADS, head_dim: d, first: 1, count: 2 });
+        let head = |data| Head { data, num_heads: HEADS, head: 1, head_dim: d };
+        let [k_heads, v_heads] = [&k_data, &v_data].map(|data| Heads { first: head(&data[..]), count: 2 });
         let mut scratch = vec![f32::NAN; scratch_len(d)];
         let block = block((&spec, isa), (q_head, 1), (k_heads, v_heads), &(2..2 + len), &mut scratch);
         for i in 0..rows {
