@@ -273,16 +273,22 @@ impl Place {
     #[allow(unsafe_code, reason = "intrinsics on pointers")]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     unsafe fn lines<S: Split>(self, from: *const S::Element) {
+        let (steps, step_bytes) = (self.steps(), DEPTH * size_of::<S::Element>());
+        let ahead = (AHEAD / step_bytes).min(steps);
         for first in (0..self.lines).step_by(SIDE) {
-            for step in 0..self.steps() {
+            for step in 0..steps {
                 let (to, part) = self.tile(first, step);
-                let k = step * DEPTH;
-                let mask = u32::MAX >> (DEPTH - (self.depth - k).min(DEPTH));
+                let mask = u32::MAX >> (DEPTH - (self.depth - step * DEPTH).min(DEPTH));
+                // What will be read: more of these lines or, towards their ends, the next ones from their starts.
+                let later =
+                    if step + ahead < steps { (first, step + ahead) } else { (first + SIDE, step + ahead - steps) };
                 for line in 0..(self.lines - first).min(SIDE) {
-                    let from = from.wrapping_add((first + line) * self.stride + k);
-                    _mm_prefetch::<_MM_HINT_T1>(from.wrapping_byte_add(AHEAD).cast());
+                    let at = |(first, step)| from.wrapping_add((first + line) * self.stride + step * DEPTH);
+                    for byte in (0..step_bytes).step_by(64) {
+                        _mm_prefetch::<_MM_HINT_T1>(at(later).wrapping_byte_add(byte).cast());
+                    }
                     // SAFETY: the mask is of elements of this line; a row of a tile is written for each part.
-                    unsafe { S::neighbours(from, mask, self.parts, to.wrapping_add(line * SIDE), part) };
+                    unsafe { S::neighbours(at((first, step)), mask, self.parts, to.wrapping_add(line * SIDE), part) };
                 }
                 if self.parts.side == Side::Right {
                     // SAFETY: the tiles of all parts are there.
