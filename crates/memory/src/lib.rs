@@ -2,6 +2,7 @@
 //! to step ([`HostPool`]), copies between devices and the host ([`Staging`]), and places where tensors wait outside their device
 //! ([`open_store`], and [`DoubleBuffer`] for devices that compute while they copy).
 
+mod block;
 mod ledger;
 mod pool;
 mod staging;

@@ -13,19 +13,17 @@ use std::{
 
 use unsloth_core::{AllocationCounts, Category, ClassUsage, Error, Init, PoolUsage, Result};
 
-use crate::ledger::{Charge, Ledger};
-
-/// One cache line; makes a block 64-byte aligned without pointer arithmetic.
-#[repr(C, align(64))]
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct Line([u8; 64]);
+use crate::{
+    block::{Block, LINE_BYTES},
+    ledger::{Charge, Ledger},
+};
 
 /// A block that nobody has asked for during this many allocations goes back to the system. One training step makes a few
 /// thousand, so what a steady loop uses is never given up, and what odd sequence lengths left behind is.
 const IDLE_ALLOCATIONS: u64 = 16 * 1024;
 
 struct Idle {
-    lines: Vec<Line>,
+    block: Block,
     since: u64,
 }
 
@@ -59,7 +57,7 @@ fn class(num_lines: usize) -> usize {
 }
 
 fn is_large(num_lines: usize) -> bool {
-    num_lines * size_of::<Line>() >= AllocationCounts::LARGE_BYTES
+    num_lines * LINE_BYTES >= AllocationCounts::LARGE_BYTES
 }
 
 /// A pool of 64-byte aligned host blocks with a [`Ledger`].
@@ -86,25 +84,25 @@ impl HostPool {
     /// more than the budget.
     pub fn allocate(self: &Arc<Self>, bytes: usize, category: Category, init: Init) -> Result<HostBlock> {
         let charge = self.ledger.charge(bytes, category)?;
-        let num_lines = class(crate::round_up(bytes) / size_of::<Line>());
+        let num_lines = class(crate::round_up(bytes) / LINE_BYTES);
         let purpose = match category {
             Category::Workspace if is_large(num_lines) => Purpose::Scratch,
             _ => Purpose::Buffer,
         };
         let reused = self.take_idle(num_lines, purpose);
-        let lines = match reused {
-            Some(mut lines) => {
+        let block = match reused {
+            Some(mut block) => {
                 if init == Init::Zero {
-                    bytemuck::cast_slice_mut::<Line, u8>(&mut lines)[..bytes].fill(0);
+                    block.as_mut_slice()[..bytes].fill(0);
                 }
-                lines
+                block
             }
             None => self.take_fresh(num_lines, purpose, &charge)?,
         };
-        Ok(HostBlock { lines, bytes, purpose, charge, pool: Arc::clone(self) })
+        Ok(HostBlock { block, bytes, purpose, charge, pool: Arc::clone(self) })
     }
 
-    fn take_idle(&self, num_lines: usize, purpose: Purpose) -> Option<Vec<Line>> {
+    fn take_idle(&self, num_lines: usize, purpose: Purpose) -> Option<Block> {
         let mut state = self.lock();
         state.tick += 1;
         // Large blocks may waste a quarter, small ones may be twice as large as needed; scratch is soon given back.
@@ -116,19 +114,19 @@ impl HostPool {
         let all = state.idle_of(purpose);
         let capacity = *all.range(num_lines..=most).next()?.0;
         let blocks = all.get_mut(&capacity)?;
-        let block = blocks.pop()?;
+        let idle = blocks.pop()?;
         if blocks.is_empty() {
             all.remove(&capacity);
         }
-        state.idle_bytes -= (capacity * size_of::<Line>()) as u64;
+        state.idle_bytes -= (capacity * LINE_BYTES) as u64;
         state.counts.reused += 1;
         let class = state.classes.entry(capacity).or_default();
         (class.num_reused, class.num_lent) = (class.num_reused + 1, class.num_lent + 1);
-        Some(block.lines)
+        Some(idle.block)
     }
 
-    fn take_fresh(&self, num_lines: usize, purpose: Purpose, charge: &Charge) -> Result<Vec<Line>> {
-        let bytes = (num_lines * size_of::<Line>()) as u64;
+    fn take_fresh(&self, num_lines: usize, purpose: Purpose, charge: &Charge) -> Result<Block> {
+        let bytes = (num_lines * LINE_BYTES) as u64;
         let mut state = self.lock();
         let oldest = state.tick.saturating_sub(IDLE_ALLOCATIONS);
         state.release_idle(oldest);
@@ -139,8 +137,7 @@ impl HostPool {
         if self.ledger.budget_bytes().is_some_and(|budget| state.resident_bytes + bytes > budget) {
             state.release_idle(u64::MAX);
         }
-        // Fresh pages come zeroed from the system and are not touched here.
-        let lines = bytemuck::try_zeroed_vec::<Line>(num_lines).map_err(|()| Error::OutOfMemory {
+        let block = Block::zeroed(num_lines).ok_or_else(|| Error::OutOfMemory {
             device: "host".into(),
             requested_bytes: bytes,
             category: charge.category(),
@@ -153,7 +150,7 @@ impl HostPool {
         if is_large(num_lines) {
             state.counts.fresh_large += 1;
         }
-        Ok(lines)
+        Ok(block)
     }
 
     /// Gives all idle blocks back to the system.
@@ -173,7 +170,7 @@ impl HostPool {
         let waiting = |all: &Blocks, lines: &usize| all.get(lines).map_or(0, |blocks| blocks.len() as u64);
         let idle = |lines: &usize| waiting(&state.idle, lines) + waiting(&state.idle_scratch, lines);
         let class = |(lines, class): (&usize, &ClassUsage)| {
-            let block_bytes = (lines * size_of::<Line>()) as u64;
+            let block_bytes = (lines * LINE_BYTES) as u64;
             ClassUsage { block_bytes, num_idle: idle(lines), ..*class }
         };
         state.classes.iter().map(class).collect()
@@ -222,7 +219,7 @@ fn release(all: &mut Blocks, tick: u64) -> u64 {
     all.retain(|&capacity, blocks| {
         let before = blocks.len();
         blocks.retain(|block| block.since >= tick);
-        freed += ((before - blocks.len()) * capacity * size_of::<Line>()) as u64;
+        freed += ((before - blocks.len()) * capacity * LINE_BYTES) as u64;
         !blocks.is_empty()
     });
     freed
@@ -230,7 +227,7 @@ fn release(all: &mut Blocks, tick: u64) -> u64 {
 
 /// A lent block; dropping it returns it to its pool.
 pub struct HostBlock {
-    lines: Vec<Line>,
+    block: Block,
     bytes: usize,
     purpose: Purpose,
     charge: Charge,
@@ -240,12 +237,12 @@ pub struct HostBlock {
 impl HostBlock {
     /// The bytes asked for.
     pub fn as_slice(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[..self.bytes]
+        &self.block.as_slice()[..self.bytes]
     }
 
     /// The bytes asked for, for writing.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.bytes]
+        &mut self.block.as_mut_slice()[..self.bytes]
     }
 
     /// The entry in the ledger.
@@ -256,17 +253,18 @@ impl HostBlock {
 
 impl Drop for HostBlock {
     fn drop(&mut self) {
-        let lines = std::mem::take(&mut self.lines);
-        if lines.is_empty() {
+        let block = std::mem::replace(&mut self.block, Block::empty());
+        let num_lines = block.num_lines();
+        if num_lines == 0 {
             return;
         }
         let mut state = self.pool.lock();
         let since = state.tick;
-        state.idle_bytes += (lines.len() * size_of::<Line>()) as u64;
-        if let Some(class) = state.classes.get_mut(&lines.len()) {
+        state.idle_bytes += (num_lines * LINE_BYTES) as u64;
+        if let Some(class) = state.classes.get_mut(&num_lines) {
             class.num_lent -= 1;
         }
-        state.idle_of(self.purpose).entry(lines.len()).or_default().push(Idle { lines, since });
+        state.idle_of(self.purpose).entry(num_lines).or_default().push(Idle { block, since });
     }
 }
 
