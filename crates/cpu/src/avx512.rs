@@ -25,12 +25,11 @@ pub(crate) unsafe fn vectorised<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
-/// `c = factor * a b` or `c += factor * a b`: element `(i, k)` of `a` is at `i * a_row + k * a_col`, rows of `b` and `c` are
+/// `c = a b` or `c += a b`: element `(i, k)` of `a` is at `i * a_row + k * a_col`, rows of `b` and `c` are
 /// `b_row` and `c_row` elements apart. In a tile of pairs an element of `a` and `b` is two bf16.
 #[derive(Clone, Copy)]
 pub(crate) struct Operands {
     pub(crate) depth: usize,
-    pub(crate) factor: f32,
     pub(crate) a: *const u32,
     pub(crate) a_row: usize,
     pub(crate) a_col: usize,
@@ -62,7 +61,7 @@ macro_rules! tile {
         #[allow(unsafe_code, reason = "intrinsics on pointers: bounds checks would double the instructions")]
         #[target_feature(enable = $features)]
         unsafe fn $name<const R: usize, const V: usize>(operands: Operands) {
-            let Operands { depth, factor, mut a, a_row, a_col, mut b, b_row, c, c_row, add, ahead } = operands;
+            let Operands { depth, mut a, a_row, a_col, mut b, b_row, c, c_row, add, ahead } = operands;
             for row in 0..R {
                 for v in 0..V {
                     _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(row * c_row + LANES * v).cast());
@@ -86,17 +85,12 @@ macro_rules! tile {
                 a = a.wrapping_add(a_col);
                 b = b.wrapping_add(b_row);
             }
-            let factor = _mm512_set1_ps(factor);
             for (row, sums) in sums.into_iter().enumerate() {
                 for (v, sum) in sums.into_iter().enumerate() {
                     let c = c.wrapping_add(row * c_row + LANES * v);
                     // SAFETY: the caller's promise about `c`.
                     unsafe {
-                        let value = if add {
-                            _mm512_fmadd_ps(factor, sum, _mm512_loadu_ps(c))
-                        } else {
-                            _mm512_mul_ps(factor, sum)
-                        };
+                        let value = if add { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum };
                         _mm512_storeu_ps(c, value);
                     }
                 }

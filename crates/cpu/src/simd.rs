@@ -43,7 +43,7 @@ pub(crate) struct Fused(bool);
 impl Fused {
     /// `a * b + c`
     #[inline(always)]
-    fn mul_add(self, a: f32, b: f32, c: f32) -> f32 {
+    pub(crate) fn mul_add(self, a: f32, b: f32, c: f32) -> f32 {
         if self.0 { a.mul_add(b, c) } else { a * b + c }
     }
 

@@ -7,6 +7,8 @@ use unsloth_core::{DType, Lengths, Sequences, ops};
 const Q_BLOCK: usize = 128;
 /// Keys of an attention tile.
 const K_BLOCK: usize = 128;
+/// Blocks of queries that visit keys together: forward at most, backward.
+const UNITS: usize = 4;
 /// Up to this many queries of a sequence, each visits cached keys for itself.
 const MAX_ROW_QUERIES: usize = 4;
 /// Keys that it visits in one task.
@@ -52,15 +54,23 @@ fn lengths(seqs: &Sequences) -> impl Iterator<Item = usize> {
     seqs.offsets().windows(2).map(|pair| pair[1] - pair[0])
 }
 
-/// Tiles of a task of the forward pass.
-fn forward_slab(spec: &ops::attention::Spec) -> usize {
+/// Tiles of a task of the forward pass in which so many blocks of queries visit keys together.
+fn forward_slab(spec: &ops::attention::Spec, num_units: usize) -> usize {
     let (wide, width) = (stride(spec.head_dim), stride(Q_BLOCK));
-    (2 * Q_BLOCK + 2 * K_BLOCK) * wide + (spec.head_dim + K_BLOCK + K_BLOCK / 2) * width + 3 * Q_BLOCK
+    let own = (spec.head_dim.next_multiple_of(16) + spec.head_dim) * width + 3 * Q_BLOCK;
+    (Q_BLOCK + 2 * K_BLOCK) * wide + (K_BLOCK + K_BLOCK / 2) * width + num_units * own
 }
 
 fn forward_tiles(spec: &ops::attention::Spec, lengths: impl Iterator<Item = usize>, num_threads: usize) -> usize {
-    let blocks: usize = lengths.map(|seq_q| seq_q.div_ceil(Q_BLOCK)).sum();
-    slabs(blocks * spec.num_heads, num_threads) * forward_slab(spec)
+    let lengths: Vec<usize> = lengths.collect();
+    let blocks: usize = lengths.iter().map(|seq_q| seq_q.div_ceil(Q_BLOCK)).sum();
+    let num_units = (blocks * spec.num_heads / (8 * num_threads)).clamp(1, UNITS);
+    let group = spec.num_heads / spec.num_kv_heads.max(1);
+    let num_heads = group.clamp(1, num_units);
+    let of_heads = group.div_ceil(num_heads) * spec.num_kv_heads;
+    let of_queries = |seq_q: &usize| seq_q.div_ceil(num_units / num_heads * Q_BLOCK);
+    let num_tasks = lengths.iter().map(of_queries).sum::<usize>() * of_heads;
+    slabs(num_tasks, num_threads) * forward_slab(spec, num_units)
 }
 
 pub(crate) fn attention_forward(spec: &ops::attention::Spec, seq_q: &Sequences, num_threads: usize) -> usize {
@@ -69,9 +79,10 @@ pub(crate) fn attention_forward(spec: &ops::attention::Spec, seq_q: &Sequences, 
 
 pub(crate) fn attention_backward(spec: &ops::attention::Spec, seq_k: &Sequences, num_threads: usize) -> usize {
     let (wide, width) = (stride(spec.head_dim), stride(Q_BLOCK));
-    let scores = 2 * (spec.head_dim + K_BLOCK) + K_BLOCK / 2;
-    let tiles = (3 * Q_BLOCK + 2 * K_BLOCK) * wide + scores * width + 2 * Q_BLOCK;
-    let slab = tiles + 2 * seq_k.max_seqlen() * wide;
+    let columns = 2 * spec.head_dim.next_multiple_of(16) + spec.head_dim;
+    let own = 2 * Q_BLOCK * wide + columns * width + 2 * Q_BLOCK;
+    let shared = (Q_BLOCK + 2 * K_BLOCK + 2 * seq_k.max_seqlen()) * wide + (2 * K_BLOCK + K_BLOCK / 2) * width;
+    let slab = shared + UNITS * own;
     slabs(seq_k.num_seqs() * spec.num_kv_heads, num_threads) * slab
 }
 
@@ -89,7 +100,7 @@ pub(crate) fn attention_cached_rows(
     let few = lengths(seq_q).zip(seq_k.host()).filter(|&(seq_q, _)| seq_q <= MAX_ROW_QUERIES);
     let parts: usize = few.map(|(seq_q, seq_k)| seq_q * seq_k.div_ceil(CACHED_KEYS).max(1)).sum();
     let partials = parts * spec.num_heads * (spec.head_dim + 2);
-    [partials, slabs(parts * spec.num_kv_heads, num_threads) * forward_slab(spec)]
+    [partials, slabs(parts * spec.num_kv_heads, num_threads) * forward_slab(spec, 1)]
 }
 
 struct Product {

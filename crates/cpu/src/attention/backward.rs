@@ -5,12 +5,12 @@ use std::ops::Range;
 
 use unsloth_core::{
     FloatElement, Result,
-    ops::attention::{Backward, Gradients, Inputs, Spec},
+    ops::attention::{Backward, Gradients, Inputs, Options, Spec},
 };
 
 use super::{
     K_BLOCK, LANES, Q_BLOCK, Sequence, packed, take,
-    tile::{Head, Path, Product, bits, padded, stride},
+    tile::{Head, Path, Product, bits, padded, stride, transpose},
 };
 use crate::{
     CpuBackend,
@@ -36,13 +36,13 @@ struct Arguments<'a, T> {
     tokens_q: usize,
 }
 
-/// Scratch of a task: tiles, and the sums over all queries of the group.
+/// Blocks of queries that visit keys together, which are put in order once for all of them.
+const NUM_UNITS: usize = 4;
+
+/// Scratch of a task.
 struct Scratch<'a> {
-    q: &'a mut [f32],
-    q_transposed: &'a mut [f32],
-    dout: &'a mut [f32],
-    dout_transposed: &'a mut [f32],
-    dq: &'a mut [f32],
+    /// Rows of queries on their way.
+    rows: &'a mut [f32],
     k: &'a mut [f32],
     v: &'a mut [f32],
     /// Scores, then probabilities, `[keys, queries]`.
@@ -51,43 +51,53 @@ struct Scratch<'a> {
     ds: &'a mut [f32],
     /// Either of these as pairs of bf16.
     pairs: &'a mut [f32],
-    /// Log of the sums of the softmax of each query.
-    lse: &'a mut [f32],
-    /// `sum_channels(dout * out)` of each query.
-    projection: &'a mut [f32],
-    /// `[seq_k, head_dim]`
+    /// `[seq_k, head_dim]`: sums over all queries of the group.
     dk: &'a mut [f32],
     /// `[seq_k, head_dim]`
     dv: &'a mut [f32],
+    /// What is left, for [`Unit::new`].
+    units: &'a mut [f32],
 }
 
 impl<'a> Scratch<'a> {
     fn len(d: usize, seq_k: usize) -> usize {
         let (wide, width) = (stride(d), stride(Q_BLOCK));
-        let tiles = 3 * Q_BLOCK * wide + 2 * d * width + 2 * K_BLOCK * wide + (2 * K_BLOCK + K_BLOCK / 2) * width;
-        tiles + 2 * Q_BLOCK + 2 * seq_k * wide
+        let shared = (Q_BLOCK + 2 * K_BLOCK + 2 * seq_k) * wide + (2 * K_BLOCK + K_BLOCK / 2) * width;
+        shared + NUM_UNITS * (2 * Q_BLOCK * wide + (2 * padded(d) + d) * width + 2 * Q_BLOCK)
     }
 
     fn new(mut slab: &'a mut [f32], d: usize, seq_k: usize) -> Self {
         let slab = &mut slab;
         let (wide, width) = (stride(d), stride(Q_BLOCK));
         Self {
-            q: take(slab, Q_BLOCK * wide),
-            q_transposed: take(slab, d * width),
-            dout: take(slab, Q_BLOCK * wide),
-            dout_transposed: take(slab, d * width),
-            dq: take(slab, Q_BLOCK * wide),
+            rows: take(slab, Q_BLOCK * wide),
             k: take(slab, K_BLOCK * wide),
             v: take(slab, K_BLOCK * wide),
             p: take(slab, K_BLOCK * width),
             ds: take(slab, K_BLOCK * width),
             pairs: take(slab, K_BLOCK / 2 * width),
-            lse: take(slab, Q_BLOCK),
-            projection: take(slab, Q_BLOCK),
             dk: take(slab, seq_k * wide),
             dv: take(slab, seq_k * wide),
+            units: std::mem::take(slab),
         }
     }
+}
+
+/// A block of queries of one head, and what products need of it.
+struct Unit<'a> {
+    queries: Range<usize>,
+    /// Right factors of products that sum over channels, `[head_dim, queries]`.
+    q_columns: (&'a [u32], usize),
+    dout_columns: (&'a [u32], usize),
+    /// Right factors of products that sum over queries, `[queries, head_dim]`.
+    q: (&'a [u32], usize),
+    dout: (&'a [u32], usize),
+    /// Log of the sums of the softmax of each query.
+    lse: &'a [f32],
+    /// `sum_channels(dout * out)` of each query.
+    projection: &'a [f32],
+    /// `[head_dim, queries]`
+    dq: &'a mut [f32],
 }
 
 pub(super) fn run<T: FloatElement>(
@@ -121,10 +131,11 @@ pub(super) fn run<T: FloatElement>(
         scratch.dv.fill(0.0);
         let group = spec.num_heads / spec.num_kv_heads;
         for head in kv_head * group..(kv_head + 1) * group {
-            for start in (0..visible.seq_q).step_by(Q_BLOCK) {
-                let queries = start..visible.seq_q.min(start + Q_BLOCK);
-                block((spec, path), &args, (sequence, head, &queries), scratch);
-                store(&dq, (spec.num_heads, head, first_q + start), &scratch.dq[..queries.len() * stride(d)], d);
+            for first in (0..visible.seq_q).step_by(NUM_UNITS * Q_BLOCK) {
+                let queries = first..visible.seq_q.min(first + NUM_UNITS * Q_BLOCK);
+                visit((spec, path), &args, (sequence, head, &queries), scratch, |queries, rows| {
+                    store(&dq, (spec.num_heads, head, first_q + queries.start), rows, d);
+                });
             }
         }
         store(&dk, (spec.num_kv_heads, kv_head, first_k), scratch.dk, d);
@@ -148,81 +159,119 @@ fn store<T: FloatElement>(
     }
 }
 
-/// Fills `scratch.dq` for a block of queries of one head and adds its share to `scratch.dk` and `scratch.dv`.
-fn block<T: FloatElement>(
-    (spec, path): (&Spec, Path),
-    args: &Arguments<'_, T>,
-    (sequence, head, queries): (Sequence, usize, &Range<usize>),
-    scratch: &mut Scratch<'_>,
-) {
-    let Sequence { first_q, first_k, visible } = sequence;
-    let (d, rows, scale) = (spec.head_dim, queries.len(), spec.options.scale);
-    let query_rows = |data| Head { data, num_heads: spec.num_heads, head, head_dim: d };
-    let kv_head = head / (spec.num_heads / spec.num_kv_heads);
-    let key_rows = |data| Head { data, num_heads: spec.num_kv_heads, head: kv_head, head_dim: d };
-    let first = first_q + queries.start;
-    let (wide, width) = (stride(d), stride(rows));
-    let Scratch { q, q_transposed, dout, dout_transposed, dq, k, v, p, ds, pairs, lse, projection, dk, dv } = scratch;
-    // dq holds `out` until the first tile.
-    query_rows(args.out).load(first, rows, dq);
-    query_rows(args.dout).load(first, rows, dout);
-    let (lse, projection) = (&mut lse[..padded(rows)], &mut projection[..padded(rows)]);
-    projection.fill(0.0);
-    for ((projection, out), dout) in projection[..rows].iter_mut().zip(dq.chunks(wide)).zip(dout.chunks(wide)) {
-        *projection = vectorised(
-            #[inline(always)]
-            || simd::dot(out, dout),
-        );
-    }
-    query_rows(args.q).columns(path, (first, rows), q, q_transposed);
-    query_rows(args.dout).columns(path, (first, rows), dout, dout_transposed);
-    let (_, q) = query_rows(args.q).both(path, (first, rows), q);
-    let (_, dout) = query_rows(args.dout).both(path, (first, rows), dout);
-    let [q_transposed, dout_transposed] = [q_transposed, dout_transposed].map(|columns| bits(columns));
-    lse.fill(0.0);
-    lse[..rows].copy_from_slice(&args.lse[head * args.tokens_q + first..][..rows]);
-    // All scores of such a row are -inf or masked: exp(-inf - 0) is the 0 wanted, exp(-inf + inf) would be NaN.
-    lse.iter_mut().filter(|lse| **lse == f32::NEG_INFINITY).for_each(|lse| *lse = 0.0);
-    let dq = &mut dq[..rows * wide];
-    dq.fill(0.0);
-    for keys in visible.tiles(queries) {
-        let (cols, seen) = (keys.len(), (first_k + keys.start, keys.len()));
-        let (a, k) = key_rows(args.k).both(path, seen, k);
-        let (p, ds) = (&mut p[..cols * width], &mut ds[..cols * width]);
-        let (size, into) = ((cols, padded(rows), path.depth(d)), Into::Overwrite);
-        Product { size, alpha: scale, a, b: (q_transposed, width), c: (p, width), into }.run(path);
-        let a = key_rows(args.v).left(path, seen, v);
-        Product { size, alpha: 1.0, a, b: (dout_transposed, width), c: (ds, width), into }.run(path);
-        score_gradients((p, ds), (lse, projection), spec.options.softcap);
-        visible.mask(queries, &keys, p, 0.0);
-        visible.mask(queries, &keys, ds, 0.0);
-        let (dk, dv) = (&mut dk[keys.start * wide..keys.end * wide], &mut dv[keys.start * wide..keys.end * wide]);
-        let (size, into) = ((cols, padded(d), path.depth(rows)), Into::Add);
-        let a = path.by_cols(p, (cols, rows), pairs);
-        Product { size, alpha: 1.0, a, b: dout, c: (dv, wide), into }.run(path);
-        let a = path.by_cols(ds, (cols, rows), pairs);
-        Product { size, alpha: scale, a, b: q, c: (dk, wide), into }.run(path);
-        let (size, a) = ((rows, padded(d), path.depth(cols)), path.by_rows(ds, (cols, rows), pairs));
-        Product { size, alpha: scale, a, b: k, c: (dq, wide), into }.run(path);
+impl<'a> Unit<'a> {
+    fn new<T: FloatElement>(
+        (spec, path): (&Spec, Path),
+        args: &Arguments<'_, T>,
+        (first_q, head, queries): (usize, usize, Range<usize>),
+        out: &mut [f32],
+        scratch: &mut &'a mut [f32],
+    ) -> Self {
+        let (d, rows, first) = (spec.head_dim, queries.len(), first_q + queries.start);
+        let (wide, width) = (stride(d), stride(rows));
+        let head_of = |data| Head { data, num_heads: spec.num_heads, head, head_dim: d };
+        let (q_head, dout_head) = (head_of(args.q), head_of(args.dout));
+        // Factors are whole tiles where the processor has them.
+        let (q, dout) = (take(scratch, padded(rows) * wide), take(scratch, padded(rows) * wide));
+        let mut columns = || take(scratch, padded(d) * width);
+        let (q_columns, dout_columns) = (columns(), columns());
+        let (dq, lse, projection) =
+            (take(scratch, d * width), take(scratch, padded(rows)), take(scratch, padded(rows)));
+        head_of(args.out).load(first, rows, out);
+        dout_head.load(first, rows, dout);
+        if !path.pairs {
+            q_head.load(first, rows, q);
+        }
+        projection.fill(0.0);
+        for ((projection, out), dout) in projection[..rows].iter_mut().zip(out.chunks(wide)).zip(dout.chunks(wide)) {
+            *projection = vectorised(
+                #[inline(always)]
+                || simd::dot(out, dout),
+            );
+        }
+        lse.fill(0.0);
+        lse[..rows].copy_from_slice(&args.lse[head * args.tokens_q + first..][..rows]);
+        // All scores of such a row are -inf or masked: exp(-inf - 0) is the 0 wanted, exp(-inf + inf) would be NaN.
+        lse.iter_mut().filter(|lse| **lse == f32::NEG_INFINITY).for_each(|lse| *lse = 0.0);
+        dq.fill(0.0);
+        let seen = (first, rows);
+        let q_columns = q_head.columns(path, seen, q, q_columns);
+        let dout_columns = dout_head.columns(path, seen, dout, dout_columns);
+        let [q, dout] = [(q_head, q), (dout_head, dout)]
+            .map(|(head, tile)| if path.pairs { head.right(path, seen, tile) } else { (bits(tile), wide) });
+        Self { queries, q_columns, dout_columns, q, dout, lse, projection, dq }
     }
 }
 
-/// `p`: scores become probabilities; `ds`: gradients of the probabilities become those of the scores.
-fn score_gradients(tiles: (&mut [f32], &mut [f32]), statistics: (&[f32], &[f32]), softcap: Option<f32>) {
+/// Lets a few blocks of queries of one head visit the keys that they see: their shares are added to `scratch.dk` and `scratch.dv`, and
+/// `store` gets the rows of dq of each block.
+fn visit<T: FloatElement>(
+    (spec, path): (&Spec, Path),
+    args: &Arguments<'_, T>,
+    (Sequence { first_q, first_k, visible }, head, all): (Sequence, usize, &Range<usize>),
+    scratch: &mut Scratch<'_>,
+    store: impl Fn(&Range<usize>, &[f32]),
+) {
+    let d = spec.head_dim;
+    let Scratch { rows: dq_rows, k, v, p, ds, pairs, dk, dv, units } = scratch;
+    let mut own = &mut **units;
+    let blocks = all.clone().step_by(Q_BLOCK).map(|start| start..all.end.min(start + Q_BLOCK));
+    let mut units: Vec<Unit<'_>> =
+        blocks.map(|queries| Unit::new((spec, path), args, (first_q, head, queries), dq_rows, &mut own)).collect();
+    let kv_head = head / (spec.num_heads / spec.num_kv_heads);
+    let key_rows = |data| Head { data, num_heads: spec.num_kv_heads, head: kv_head, head_dim: d };
+    for keys in visible.tiles(all) {
+        let (cols, seen, wide) = (keys.len(), (first_k + keys.start, keys.len()), stride(d));
+        let [k, channels] = key_rows(args.k).both(path, seen, k);
+        let v = key_rows(args.v).left(path, seen, v);
+        let (dk, dv) = (&mut dk[keys.start * wide..keys.end * wide], &mut dv[keys.start * wide..keys.end * wide]);
+        for unit in &mut units {
+            let (rows, width) = (unit.queries.len(), stride(unit.queries.len()));
+            if !visible.sees_any(&unit.queries, &keys) {
+                continue;
+            }
+            let (p, ds) = (&mut p[..cols * width], &mut ds[..cols * width]);
+            let (size, into) = ((cols, padded(rows), path.depth(d)), Into::Overwrite);
+            Product { size, a: k, b: unit.q_columns, c: (p, width), into }.run(path);
+            Product { size, a: v, b: unit.dout_columns, c: (ds, width), into }.run(path);
+            score_gradients((p, ds), (unit.lse, unit.projection), &spec.options);
+            visible.mask(&unit.queries, &keys, p, 0.0);
+            visible.mask(&unit.queries, &keys, ds, 0.0);
+            let (size, into) = ((cols, padded(d), path.depth(rows)), Into::Add);
+            let a = path.by_cols(p, (cols, rows), pairs);
+            Product { size, a, b: unit.dout, c: (dv, wide), into }.run(path);
+            let a = path.by_cols(ds, (cols, rows), pairs);
+            Product { size, a, b: unit.q, c: (dk, wide), into }.run(path);
+            let (size, b) = ((d, padded(rows), path.depth(cols)), path.by_rows(ds, (cols, rows), pairs));
+            Product { size, a: channels, b, c: (unit.dq, width), into }.run(path);
+        }
+    }
+    for unit in units {
+        let dq_rows = &mut dq_rows[..unit.queries.len() * stride(d)];
+        transpose(unit.dq, (d, unit.queries.len()), dq_rows);
+        store(&unit.queries, dq_rows);
+    }
+}
+
+/// `p`: products of queries and keys become probabilities; `ds`: gradients of the probabilities become those of the products.
+fn score_gradients(tiles: (&mut [f32], &mut [f32]), statistics: (&[f32], &[f32]), options: &Options) {
+    let scale = options.scale;
     // The cap is not looked at within the loop: there the compiler would compute both and choose.
     vectorised_fused(
         #[inline(always)]
-        |m| match softcap {
-            None => for_each_score(tiles, statistics, |score, lse| (simd::exp(m, score - lse), 1.0)),
-            Some(cap) => for_each_score(tiles, statistics, |score, lse| {
-                let t = simd::tanh(m, score / cap);
-                (simd::exp(m, cap * t - lse), 1.0 - t * t)
+        |m| match options.softcap {
+            None => {
+                for_each_score(tiles, statistics, |product, lse| (simd::exp(m, m.mul_add(product, scale, -lse)), scale))
+            }
+            Some(cap) => for_each_score(tiles, statistics, |product, lse| {
+                let t = simd::tanh(m, scale * product / cap);
+                (simd::exp(m, cap * t - lse), scale * (1.0 - t * t))
             }),
         },
     );
 }
 
-/// [`score_gradients`] with the probability of a score and the slope of its cap.
+/// [`score_gradients`] with the probability of a product and the slope of its score.
 #[inline(always)]
 fn for_each_score(
     (p, ds): (&mut [f32], &mut [f32]),

@@ -5,7 +5,8 @@ use std::ops::Range;
 use unsloth_core::{Element, FloatElement, KvView, Lengths, Result, Sequences, Tensor, ops::attention::Spec};
 
 use super::{
-    K_BLOCK, Q_BLOCK, Sequence, Visible, forward,
+    K_BLOCK, Q_BLOCK, Sequence, Visible,
+    forward::{self, Block, Unit},
     rows::{self, Heads},
     tile::{Head, Path, stride},
 };
@@ -83,27 +84,30 @@ fn run_rows<T: FloatElement>(
     let (q, k, v) = (read::<T>(q), read::<T>(kv.k), read::<T>(kv.v));
     // One by what is cut, not by what is seen: a plan knows no masks.
     let num_threads = if parts * spec.num_kv_heads < 2 { 1 } else { backend.num_threads() };
-    backend.for_each_task_on(num_threads, &tasks, forward::scratch_len(d), |task, scratch| {
+    backend.for_each_task_on(num_threads, &tasks, forward::scratch_len(d, 1), |task, scratch| {
         let Task { token, heads, keys, start } = task;
         // Heads of one query lie as rows of one head do: one after another.
         let q = Head { data: q, num_heads: 1, head: 0, head_dim: d };
         let (first_q, group) = (token * spec.num_heads + heads.start, spec.num_heads / spec.num_kv_heads);
         let head = |data| Head { data, num_heads: spec.num_kv_heads, head: heads.start / group, head_dim: d };
-        let block = if group <= rows::MAX_GROUP {
-            let [k, v] = [k, v].map(|data| Heads { first: head(data), count: heads.len() / group });
-            rows::block((spec, backend.isa()), (q, first_q), (k, v), keys, scratch)
-        } else {
-            let visible = Visible { seq_q: heads.len(), seq_k: keys.len(), causal: false, left: None };
-            let sequence = Sequence { first_q, first_k: keys.start, visible };
-            forward::block((spec, path), sequence, &(0..heads.len()), (q, head(k), head(v)), scratch)
-        };
         #[allow(unsafe_code, reason = "tasks write pieces of one buffer")]
         // SAFETY: `cut` gives each task a range of its own.
         let to = unsafe { results.piece(*start..start + heads.len() * partial_len(d)) };
-        let found = block.out.chunks_exact(stride(d)).zip(&*block.max).zip(&*block.sum);
-        for (to, ((out, max), sum)) in to.chunks_exact_mut(partial_len(d)).zip(found) {
-            to[..d].copy_from_slice(&out[..d]);
-            (to[d], to[d + 1]) = (*max, *sum);
+        let mut keep = |block: Block<'_>| {
+            let found = block.out.chunks_exact(stride(d)).zip(&*block.max).zip(&*block.sum);
+            for (to, ((out, max), sum)) in to.chunks_exact_mut(partial_len(d)).zip(found) {
+                to[..d].copy_from_slice(&out[..d]);
+                (to[d], to[d + 1]) = (*max, *sum);
+            }
+        };
+        if group <= rows::MAX_GROUP {
+            let [k, v] = [k, v].map(|data| Heads { first: head(data), count: heads.len() / group });
+            keep(rows::block((spec, backend.isa()), (q, first_q), (k, v), keys, scratch));
+        } else {
+            let visible = Visible { seq_q: heads.len(), seq_k: keys.len(), causal: false, left: None };
+            let sequence = Sequence { first_q, first_k: keys.start, visible };
+            let unit = Unit { head: 0, queries: 0..heads.len() };
+            forward::visit((spec, path), sequence, &[unit], (q, head(k), head(v)), scratch, |_, block| keep(block));
         }
     })?;
     let out = write::<T>("attention", "out", out)?;

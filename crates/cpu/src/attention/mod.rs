@@ -60,6 +60,12 @@ impl Visible {
         self.keys(queries.start).start..self.keys(queries.end - 1).end
     }
 
+    /// Whether the range of keys that a block of queries sees has some of a tile.
+    fn sees_any(&self, queries: &std::ops::Range<usize>, tile: &std::ops::Range<usize>) -> bool {
+        let keys = self.keys_of_block(queries);
+        keys.start < tile.end && tile.start < keys.end
+    }
+
     /// Queries that see key `j`; both ends grow with `j`.
     #[inline(always)]
     fn queries(&self, j: usize) -> std::ops::Range<usize> {

@@ -298,7 +298,7 @@ mod tests {
         let q_head = Head { data: &q_data[..], num_heads: 1, head: 0, head_dim: d };
         let head = |data| Head { data, num_heads: HEADS, head: 1, head_dim: d };
         let [k_heads, v_heads] = [&k_data, &v_data].map(|data| Heads { first: head(&data[..]), count: 2 });
-        let mut scratch = vec![f32::NAN; scratch_len(d)];
+        let mut scratch = vec![f32::NAN; scratch_len(d, 1)];
         let block = block((&spec, isa), (q_head, 1), (k_heads, v_heads), &(2..2 + len), &mut scratch);
         for i in 0..rows {
             let at = |x: &[f32], j: usize, c: usize| f64::from(x[(j + 2) * token + (1 + i / group) * d + c]);

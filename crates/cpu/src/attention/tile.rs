@@ -5,16 +5,20 @@
 //! in rows or in columns.
 //!
 //! An element of a factor is an f32, or, where the processor multiplies pairs of bf16, two neighbours of the dimension summed
-//! over. Both are 32 bits, and the products differ in nothing but an instruction.
+//! over. Both are 32 bits, and the products differ in nothing but an instruction. Where the processor has tiles of its own, AMX, a factor of
+//! pairs is put in their order when it is made, once for all products that it is part of.
 
 use half::bf16;
 use pulp::{Simd, WithSimd};
 use unsloth_core::{DType, FloatElement};
 
 #[cfg(target_arch = "x86_64")]
-use crate::avx512;
 use crate::{
-    matmul::{Into, Isa},
+    avx512,
+    matmul::{Parts, Side},
+};
+use crate::{
+    matmul::{Elements, Into, Isa, Mat},
     simd::{self, vectorised},
 };
 
@@ -46,16 +50,34 @@ impl Path {
         Self { isa, pairs: isa.multiplies_pairs() && T::DTYPE == DType::BF16 && head_dim.is_multiple_of(2) }
     }
 
+    /// Factors are in the order of AMX.
+    fn has_tiles(self) -> bool {
+        match self.isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => self.pairs,
+            _ => false,
+        }
+    }
+
     /// Elements of a factor for so many of the dimension summed over.
     pub(super) fn depth(self, len: usize) -> usize {
         if self.pairs { len.div_ceil(2) } else { len }
     }
 
-    /// A tile `[rows, cols]` of f32 as the left factor of a product that sums over its rows; pairs are written to `to`.
-    pub(super) fn by_rows<'a>(self, tile: &'a [f32], (rows, cols): (usize, usize), to: &'a mut [f32]) -> Left<'a> {
+    /// A tile `[rows, cols]` of f32 as the right factor of a product that sums over its rows; pairs are written to `to`.
+    pub(super) fn by_rows<'a>(
+        self,
+        tile: &'a [f32],
+        (rows, cols): (usize, usize),
+        to: &'a mut [f32],
+    ) -> (&'a [u32], usize) {
         let (width, cols) = (stride(cols), padded(cols));
         if !self.pairs {
-            return Left::new(bits(tile), width).t();
+            return (bits(tile), width);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.has_tiles() {
+            return (packed(Side::Right, Mat::new(Elements::F32(tile), rows, cols, width).t(), to), 0);
         }
         let nothing = [0.0; super::Q_BLOCK];
         let to = bytemuck::cast_slice_mut::<f32, u32>(to);
@@ -64,15 +86,20 @@ impl Path {
             let high = if row + 1 < rows { &tile[(row + 1) * width..][..cols] } else { &nothing[..cols] };
             self.narrow_pairs((low, high), &mut to[..cols]);
         }
-        Left::new(to, width).t()
+        (to, width)
     }
 
     /// A tile `[rows, cols]` of f32 as the left factor of a product that sums over its columns; pairs are written to `to`.
     pub(super) fn by_cols<'a>(self, tile: &'a [f32], (rows, cols): (usize, usize), to: &'a mut [f32]) -> Left<'a> {
-        let (width, cols) = (stride(cols), padded(cols));
+        let width = stride(cols);
         if !self.pairs {
             return Left::new(bits(tile), width);
         }
+        #[cfg(target_arch = "x86_64")]
+        if self.has_tiles() {
+            return Left::packed(packed(Side::Left, Mat::new(Elements::F32(tile), rows, cols, width), to));
+        }
+        let cols = padded(cols);
         let halves = bytemuck::cast_slice_mut::<f32, bf16>(&mut *to);
         for (from, to) in tile.chunks_exact(width).zip(halves.chunks_exact_mut(width)).take(rows) {
             self.narrow(&from[..cols], &mut to[..cols]);
@@ -105,6 +132,13 @@ impl Path {
             *to = pair(bf16::from_f32(*low), bf16::from_f32(*high));
         }
     }
+}
+
+/// The lines of a matrix, rounded to bf16, in the order of AMX.
+#[cfg(target_arch = "x86_64")]
+fn packed<'a>(side: Side, from: Mat<'_>, to: &'a mut [f32]) -> &'a [u32] {
+    Parts::rounded(side).pack_all(&from, to);
+    bits(to)
 }
 
 /// The bits of f32 elements.
@@ -146,38 +180,50 @@ impl<'a, T: FloatElement> Head<'a, T> {
         Left::new(&data[((first * self.num_heads + self.head) * d).min(data.len())..], self.num_heads * d)
     }
 
-    /// Rows `first ..` as the left factor of a product that sums over channels; what has to be widened goes through `tile`.
-    pub(super) fn left<'b>(&self, path: Path, (first, rows): (usize, usize), tile: &'b mut [f32]) -> Left<'b>
+    /// Rows `first ..` as a matrix.
+    #[cfg(target_arch = "x86_64")]
+    fn mat(&self, (first, rows): (usize, usize)) -> Mat<'a> {
+        let row = self.num_heads * self.head_dim;
+        let start = (first * row + self.head * self.head_dim).min(self.data.len());
+        Mat::new(Elements::from_slice(&self.data[start..]), rows, self.head_dim, row)
+    }
+
+    /// Rows `first ..` as the left factor of a product that sums over channels; what does not lie as it has to is put in `tile`.
+    pub(super) fn left<'b>(&self, path: Path, rows: (usize, usize), tile: &'b mut [f32]) -> Left<'b>
     where
         'a: 'b,
     {
+        #[cfg(target_arch = "x86_64")]
+        if path.has_tiles() {
+            return Left::packed(packed(Side::Left, self.mat(rows), tile));
+        }
         if path.pairs {
-            return self.pairs(first);
+            return self.pairs(rows.0);
         }
         if T::DTYPE == DType::F32 {
             let row = self.num_heads * self.head_dim;
             let data = bytemuck::cast_slice::<T, u32>(self.data);
-            return Left::new(&data[(first * row + self.head * self.head_dim).min(data.len())..], row);
+            return Left::new(&data[(rows.0 * row + self.head * self.head_dim).min(data.len())..], row);
         }
-        self.load(first, rows, tile);
+        self.load(rows.0, rows.1, tile);
         Left::new(bits(tile), stride(self.head_dim))
     }
 
-    /// Rows `first ..` as the right factor of a product that sums over them, in `tile`, and as the left one of a product that
-    /// sums over channels.
-    pub(super) fn both<'b>(
+    /// Rows `first ..` as the right factor of a product that sums over them, in `tile`.
+    pub(super) fn right<'b>(
         &self,
         path: Path,
         (first, rows): (usize, usize),
         tile: &'b mut [f32],
-    ) -> (Left<'b>, (&'b [u32], usize))
-    where
-        'a: 'b,
-    {
+    ) -> (&'b [u32], usize) {
         let (wide, d) = (stride(self.head_dim), self.head_dim);
         if !path.pairs {
             self.load(first, rows, tile);
-            return (Left::new(bits(tile), wide), (bits(tile), wide));
+            return (bits(tile), wide);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if path.has_tiles() {
+            return (packed(Side::Right, self.mat((first, rows)).t(), tile), 0);
         }
         let pairs = bytemuck::cast_slice_mut::<f32, u32>(&mut *tile);
         for (row, to) in (0..rows).step_by(2).zip(pairs.chunks_exact_mut(wide)) {
@@ -194,28 +240,63 @@ impl<'a, T: FloatElement> Head<'a, T> {
             );
             to[d..].fill(0);
         }
-        (self.pairs(first), (bits(tile), wide))
+        (bits(tile), wide)
     }
 
-    /// Rows `first ..` as columns, the right factor of a product that sums over channels; `tile` is overwritten, and pairs do
-    /// not need it.
-    pub(super) fn columns(&self, path: Path, (first, rows): (usize, usize), tile: &mut [f32], to: &mut [f32]) {
-        if !path.pairs {
-            self.load(first, rows, tile);
-            return transpose(tile, (rows, self.head_dim), to);
+    /// Channels of rows `first ..` as the left factor of a product that sums over rows, in `tile`.
+    pub(super) fn channels<'b>(&self, path: Path, rows: (usize, usize), tile: &'b mut [f32]) -> Left<'b> {
+        #[cfg(target_arch = "x86_64")]
+        if path.has_tiles() {
+            return Left::packed(packed(Side::Left, self.mat(rows).t(), tile));
         }
-        let (from, to) = (self.pairs(first), bytemuck::cast_slice_mut::<f32, u32>(to));
-        for (j, to) in to.chunks_exact_mut(stride(rows)).take(self.head_dim / 2).enumerate() {
+        let (data, stride) = self.right(path, rows, tile);
+        Left::new(data, stride).t()
+    }
+
+    /// [`Self::left`] and [`Self::channels`], both in `tile`.
+    pub(super) fn both<'b>(&self, path: Path, rows: (usize, usize), tile: &'b mut [f32]) -> [Left<'b>; 2]
+    where
+        'a: 'b,
+    {
+        if !path.pairs && T::DTYPE != DType::F32 {
+            let left = self.left(path, rows, tile);
+            return [left, left.t()];
+        }
+        let len = rows.1.next_multiple_of(PAD) * self.head_dim.div_ceil(2).next_multiple_of(PAD);
+        let (of_rows, tile) = tile.split_at_mut(if path.has_tiles() { len } else { 0 });
+        [self.left(path, rows, of_rows), self.channels(path, rows, tile)]
+    }
+
+    /// Rows `first ..` as columns, the right factor of a product that sums over channels. Unless factors are pairs, `tile` has them, as
+    /// [`Self::load`] leaves them.
+    pub(super) fn columns<'b>(
+        &self,
+        path: Path,
+        (first, rows): (usize, usize),
+        tile: &[f32],
+        to: &'b mut [f32],
+    ) -> (&'b [u32], usize) {
+        if !path.pairs {
+            transpose(tile, (rows, self.head_dim), to);
+            return (bits(to), stride(rows));
+        }
+        #[cfg(target_arch = "x86_64")]
+        if path.has_tiles() {
+            return (packed(Side::Right, self.mat((first, rows)), to), 0);
+        }
+        let (from, pairs) = (self.pairs(first), bytemuck::cast_slice_mut::<f32, u32>(&mut *to));
+        for (j, to) in pairs.chunks_exact_mut(stride(rows)).take(self.head_dim / 2).enumerate() {
             for (i, to) in to[..rows].iter_mut().enumerate() {
                 *to = from.data[i * from.row + j];
             }
             to[rows..].fill(0);
         }
+        (bits(to), stride(rows))
     }
 }
 
 /// `to` = the transpose of `rows x cols` elements of a tile; what fills its rows up is zero.
-fn transpose(from: &[f32], (rows, cols): (usize, usize), to: &mut [f32]) {
+pub(super) fn transpose(from: &[f32], (rows, cols): (usize, usize), to: &mut [f32]) {
     let (from_stride, to_stride) = (stride(cols), stride(rows));
     for (j, to) in to.chunks_exact_mut(to_stride).take(cols).enumerate() {
         for (i, to) in to[..rows].iter_mut().enumerate() {
@@ -238,17 +319,22 @@ impl<'a> Left<'a> {
         Self { data, row: stride, col: 1 }
     }
 
-    /// The transpose, without moving data.
+    /// In the order of AMX.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn packed(data: &'a [u32]) -> Self {
+        Self { data, row: 0, col: 0 }
+    }
+
+    /// The transpose, without moving data, of what is not in the order of AMX.
     pub(super) fn t(self) -> Self {
         Self { row: self.col, col: self.row, ..self }
     }
 }
 
-/// `c = alpha * a b`, or `c += alpha * a b`.
+/// `c = a b`, or `c += a b`.
 pub(super) struct Product<'a> {
     /// Rows of `c`, columns of `c`, and the dimension summed over. Columns count what fills the rows up.
     pub(super) size: (usize, usize, usize),
-    pub(super) alpha: f32,
     pub(super) a: Left<'a>,
     /// Right factor and the distance of its rows.
     pub(super) b: (&'a [u32], usize),
@@ -270,13 +356,7 @@ impl Product<'_> {
         assert!(last(m, self.c.1) + n <= self.c.0.len(), "c lies in its slice");
         match path.isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Amx if path.pairs && k > 0 => {
-                #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
-                // SAFETY: `Isa::choose` gives only what the processor has; all elements of the matrices have been checked above.
-                unsafe {
-                    super::amx::run(self);
-                }
-            }
+            Isa::Amx if path.pairs => super::amx::run(self),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => self.tiles(path.pairs),
             isa => isa.vectorize(self),
@@ -292,12 +372,12 @@ impl Product<'_> {
         let Left { row: a_row, col: a_col, .. } = self.a;
         let (b_row, c_row) = (self.b.1, self.c.1);
         let (a, b, c) = (self.a.data.as_ptr(), self.b.0.as_ptr(), self.c.0.as_mut_ptr());
-        let (factor, add) = (self.alpha, self.into == Into::Add);
+        let add = self.into == Into::Add;
         for j in (0..n).step_by(VECTORS * LANES) {
             for i in (0..m).step_by(ROWS) {
                 let size = ((m - i).min(ROWS), ((n - j) / LANES).min(VECTORS));
                 let (a, b, c) = (a.wrapping_add(i * a_row), b.wrapping_add(j), c.wrapping_add(i * c_row + j));
-                let operands = Operands { depth, factor, a, a_row, a_col, b, b_row, c, c_row, add, ahead: 0 };
+                let operands = Operands { depth, a, a_row, a_col, b, b_row, c, c_row, add, ahead: 0 };
                 #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
                 // SAFETY: `Isa::choose` and `Path::new` give only what the processor has; `run` has checked all elements of the
                 // three matrices, of which this is a part.
@@ -336,7 +416,6 @@ impl Product<'_> {
             a = a.wrapping_add(a_col);
             b = b.wrapping_add(b_row);
         }
-        let alpha = simd.splat_f32s(self.alpha);
         let (c, c_row) = (self.c.0.as_mut_ptr(), self.c.1);
         for (r, sums) in sums.into_iter().enumerate() {
             for (v, sum) in sums.into_iter().enumerate() {
@@ -345,8 +424,8 @@ impl Product<'_> {
                 // SAFETY: `run` has checked all `m` rows of `n` columns of `c`, which is borrowed mutably.
                 unsafe {
                     c.write_unaligned(match self.into {
-                        Into::Overwrite => simd.mul_f32s(alpha, sum),
-                        Into::Add => simd.mul_add_e_f32s(alpha, sum, c.read_unaligned()),
+                        Into::Overwrite => sum,
+                        Into::Add => simd.add_f32s(c.read_unaligned(), sum),
                     });
                 }
             }
@@ -392,7 +471,10 @@ impl WithSimd for Product<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::{K_BLOCK, Q_BLOCK},
+        *,
+    };
 
     fn paths<T: FloatElement>(head_dim: usize) -> impl Iterator<Item = Path> {
         Isa::available().map(move |isa| Path::new::<T>(isa, head_dim))
@@ -416,13 +498,13 @@ mod tests {
                     for (into, before) in [(Into::Overwrite, f32::NAN), (Into::Add, 5.0)] {
                         let mut c = vec![before; 13 * 96];
                         let (size, b, c_rows) = ((m, n, k), (bits(&b), 96), (&mut *c, 96));
-                        Product { size, alpha: 2.0, a: left, b, c: c_rows, into }.run(path);
+                        Product { size, a: left, b, c: c_rows, into }.run(path);
                         for i in 0..13 {
                             for j in 0..96 {
                                 let expected = match into {
                                     _ if i >= m || j >= n => before,
-                                    Into::Overwrite => 2.0 * exact(i, j),
-                                    Into::Add => 5.0 + 2.0 * exact(i, j),
+                                    Into::Overwrite => exact(i, j),
+                                    Into::Add => 5.0 + exact(i, j),
                                 };
                                 let actual = c[i * 96 + j];
                                 let same = actual == expected || (actual.is_nan() && expected.is_nan());
@@ -441,7 +523,7 @@ mod tests {
         let (a, b, mut c) = ([0.0; 4], [0.0; 31], [0.0; 32]);
         let (a, into) = (Left::new(bits(&a), 2), Into::Overwrite);
         let path = Path::new::<f32>(Isa::Portable, 2);
-        Product { size: (2, 16, 2), alpha: 1.0, a, b: (bits(&b), 16), c: (&mut c, 16), into }.run(path);
+        Product { size: (2, 16, 2), a, b: (bits(&b), 16), c: (&mut c, 16), into }.run(path);
     }
 
     /// Each way from rows in memory or a tile to a factor, in every form, for odd and even numbers of rows.
@@ -457,27 +539,30 @@ mod tests {
             let (wide, width, padding) = (stride(d), stride(rows), padded(rows));
             for path in paths::<bf16>(d) {
                 let tile = |rows: usize, cols: usize| vec![f32::NAN; rows * cols];
-                let (mut a, mut b, mut columns) = (tile(rows.max(KEYS), wide), tile(KEYS, wide), tile(d, width));
-                head(&q[..]).columns(path, (1, rows), &mut a, &mut columns);
-                let (left, keys) = head(&k[..]).both(path, (1, KEYS), &mut b);
+                let (mut a, mut b) = (tile(Q_BLOCK, wide), tile(K_BLOCK, wide));
+                let mut columns = tile(padded(d), width);
+                head(&q[..]).load(1, rows, &mut a);
+                let q_columns = head(&q[..]).columns(path, (1, rows), &a, &mut columns);
+                let [left, channels] = head(&k[..]).both(path, (1, KEYS), &mut b);
                 let (mut scores, into) = (tile(KEYS, width), Into::Overwrite);
-                let (size, b) = ((KEYS, padding, path.depth(d)), (bits(&columns), width));
-                Product { size, alpha: 1.0, a: left, b, c: (&mut scores, width), into }.run(path);
+                let size = (KEYS, padding, path.depth(d));
+                Product { size, a: left, b: q_columns, c: (&mut scores, width), into }.run(path);
                 for (j, i) in (0..KEYS).flat_map(|j| (0..rows).map(move |i| (j, i))) {
                     assert_eq!(scores[j * width + i], score(j, i), "scores: {rows} {d} {j} {i}");
                 }
-                let (mut pairs, mut by_queries, mut by_keys) = (tile(KEYS, width), tile(rows, wide), tile(KEYS, wide));
-                let left = path.by_rows(&scores, (KEYS, rows), &mut pairs);
-                let size = (rows, padded(d), path.depth(KEYS));
-                Product { size, alpha: 1.0, a: left, b: keys, c: (&mut by_queries, wide), into }.run(path);
-                let (_, queries) = head(&q[..]).both(path, (1, rows), &mut a);
+                let mut pairs = tile(K_BLOCK / 2, width);
+                let (mut by_queries, mut by_keys) = (tile(d, width), tile(KEYS, wide));
+                let size = (d, padding, path.depth(KEYS));
+                let b = path.by_rows(&scores, (KEYS, rows), &mut pairs);
+                Product { size, a: channels, b, c: (&mut by_queries, width), into }.run(path);
+                let queries = head(&q[..]).right(path, (1, rows), &mut a);
                 let left = path.by_cols(&scores, (KEYS, rows), &mut pairs);
                 let size = (KEYS, padded(d), path.depth(rows));
-                Product { size, alpha: 1.0, a: left, b: queries, c: (&mut by_keys, wide), into }.run(path);
+                Product { size, a: left, b: queries, c: (&mut by_keys, wide), into }.run(path);
                 for c in 0..d {
                     for i in 0..rows {
                         let exact: f32 = (0..KEYS).map(|j| score(j, i) * at(&k, j, c)).sum();
-                        assert_eq!(by_queries[i * wide + c], exact, "by rows: {rows} {d} {i} {c}");
+                        assert_eq!(by_queries[c * width + i], exact, "by rows: {rows} {d} {i} {c}");
                     }
                     for j in 0..KEYS {
                         let exact: f32 = (0..rows).map(|i| score(j, i) * at(&q, i, c)).sum();

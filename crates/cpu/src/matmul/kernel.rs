@@ -68,7 +68,6 @@ impl Kernel {
                 let (a, b, c) = (tile.a.as_ptr(), tile.b.as_ptr(), tile.c.as_mut_ptr());
                 let strides = Operands {
                     depth,
-                    factor: 1.0,
                     a,
                     a_row: 1,
                     a_col: LEFT_WIDTH,

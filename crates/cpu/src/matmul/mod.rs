@@ -31,6 +31,8 @@ use self::{
 pub use isa::Isa;
 pub(crate) use mat::{Elements, Into, Mat, MatMut, Sum, Term};
 pub(crate) use pack::prefetch_all;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use parts::{Parts, Side};
 
 use crate::{CpuBackend, parallel::Disjoint};
 

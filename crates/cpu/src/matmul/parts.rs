@@ -19,7 +19,7 @@ use crate::{
 
 /// Which factor of a product it is.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Side {
+pub(crate) enum Side {
     /// A row of a tile is 32 neighbours of a line.
     Left,
     /// A row of a tile is a pair of neighbours of each of sixteen lines.
@@ -29,7 +29,7 @@ pub(super) enum Side {
 /// How a factor is packed: block after block of up to 32 lines, in each step after step of the dimension summed over, in each part
 /// after part, in each one tile for every sixteen lines.
 #[derive(Clone, Copy)]
-pub(super) struct Parts {
+pub(crate) struct Parts {
     /// Parts of an element.
     pub(super) count: usize,
     side: Side,
@@ -50,9 +50,19 @@ impl Parts {
         Self { count, side, factor }
     }
 
+    /// A single part: elements as bf16, rounded to nearest.
+    pub(crate) fn rounded(side: Side) -> Self {
+        Self { count: 1, side, factor: 1.0 }
+    }
+
     /// 32-bit elements of a line for so many elements.
     pub(super) fn length(self, depth: usize) -> usize {
         self.count * depth.div_ceil(DEPTH) * SIDE
+    }
+
+    /// Packs all lines of a matrix.
+    pub(crate) fn pack_all(self, from: &Mat<'_>, to: &mut [f32]) {
+        self.pack(from, 0..from.rows, 0..from.cols, to);
     }
 
     /// Packs elements `depth` of lines `lines`. What fills a tile up along the dimension summed over is zero; lines that fill up a
