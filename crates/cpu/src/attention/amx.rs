@@ -81,7 +81,7 @@ mod tests {
     use super::*;
     use crate::{
         Isa,
-        attention::tile::{Left, Path},
+        attention::factor::{Left, Path},
         matmul::{Elements, Mat, Parts, Side},
     };
 

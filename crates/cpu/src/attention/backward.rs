@@ -9,8 +9,10 @@ use unsloth_core::{
 };
 
 use super::{
-    K_BLOCK, LANES, Q_BLOCK, Sequence, packed, take,
-    tile::{Head, Path, Product, bits, padded, stride, transpose},
+    K_BLOCK, LANES, Q_BLOCK, Sequence,
+    factor::{Head, Path, bits, transpose},
+    packed, take,
+    tile::{Product, padded, stride},
 };
 use crate::{
     CpuBackend,

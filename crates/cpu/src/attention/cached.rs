@@ -6,9 +6,10 @@ use unsloth_core::{Element, FloatElement, KvView, Lengths, Result, Sequences, Te
 
 use super::{
     K_BLOCK, Q_BLOCK, Sequence, Visible,
+    factor::{Head, Path},
     forward::{self, Block, Unit},
     rows::{self, Heads},
-    tile::{Head, Path, stride},
+    tile::stride,
 };
 use crate::{
     CpuBackend,

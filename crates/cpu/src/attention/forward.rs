@@ -12,8 +12,10 @@ use unsloth_core::{
 };
 
 use super::{
-    K_BLOCK, LANES, Q_BLOCK, Sequence, Visible, take,
-    tile::{Head, Path, Product, padded, stride, transpose},
+    K_BLOCK, LANES, Q_BLOCK, Sequence, Visible,
+    factor::{Head, Path, transpose},
+    take,
+    tile::{Product, padded, stride},
 };
 use crate::{
     CpuBackend,

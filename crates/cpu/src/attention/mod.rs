@@ -7,6 +7,7 @@
 mod amx;
 mod backward;
 mod cached;
+mod factor;
 mod forward;
 mod rows;
 mod tile;

@@ -7,9 +7,10 @@ use pulp::{Simd, WithSimd};
 use unsloth_core::{DType, FloatElement, ops::attention::Spec};
 
 use super::{
+    factor::Head,
     forward::Block,
     take,
-    tile::{Head, padded, stride},
+    tile::{padded, stride},
 };
 use crate::{
     matmul::{Isa, prefetch_all},
