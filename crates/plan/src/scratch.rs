@@ -54,11 +54,34 @@ fn lengths(seqs: &Sequences) -> impl Iterator<Item = usize> {
     seqs.offsets().windows(2).map(|pair| pair[1] - pair[0])
 }
 
+/// Elements of a factor of an attention tile that is packed in three parts.
+fn packed(lines: usize, depth: usize) -> usize {
+    3 * lines.next_multiple_of(16) * depth.div_ceil(2).next_multiple_of(16)
+}
+
+/// Room for a tile's rows of `d` channels as a factor, for either of two factors of them, and for their columns.
+fn factor(rows: usize, d: usize) -> usize {
+    (rows * stride(d)).max(packed(rows, d)).max(packed(d, rows))
+}
+
+fn factors(rows: usize, d: usize) -> usize {
+    (rows * stride(d)).max(packed(rows, d) + packed(d, rows))
+}
+
+fn columns(rows: usize, d: usize) -> usize {
+    (d * stride(rows)).max(packed(rows, d))
+}
+
+/// Room for scores as a factor.
+fn scores() -> usize {
+    (K_BLOCK / 2 * stride(Q_BLOCK)).max(packed(K_BLOCK, Q_BLOCK))
+}
+
 /// Tiles of a task of the forward pass in which so many blocks of queries visit keys together.
 fn forward_slab(spec: &ops::attention::Spec, num_units: usize) -> usize {
-    let (wide, width) = (stride(spec.head_dim), stride(Q_BLOCK));
-    let own = (spec.head_dim.next_multiple_of(16) + spec.head_dim) * width + 3 * Q_BLOCK;
-    (Q_BLOCK + 2 * K_BLOCK) * wide + (K_BLOCK + K_BLOCK / 2) * width + num_units * own
+    let (d, width) = (spec.head_dim, stride(Q_BLOCK));
+    let own = columns(Q_BLOCK, d) + d * width + 3 * Q_BLOCK;
+    Q_BLOCK * stride(d) + 2 * factor(K_BLOCK, d) + K_BLOCK * width + scores() + num_units * own
 }
 
 fn forward_tiles(spec: &ops::attention::Spec, lengths: impl Iterator<Item = usize>, num_threads: usize) -> usize {
@@ -78,10 +101,10 @@ pub(crate) fn attention_forward(spec: &ops::attention::Spec, seq_q: &Sequences, 
 }
 
 pub(crate) fn attention_backward(spec: &ops::attention::Spec, seq_k: &Sequences, num_threads: usize) -> usize {
-    let (wide, width) = (stride(spec.head_dim), stride(Q_BLOCK));
-    let columns = 2 * spec.head_dim.next_multiple_of(16) + spec.head_dim;
-    let own = 2 * Q_BLOCK * wide + columns * width + 2 * Q_BLOCK;
-    let shared = (Q_BLOCK + 2 * K_BLOCK + 2 * seq_k.max_seqlen()) * wide + (2 * K_BLOCK + K_BLOCK / 2) * width;
+    let (d, wide, width) = (spec.head_dim, stride(spec.head_dim), stride(Q_BLOCK));
+    let rows = (Q_BLOCK + 2 * seq_k.max_seqlen()) * wide + 2 * K_BLOCK * width;
+    let shared = rows + factors(K_BLOCK, d) + factor(K_BLOCK, d) + scores();
+    let own = 2 * (factor(Q_BLOCK, d) + columns(Q_BLOCK, d) + Q_BLOCK) + d * width;
     let slab = shared + UNITS * own;
     slabs(seq_k.num_seqs() * spec.num_kv_heads, num_threads) * slab
 }

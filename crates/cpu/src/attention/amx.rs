@@ -12,12 +12,12 @@ use crate::{
 #[repr(align(64))]
 struct Sums(MaybeUninit<[f32; BLOCK * BLOCK]>);
 
-/// Computes a product of pairs of two packed factors.
-pub(super) fn run(product: Product<'_>) {
+/// Computes a product of two packed factors, of so many parts each.
+pub(super) fn run(product: Product<'_>, parts: usize) {
     let Product { size: (m, n, pairs), a, b, c, into } = product;
     let steps = pairs.div_ceil(SIDE);
     assert!(steps > 0, "a product sums over something");
-    let len = |lines: usize| lines.next_multiple_of(SIDE) * SIDE * steps;
+    let len = |lines: usize| lines.next_multiple_of(SIDE) * SIDE * steps * parts;
     assert!(a.data.len() >= len(m) && b.0.len() >= len(n), "factors are whole");
     let (a, b, (c, c_row)) = (a.data.as_ptr(), b.0.as_ptr(), (c.0.as_mut_ptr(), c.1));
     let mut sums = Sums(MaybeUninit::uninit());
@@ -25,14 +25,14 @@ pub(super) fn run(product: Product<'_>) {
     #[allow(unsafe_code, reason = "instructions that not every processor has")]
     // SAFETY: the path of AMX is only for processors that have it (`Isa::choose`).
     let tiles = unsafe { Tiles::configure() };
-    let of_whole_blocks = Products::new([1, 1], [2, 2]);
+    let of_whole_blocks = Products::new([parts; 2], [2, 2]);
     for row in (0..m).step_by(BLOCK) {
         let rows = (m - row).min(BLOCK);
         let across = rows.div_ceil(SIDE);
         for col in (0..n).step_by(BLOCK) {
             let others = (n - col).min(BLOCK) / SIDE;
             let sides = [across, others];
-            let products = if sides == [2, 2] { of_whole_blocks } else { Products::new([1, 1], sides) };
+            let products = if sides == [2, 2] { of_whole_blocks } else { Products::new([parts; 2], sides) };
             let (a, b) = (a.wrapping_add(len(row)), b.wrapping_add(len(col)));
             let to = c.wrapping_add(row * c_row + col);
             let is_whole = rows == across * SIDE;
@@ -85,17 +85,23 @@ mod tests {
         matmul::{Elements, Mat, Parts, Side},
     };
 
-    /// Small integers, whose sums are exact in every order.
-    fn values(len: usize, modulus: usize) -> Vec<bf16> {
-        (0..len).map(|i| bf16::from_f32((i % modulus) as f32 - 3.0)).collect()
+    /// Small integers, whose sums are exact in every order; with several parts, that need two of them.
+    fn values(len: usize, modulus: usize, parts: usize) -> Vec<f32> {
+        (0..len).map(|i| (i % modulus) as f32 - 3.0 + if parts > 1 { 256.0 } else { 0.0 }).collect()
     }
 
     /// The lines of a factor whose lines or columns lie one after another.
-    fn packed(side: Side, data: &[bf16], (lines, depth): (usize, usize), is_transposed: bool) -> Vec<u32> {
-        let mat = |rows, cols| Mat::new(Elements::BF16(data), rows, cols, cols);
+    fn packed(
+        (parts, side): (usize, Side),
+        data: &[f32],
+        (lines, depth): (usize, usize),
+        is_transposed: bool,
+    ) -> Vec<u32> {
+        let mat = |rows, cols| Mat::new(Elements::F32(data), rows, cols, cols);
         let mat = if is_transposed { mat(depth, lines).t() } else { mat(lines, depth) };
-        let mut tiles = vec![f32::NAN; lines.next_multiple_of(SIDE) * depth.div_ceil(2).next_multiple_of(SIDE)];
-        Parts::rounded(side).pack_all(&mat, &mut tiles);
+        let len = lines.next_multiple_of(SIDE) * depth.div_ceil(2).next_multiple_of(SIDE);
+        let mut tiles = vec![f32::NAN; parts * len];
+        Parts::first(parts, side).pack_all(&mat, &mut tiles);
         bytemuck::cast_slice(&tiles).to_vec()
     }
 
@@ -105,15 +111,16 @@ mod tests {
         if !Isa::available().any(|isa| isa == Isa::Amx) {
             return;
         }
-        let path = Path::new::<bf16>(Isa::Amx, 2);
-        for (m, n, k) in [(1, 16, 1), (64, 64, 120), (120, 64, 128), (33, 144, 65), (130, 256, 256), (64, 48, 200)] {
-            let (a, b) = (values(m * k, 7), values(n * k, 5));
+        let paths = [(1, Path::new::<bf16>(Isa::Amx, 2, 1)), (3, Path::new::<f32>(Isa::Amx, 2, 1000))];
+        let sizes = [(1, 16, 1), (64, 64, 120), (120, 64, 128), (33, 144, 65), (130, 256, 240), (64, 48, 200)];
+        for ((parts, path), (m, n, k)) in paths.into_iter().flat_map(|path| sizes.map(|size| (path, size))) {
+            let (a, b) = (values(m * k, 7, parts), values(n * k, 5, parts));
             for is_transposed in [false, true] {
-                let at = |data: &[bf16], (line, lines): (usize, usize), p: usize| {
-                    data[if is_transposed { p * lines + line } else { line * k + p }].to_f32()
+                let at = |data: &[f32], (line, lines): (usize, usize), p: usize| {
+                    data[if is_transposed { p * lines + line } else { line * k + p }]
                 };
-                let left = packed(Side::Left, &a, (m, k), is_transposed);
-                let right = packed(Side::Right, &b, (n, k), is_transposed);
+                let left = packed((parts, Side::Left), &a, (m, k), is_transposed);
+                let right = packed((parts, Side::Right), &b, (n, k), is_transposed);
                 for (into, before) in [(Into::Overwrite, f32::NAN), (Into::Add, 5.0)] {
                     let mut c = vec![before; m * n];
                     let (size, a_tiles) = ((m, n, path.depth(k)), Left::packed(&left));
@@ -121,7 +128,7 @@ mod tests {
                     for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
                         let sum: f32 = (0..k).map(|p| at(&a, (i, m), p) * at(&b, (j, n), p)).sum();
                         let old = if into == Into::Add { before } else { 0.0 };
-                        assert_eq!(c[i * n + j], old + sum, "{m} {n} {k} {is_transposed} {i} {j}");
+                        assert_eq!(c[i * n + j], old + sum, "{parts} {m} {n} {k} {is_transposed} {i} {j}");
                     }
                 }
             }

@@ -10,7 +10,7 @@ use unsloth_core::{
 
 use super::{
     K_BLOCK, LANES, Q_BLOCK, Sequence,
-    factor::{Head, Path, bits, transpose},
+    factor::{Form, Head, Path, bits, both_len, columns_len, factor_len, tile_len, transpose},
     packed, take,
     tile::{Product, padded, stride},
 };
@@ -64,8 +64,10 @@ struct Scratch<'a> {
 impl<'a> Scratch<'a> {
     fn len(d: usize, seq_k: usize) -> usize {
         let (wide, width) = (stride(d), stride(Q_BLOCK));
-        let shared = (Q_BLOCK + 2 * K_BLOCK + 2 * seq_k) * wide + (2 * K_BLOCK + K_BLOCK / 2) * width;
-        shared + NUM_UNITS * (2 * Q_BLOCK * wide + (2 * padded(d) + d) * width + 2 * Q_BLOCK)
+        let factors = both_len(K_BLOCK, d) + factor_len(K_BLOCK, d) + tile_len(K_BLOCK, Q_BLOCK);
+        let shared = factors + (Q_BLOCK + 2 * seq_k) * wide + 2 * K_BLOCK * width;
+        let own = 2 * (factor_len(Q_BLOCK, d) + columns_len(Q_BLOCK, d) + Q_BLOCK) + d * width;
+        shared + NUM_UNITS * own
     }
 
     fn new(mut slab: &'a mut [f32], d: usize, seq_k: usize) -> Self {
@@ -73,11 +75,11 @@ impl<'a> Scratch<'a> {
         let (wide, width) = (stride(d), stride(Q_BLOCK));
         Self {
             rows: take(slab, Q_BLOCK * wide),
-            k: take(slab, K_BLOCK * wide),
-            v: take(slab, K_BLOCK * wide),
+            k: take(slab, both_len(K_BLOCK, d)),
+            v: take(slab, factor_len(K_BLOCK, d)),
             p: take(slab, K_BLOCK * width),
             ds: take(slab, K_BLOCK * width),
-            pairs: take(slab, K_BLOCK / 2 * width),
+            pairs: take(slab, tile_len(K_BLOCK, Q_BLOCK)),
             dk: take(slab, seq_k * wide),
             dv: take(slab, seq_k * wide),
             units: std::mem::take(slab),
@@ -124,10 +126,11 @@ pub(super) fn run<T: FloatElement>(
     let sequences = packed(&spec.options, inputs.seq_q, inputs.seq_k);
     let heads = |&sequence| (0..spec.num_kv_heads).map(move |kv_head| Task { sequence, kv_head });
     let tasks: Vec<Task> = sequences.iter().flat_map(heads).collect();
-    let (d, path) = (spec.head_dim, Path::new::<T>(backend.isa(), spec.head_dim));
+    let d = spec.head_dim;
     let scratch_len = Scratch::len(d, inputs.seq_k.max_seqlen());
     backend.for_each_task(&tasks, scratch_len, |&Task { sequence, kv_head }, slab| {
         let Sequence { first_q, first_k, visible } = sequence;
+        let path = Path::new::<T>(backend.isa(), d, visible.seq_q);
         let scratch = &mut Scratch::new(slab, d, visible.seq_k);
         scratch.dk.fill(0.0);
         scratch.dv.fill(0.0);
@@ -173,15 +176,14 @@ impl<'a> Unit<'a> {
         let (wide, width) = (stride(d), stride(rows));
         let head_of = |data| Head { data, num_heads: spec.num_heads, head, head_dim: d };
         let (q_head, dout_head) = (head_of(args.q), head_of(args.dout));
-        // Factors are whole tiles where the processor has them.
-        let (q, dout) = (take(scratch, padded(rows) * wide), take(scratch, padded(rows) * wide));
-        let mut columns = || take(scratch, padded(d) * width);
+        let (q, dout) = (take(scratch, factor_len(rows, d)), take(scratch, factor_len(rows, d)));
+        let mut columns = || take(scratch, columns_len(rows, d));
         let (q_columns, dout_columns) = (columns(), columns());
         let (dq, lse, projection) =
             (take(scratch, d * width), take(scratch, padded(rows)), take(scratch, padded(rows)));
         head_of(args.out).load(first, rows, out);
         dout_head.load(first, rows, dout);
-        if !path.pairs {
+        if path.form == Form::F32 {
             q_head.load(first, rows, q);
         }
         projection.fill(0.0);
@@ -200,7 +202,7 @@ impl<'a> Unit<'a> {
         let q_columns = q_head.columns(path, seen, q, q_columns);
         let dout_columns = dout_head.columns(path, seen, dout, dout_columns);
         let [q, dout] = [(q_head, q), (dout_head, dout)]
-            .map(|(head, tile)| if path.pairs { head.right(path, seen, tile) } else { (bits(tile), wide) });
+            .map(|(head, tile)| if path.form == Form::F32 { (bits(tile), wide) } else { head.right(path, seen, tile) });
         Self { queries, q_columns, dout_columns, q, dout, lse, projection, dq }
     }
 }

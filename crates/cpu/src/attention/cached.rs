@@ -81,7 +81,6 @@ fn run_rows<T: FloatElement>(
     let (rows, tasks) = cut(&head_ranges(spec, parts, backend.num_threads()), spec.head_dim, sequences);
     let mut partials = backend.workspace(parts * spec.num_heads * partial_len(d))?;
     let results = Disjoint::new(&mut partials);
-    let path = Path::new::<T>(backend.isa(), d);
     let (q, k, v) = (read::<T>(q), read::<T>(kv.k), read::<T>(kv.v));
     // One by what is cut, not by what is seen: a plan knows no masks.
     let num_threads = if parts * spec.num_kv_heads < 2 { 1 } else { backend.num_threads() };
@@ -107,6 +106,7 @@ fn run_rows<T: FloatElement>(
         } else {
             let visible = Visible { seq_q: heads.len(), seq_k: keys.len(), causal: false, left: None };
             let sequence = Sequence { first_q, first_k: keys.start, visible };
+            let path = Path::new::<T>(backend.isa(), d, heads.len());
             let unit = Unit { head: 0, queries: 0..heads.len() };
             forward::visit((spec, path), sequence, &[unit], (q, head(k), head(v)), scratch, |_, block| keep(block));
         }

@@ -9,7 +9,7 @@ use unsloth_core::{DType, FloatElement};
 
 use super::{
     Q_BLOCK,
-    tile::{PAD, padded, stride},
+    tile::{padded, stride},
 };
 #[cfg(target_arch = "x86_64")]
 use crate::{
@@ -25,29 +25,70 @@ use crate::{
 #[derive(Clone, Copy)]
 pub(super) struct Path {
     pub(super) isa: Isa,
-    /// Factors are pairs of bf16; else f32.
-    pub(super) pairs: bool,
+    pub(super) form: Form,
+}
+
+/// What factors are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    F32,
+    /// Pairs of bf16.
+    Pairs,
+    /// In the order of AMX, in so many parts of bf16.
+    #[cfg(target_arch = "x86_64")]
+    Tiles(usize),
+}
+
+/// Fewest queries for which keys and values are worth splitting in parts.
+const MANY_QUERIES: usize = 64;
+
+/// 32-bit elements of a packed factor of any number of parts.
+fn packed_len(lines: usize, depth: usize) -> usize {
+    const MOST_PARTS: usize = 3;
+    MOST_PARTS * padded(lines) * padded(depth.div_ceil(2))
+}
+
+/// Room for a factor of rows of `d` channels, in any form: by rows or by channels.
+pub(super) fn factor_len(rows: usize, d: usize) -> usize {
+    (rows * stride(d)).max(packed_len(rows, d)).max(packed_len(d, rows))
+}
+
+/// Room for a factor of columns of `d` channels.
+pub(super) fn columns_len(rows: usize, d: usize) -> usize {
+    (d * stride(rows)).max(packed_len(rows, d))
+}
+
+/// Room for [`Head::both`].
+pub(super) fn both_len(rows: usize, d: usize) -> usize {
+    (rows * stride(d)).max(packed_len(rows, d) + packed_len(d, rows))
+}
+
+/// Room for a factor of a tile `[rows, cols]`, in any form but as it lies.
+pub(super) fn tile_len(rows: usize, cols: usize) -> usize {
+    (rows.div_ceil(2) * stride(cols)).max(packed_len(rows, cols)).max(packed_len(cols, rows))
 }
 
 impl Path {
     /// The path for heads of `head_dim` elements of a type.
-    pub(super) fn new<T: FloatElement>(isa: Isa, head_dim: usize) -> Self {
-        // A pair must not be of two heads.
-        Self { isa, pairs: isa.multiplies_pairs() && T::DTYPE == DType::BF16 && head_dim.is_multiple_of(2) }
-    }
-
-    /// Factors are in the order of AMX.
-    fn has_tiles(self) -> bool {
-        match self.isa {
+    pub(super) fn new<T: FloatElement>(isa: Isa, head_dim: usize, num_queries: usize) -> Self {
+        let is_narrow = T::DTYPE == DType::BF16;
+        let form = match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Amx => self.pairs,
-            _ => false,
-        }
+            Isa::Amx if is_narrow => Form::Tiles(1),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx if num_queries >= MANY_QUERIES => Form::Tiles(3),
+            // A pair must not be of two heads.
+            _ if isa.multiplies_pairs() && is_narrow && head_dim.is_multiple_of(2) => Form::Pairs,
+            _ => Form::F32,
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = num_queries;
+        Self { isa, form }
     }
 
     /// Elements of a factor for so many of the dimension summed over.
     pub(super) fn depth(self, len: usize) -> usize {
-        if self.pairs { len.div_ceil(2) } else { len }
+        if self.form == Form::F32 { len } else { len.div_ceil(2) }
     }
 
     /// A tile `[rows, cols]` of f32 as the right factor of a product that sums over its rows; pairs are written to `to`.
@@ -58,12 +99,13 @@ impl Path {
         to: &'a mut [f32],
     ) -> (&'a [u32], usize) {
         let (width, cols) = (stride(cols), padded(cols));
-        if !self.pairs {
-            return (bits(tile), width);
-        }
-        #[cfg(target_arch = "x86_64")]
-        if self.has_tiles() {
-            return (packed(Side::Right, Mat::new(Elements::F32(tile), rows, cols, width).t(), to), 0);
+        match self.form {
+            Form::F32 => return (bits(tile), width),
+            Form::Pairs => {}
+            #[cfg(target_arch = "x86_64")]
+            Form::Tiles(parts) => {
+                return (packed((parts, Side::Right), Mat::new(Elements::F32(tile), rows, cols, width).t(), to), 0);
+            }
         }
         let nothing = [0.0; Q_BLOCK];
         let to = bytemuck::cast_slice_mut::<f32, u32>(to);
@@ -78,12 +120,13 @@ impl Path {
     /// A tile `[rows, cols]` of f32 as the left factor of a product that sums over its columns; pairs are written to `to`.
     pub(super) fn by_cols<'a>(self, tile: &'a [f32], (rows, cols): (usize, usize), to: &'a mut [f32]) -> Left<'a> {
         let width = stride(cols);
-        if !self.pairs {
-            return Left::new(bits(tile), width);
-        }
-        #[cfg(target_arch = "x86_64")]
-        if self.has_tiles() {
-            return Left::packed(packed(Side::Left, Mat::new(Elements::F32(tile), rows, cols, width), to));
+        match self.form {
+            Form::F32 => return Left::new(bits(tile), width),
+            Form::Pairs => {}
+            #[cfg(target_arch = "x86_64")]
+            Form::Tiles(parts) => {
+                return Left::packed(packed((parts, Side::Left), Mat::new(Elements::F32(tile), rows, cols, width), to));
+            }
         }
         let cols = padded(cols);
         let halves = bytemuck::cast_slice_mut::<f32, bf16>(&mut *to);
@@ -94,7 +137,7 @@ impl Path {
     }
 
     fn narrow(self, from: &[f32], to: &mut [bf16]) {
-        debug_assert!(self.pairs, "only pairs are narrowed");
+        debug_assert!(self.form == Form::Pairs, "only pairs are narrowed");
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
         // SAFETY: pairs are for processors that have AVX-512 with bf16 (`Path::new`, `Isa::choose`).
@@ -106,7 +149,7 @@ impl Path {
     }
 
     fn narrow_pairs(self, (low, high): (&[f32], &[f32]), to: &mut [u32]) {
-        debug_assert!(self.pairs, "only pairs are narrowed");
+        debug_assert!(self.form == Form::Pairs, "only pairs are narrowed");
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code, reason = "compiled for instructions that not every processor has")]
         // SAFETY: as in `narrow`.
@@ -120,10 +163,10 @@ impl Path {
     }
 }
 
-/// The lines of a matrix, rounded to bf16, in the order of AMX.
+/// The lines of a matrix in the order of AMX.
 #[cfg(target_arch = "x86_64")]
-fn packed<'a>(side: Side, from: Mat<'_>, to: &'a mut [f32]) -> &'a [u32] {
-    Parts::rounded(side).pack_all(&from, to);
+fn packed<'a>((parts, side): (usize, Side), from: Mat<'_>, to: &'a mut [f32]) -> &'a [u32] {
+    Parts::first(parts, side).pack_all(&from, to);
     bits(to)
 }
 
@@ -179,20 +222,20 @@ impl<'a, T: FloatElement> Head<'a, T> {
     where
         'a: 'b,
     {
-        #[cfg(target_arch = "x86_64")]
-        if path.has_tiles() {
-            return Left::packed(packed(Side::Left, self.mat(rows), tile));
+        match path.form {
+            #[cfg(target_arch = "x86_64")]
+            Form::Tiles(parts) => Left::packed(packed((parts, Side::Left), self.mat(rows), tile)),
+            Form::Pairs => self.pairs(rows.0),
+            Form::F32 if T::DTYPE == DType::F32 => {
+                let row = self.num_heads * self.head_dim;
+                let data = bytemuck::cast_slice::<T, u32>(self.data);
+                Left::new(&data[(rows.0 * row + self.head * self.head_dim).min(data.len())..], row)
+            }
+            Form::F32 => {
+                self.load(rows.0, rows.1, tile);
+                Left::new(bits(tile), stride(self.head_dim))
+            }
         }
-        if path.pairs {
-            return self.pairs(rows.0);
-        }
-        if T::DTYPE == DType::F32 {
-            let row = self.num_heads * self.head_dim;
-            let data = bytemuck::cast_slice::<T, u32>(self.data);
-            return Left::new(&data[(rows.0 * row + self.head * self.head_dim).min(data.len())..], row);
-        }
-        self.load(rows.0, rows.1, tile);
-        Left::new(bits(tile), stride(self.head_dim))
     }
 
     /// Rows `first ..` as the right factor of a product that sums over them, in `tile`.
@@ -203,13 +246,14 @@ impl<'a, T: FloatElement> Head<'a, T> {
         tile: &'b mut [f32],
     ) -> (&'b [u32], usize) {
         let (wide, d) = (stride(self.head_dim), self.head_dim);
-        if !path.pairs {
-            self.load(first, rows, tile);
-            return (bits(tile), wide);
-        }
-        #[cfg(target_arch = "x86_64")]
-        if path.has_tiles() {
-            return (packed(Side::Right, self.mat((first, rows)).t(), tile), 0);
+        match path.form {
+            #[cfg(target_arch = "x86_64")]
+            Form::Tiles(parts) => return (packed((parts, Side::Right), self.mat((first, rows)).t(), tile), 0),
+            Form::Pairs => {}
+            Form::F32 => {
+                self.load(first, rows, tile);
+                return (bits(tile), wide);
+            }
         }
         let pairs = bytemuck::cast_slice_mut::<f32, u32>(&mut *tile);
         for (row, to) in (0..rows).step_by(2).zip(pairs.chunks_exact_mut(wide)) {
@@ -232,8 +276,8 @@ impl<'a, T: FloatElement> Head<'a, T> {
     /// Channels of rows `first ..` as the left factor of a product that sums over rows, in `tile`.
     pub(super) fn channels<'b>(&self, path: Path, rows: (usize, usize), tile: &'b mut [f32]) -> Left<'b> {
         #[cfg(target_arch = "x86_64")]
-        if path.has_tiles() {
-            return Left::packed(packed(Side::Left, self.mat(rows).t(), tile));
+        if let Form::Tiles(parts) = path.form {
+            return Left::packed(packed((parts, Side::Left), self.mat(rows).t(), tile));
         }
         let (data, stride) = self.right(path, rows, tile);
         Left::new(data, stride).t()
@@ -244,16 +288,17 @@ impl<'a, T: FloatElement> Head<'a, T> {
     where
         'a: 'b,
     {
-        if !path.pairs && T::DTYPE != DType::F32 {
+        if path.form == Form::F32 && T::DTYPE != DType::F32 {
             let left = self.left(path, rows, tile);
             return [left, left.t()];
         }
-        let len = rows.1.next_multiple_of(PAD) * self.head_dim.div_ceil(2).next_multiple_of(PAD);
-        let (of_rows, tile) = tile.split_at_mut(if path.has_tiles() { len } else { 0 });
+        // What is read where it lies needs no room.
+        let lies = matches!(path.form, Form::F32 | Form::Pairs);
+        let (of_rows, tile) = tile.split_at_mut(if lies { 0 } else { packed_len(rows.1, self.head_dim) });
         [self.left(path, rows, of_rows), self.channels(path, rows, tile)]
     }
 
-    /// Rows `first ..` as columns, the right factor of a product that sums over channels. Unless factors are pairs, `tile` has them, as
+    /// Rows `first ..` as columns, the right factor of a product that sums over channels. Where factors are f32, `tile` has them, as
     /// [`Self::load`] leaves them.
     pub(super) fn columns<'b>(
         &self,
@@ -262,13 +307,14 @@ impl<'a, T: FloatElement> Head<'a, T> {
         tile: &[f32],
         to: &'b mut [f32],
     ) -> (&'b [u32], usize) {
-        if !path.pairs {
-            transpose(tile, (rows, self.head_dim), to);
-            return (bits(to), stride(rows));
-        }
-        #[cfg(target_arch = "x86_64")]
-        if path.has_tiles() {
-            return (packed(Side::Right, self.mat((first, rows)), to), 0);
+        match path.form {
+            #[cfg(target_arch = "x86_64")]
+            Form::Tiles(parts) => return (packed((parts, Side::Right), self.mat((first, rows)), to), 0),
+            Form::Pairs => {}
+            Form::F32 => {
+                transpose(tile, (rows, self.head_dim), to);
+                return (bits(to), stride(rows));
+            }
         }
         let (from, pairs) = (self.pairs(first), bytemuck::cast_slice_mut::<f32, u32>(&mut *to));
         for (j, to) in pairs.chunks_exact_mut(stride(rows)).take(self.head_dim / 2).enumerate() {
@@ -319,14 +365,11 @@ impl<'a> Left<'a> {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::{
-        super::{K_BLOCK, tile::Product},
-        *,
-    };
+    use super::{super::tile::Product, *};
     use crate::matmul::Into;
 
     pub(in super::super) fn paths<T: FloatElement>(head_dim: usize) -> impl Iterator<Item = Path> {
-        Isa::available().map(move |isa| Path::new::<T>(isa, head_dim))
+        Isa::available().flat_map(move |isa| [1, MANY_QUERIES].map(|many| Path::new::<T>(isa, head_dim, many)))
     }
 
     pub(in super::super) fn values(len: usize, modulus: usize) -> Vec<f32> {
@@ -345,20 +388,20 @@ pub(super) mod tests {
             let score = |j: usize, i: usize| -> f32 { (0..d).map(|c| at(&k, j, c) * at(&q, i, c)).sum() };
             let (wide, width, padding) = (stride(d), stride(rows), padded(rows));
             for path in paths::<bf16>(d) {
-                let tile = |rows: usize, cols: usize| vec![f32::NAN; rows * cols];
-                let (mut a, mut b) = (tile(Q_BLOCK, wide), tile(K_BLOCK, wide));
-                let mut columns = tile(padded(d), width);
+                let tile = |len: usize| vec![f32::NAN; len];
+                let (mut a, mut b) = (tile(factor_len(rows, d)), tile(both_len(KEYS, d)));
+                let mut columns = tile(columns_len(rows, d));
                 head(&q[..]).load(1, rows, &mut a);
                 let q_columns = head(&q[..]).columns(path, (1, rows), &a, &mut columns);
                 let [left, channels] = head(&k[..]).both(path, (1, KEYS), &mut b);
-                let (mut scores, into) = (tile(KEYS, width), Into::Overwrite);
+                let (mut scores, into) = (tile(KEYS * width), Into::Overwrite);
                 let size = (KEYS, padding, path.depth(d));
                 Product { size, a: left, b: q_columns, c: (&mut scores, width), into }.run(path);
                 for (j, i) in (0..KEYS).flat_map(|j| (0..rows).map(move |i| (j, i))) {
                     assert_eq!(scores[j * width + i], score(j, i), "scores: {rows} {d} {j} {i}");
                 }
-                let mut pairs = tile(K_BLOCK / 2, width);
-                let (mut by_queries, mut by_keys) = (tile(d, width), tile(KEYS, wide));
+                let mut pairs = tile(tile_len(KEYS, rows));
+                let (mut by_queries, mut by_keys) = (tile(d * width), tile(KEYS * wide));
                 let size = (d, padding, path.depth(KEYS));
                 let b = path.by_rows(&scores, (KEYS, rows), &mut pairs);
                 Product { size, a: channels, b, c: (&mut by_queries, width), into }.run(path);

@@ -13,7 +13,7 @@ use unsloth_core::{
 
 use super::{
     K_BLOCK, LANES, Q_BLOCK, Sequence, Visible,
-    factor::{Head, Path, transpose},
+    factor::{Form, Head, Path, columns_len, factor_len, tile_len, transpose},
     take,
     tile::{Product, padded, stride},
 };
@@ -75,9 +75,9 @@ struct Running<'a> {
 
 /// Scratch of a task of so many units.
 pub(super) fn scratch_len(d: usize, num_units: usize) -> usize {
-    let (wide, width) = (stride(d), stride(Q_BLOCK));
-    let own = (padded(d) + d) * width + 3 * Q_BLOCK;
-    (Q_BLOCK + 2 * K_BLOCK) * wide + (K_BLOCK + K_BLOCK / 2) * width + num_units * own
+    let own = columns_len(Q_BLOCK, d) + d * stride(Q_BLOCK) + 3 * Q_BLOCK;
+    let shared = Q_BLOCK * stride(d) + 2 * factor_len(K_BLOCK, d);
+    shared + K_BLOCK * stride(Q_BLOCK) + tile_len(K_BLOCK, Q_BLOCK) + num_units * own
 }
 
 /// Cuts the work so that there are several tasks for each thread; gives how many units one has at most, too. What a unit computes does not
@@ -109,13 +109,14 @@ pub(super) fn run<T: FloatElement>(
     (out, lse): (&mut Tensor, Option<&mut Tensor>),
 ) -> Result<()> {
     let (tasks, num_units) = tasks(spec, sequences, backend.num_threads());
-    let (d, path) = (spec.head_dim, Path::new::<T>(backend.isa(), spec.head_dim));
+    let d = spec.head_dim;
     let tokens_q = q.shape()[0];
     let (q, k, v) = (read::<T>(q), read::<T>(k), read::<T>(v));
     let out = Disjoint::new(write::<T>("attention", "out", out)?);
     let lse = lse.map(|lse| write::<f32>("attention", "lse", lse)).transpose()?.map(Disjoint::new);
     backend.for_each_task(&tasks, scratch_len(d, num_units), |task, scratch| {
         let Task { sequence, ref heads, ref queries } = *task;
+        let path = Path::new::<T>(backend.isa(), d, sequence.visible.seq_q);
         let kv_head = heads.start / (spec.num_heads / spec.num_kv_heads);
         let keys = |data| Head { data, num_heads: spec.num_kv_heads, head: kv_head, head_dim: d };
         let q = Head { data: q, num_heads: spec.num_heads, head: heads.start, head_dim: d };
@@ -165,14 +166,14 @@ pub(super) fn visit<T: FloatElement>(
     let rows = units.iter().map(|unit| unit.queries.len()).max().unwrap_or(0);
     // Few queries make narrow tiles.
     let (wide, width) = (stride(d), stride(rows));
-    let (q, k, v) =
-        (take(&mut scratch, rows * wide), take(&mut scratch, K_BLOCK * wide), take(&mut scratch, K_BLOCK * wide));
-    let (scores, pairs) = (take(&mut scratch, K_BLOCK * width), take(&mut scratch, K_BLOCK / 2 * width));
+    let q = take(&mut scratch, rows * wide);
+    let (k, v) = (take(&mut scratch, factor_len(K_BLOCK, d)), take(&mut scratch, factor_len(K_BLOCK, d)));
+    let (scores, pairs) = (take(&mut scratch, K_BLOCK * width), take(&mut scratch, tile_len(K_BLOCK, rows)));
     let begin = |unit: &Unit| {
         let (head, rows) = (Head { head: unit.head, ..q_head }, unit.queries.len());
-        let columns = take(&mut scratch, padded(d) * stride(rows));
+        let columns = take(&mut scratch, columns_len(rows, d));
         let first = first_q + unit.queries.start;
-        if !path.pairs {
+        if path.form == Form::F32 {
             head.load(first, rows, q);
         }
         let columns = head.columns(path, (first, rows), q, columns);

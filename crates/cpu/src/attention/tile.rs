@@ -6,7 +6,7 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::factor::{Left, Path};
+use super::factor::{Form, Left, Path};
 #[cfg(target_arch = "x86_64")]
 use crate::avx512;
 use crate::matmul::{Into, Isa};
@@ -47,12 +47,12 @@ impl Product<'_> {
         assert!(k == 0 || last(m, self.a.row) + last(k, self.a.col) < self.a.data.len(), "a lies in its slice");
         assert!(k == 0 || last(k, self.b.1) + n <= self.b.0.len(), "b lies in its slice");
         assert!(last(m, self.c.1) + n <= self.c.0.len(), "c lies in its slice");
-        match path.isa {
+        match (path.isa, path.form) {
             #[cfg(target_arch = "x86_64")]
-            Isa::Amx if path.pairs => super::amx::run(self),
+            (_, Form::Tiles(parts)) => super::amx::run(self, parts),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => self.tiles(path.pairs),
-            isa => isa.vectorize(self),
+            (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, form) => self.tiles(form == Form::Pairs),
+            (isa, _) => isa.vectorize(self),
         }
     }
 
@@ -174,7 +174,9 @@ mod tests {
 
     #[test]
     fn products_of_every_remainder_equal_plain_loops() {
-        for (m, path) in (1..14).flat_map(|m| paths::<f32>(16).map(move |path| (m, path))) {
+        for (m, path) in
+            (1..14).flat_map(|m| paths::<f32>(16).filter(|path| path.form == Form::F32).map(move |path| (m, path)))
+        {
             for (n, k) in [(16, 1), (32, 7), (48, 20), (80, 3), (48, 0)] {
                 for transposed in [false, true] {
                     let (a, b) = (values(20 * 20, 7), values(20 * 96, 5));
@@ -210,7 +212,7 @@ mod tests {
     fn refuses_to_read_outside() {
         let (a, b, mut c) = ([0.0; 4], [0.0; 31], [0.0; 32]);
         let (a, into) = (Left::new(bits(&a), 2), Into::Overwrite);
-        let path = Path::new::<f32>(Isa::Portable, 2);
+        let path = Path::new::<f32>(Isa::Portable, 2, 1);
         Product { size: (2, 16, 2), a, b: (bits(&b), 16), c: (&mut c, 16), into }.run(path);
     }
 }

@@ -50,9 +50,9 @@ impl Parts {
         Self { count, side, factor }
     }
 
-    /// A single part: elements as bf16, rounded to nearest.
-    pub(crate) fn rounded(side: Side) -> Self {
-        Self { count: 1, side, factor: 1.0 }
+    /// As many parts of each element: a single one is the element rounded to bf16, three are an f32.
+    pub(crate) fn first(count: usize, side: Side) -> Self {
+        Self { count, side, factor: 1.0 }
     }
 
     /// 32-bit elements of a line for so many elements.
