@@ -7,8 +7,8 @@ use unsloth_core::{DType, Lengths, Sequences, ops};
 const Q_BLOCK: usize = 128;
 /// Keys of an attention tile.
 const K_BLOCK: usize = 128;
-/// Blocks of queries that visit keys together: forward at most, backward.
-const UNITS: usize = 4;
+/// Blocks of queries that visit keys together: in the forward pass at most, and in the backward pass.
+const UNITS: [usize; 2] = [4, 2];
 /// Up to this many queries of a sequence, each visits cached keys for itself.
 const MAX_ROW_QUERIES: usize = 4;
 /// Keys that it visits in one task.
@@ -87,7 +87,7 @@ fn forward_slab(spec: &ops::attention::Spec, num_units: usize) -> usize {
 fn forward_tiles(spec: &ops::attention::Spec, lengths: impl Iterator<Item = usize>, num_threads: usize) -> usize {
     let lengths: Vec<usize> = lengths.collect();
     let blocks: usize = lengths.iter().map(|seq_q| seq_q.div_ceil(Q_BLOCK)).sum();
-    let num_units = (blocks * spec.num_heads / (8 * num_threads)).clamp(1, UNITS);
+    let num_units = (blocks * spec.num_heads / (8 * num_threads)).clamp(1, UNITS[0]);
     let group = spec.num_heads / spec.num_kv_heads.max(1);
     let num_heads = group.clamp(1, num_units);
     let of_heads = group.div_ceil(num_heads) * spec.num_kv_heads;
@@ -105,7 +105,7 @@ pub(crate) fn attention_backward(spec: &ops::attention::Spec, seq_k: &Sequences,
     let rows = (Q_BLOCK + 2 * seq_k.max_seqlen()) * wide + 2 * K_BLOCK * width;
     let shared = rows + factors(K_BLOCK, d) + factor(K_BLOCK, d) + scores();
     let own = 2 * (factor(Q_BLOCK, d) + columns(Q_BLOCK, d) + Q_BLOCK) + d * width;
-    let slab = shared + UNITS * own;
+    let slab = shared + UNITS[1] * own;
     slabs(seq_k.num_seqs() * spec.num_kv_heads, num_threads) * slab
 }
 

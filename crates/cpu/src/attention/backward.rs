@@ -38,8 +38,9 @@ struct Arguments<'a, T> {
     tokens_q: usize,
 }
 
-/// Blocks of queries that visit keys together, which are put in order once for all of them.
-const NUM_UNITS: usize = 4;
+/// Blocks of queries that visit keys together, which are put in order once for all of them. More would not stay in a second-level cache of
+/// 1 MiB.
+const NUM_UNITS: usize = 2;
 
 /// Scratch of a task.
 struct Scratch<'a> {

@@ -40,7 +40,7 @@ pub(super) enum Form {
 }
 
 /// Fewest queries for which keys and values are worth splitting in parts.
-const MANY_QUERIES: usize = 64;
+const MANY_QUERIES: usize = 128;
 
 /// 32-bit elements of a packed factor of any number of parts.
 fn packed_len(lines: usize, depth: usize) -> usize {
