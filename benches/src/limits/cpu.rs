@@ -294,18 +294,27 @@ fn tiles() -> Option<(&'static str, Kernel)> {
         }
         bytes
     };
-    /// One as bf16, twice.
-    static ONES: [u32; 256] = [0x3F80_3F80; 256];
+    /// Four tiles of bf16 from 1/2 to 2 of either sign, as random as those of a model: a processor that multiplies the same number over and
+    /// over needs less power, and may be faster for it.
+    static NUMBERS: [u32; 1024] = {
+        let (mut numbers, mut state, mut i) = ([0; 1024], 1u32, 0);
+        while i < numbers.len() {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            numbers[i] = 0x3F00_3F00 | state & 0x80FF_80FF;
+            i += 1;
+        }
+        numbers
+    };
 
     fn products(iterations: u64) -> u64 {
-        // SAFETY: the backend has asked the system for tiles, which are given back at the end; one of ones is read.
+        // SAFETY: the backend has asked the system for tiles, which are given back at the end; four are read.
         unsafe {
             std::arch::asm!(
                 "ldtilecfg [{configuration}]",
-                "tileloadd tmm4, [{ones} + {row}]",
-                "tileloadd tmm5, [{ones} + {row}]",
-                "tileloadd tmm6, [{ones} + {row}]",
-                "tileloadd tmm7, [{ones} + {row}]",
+                "tileloadd tmm4, [{numbers} + {row}]",
+                "tileloadd tmm5, [{numbers} + {row} + 1024]",
+                "tileloadd tmm6, [{numbers} + {row} + 2048]",
+                "tileloadd tmm7, [{numbers} + {row} + 3072]",
                 "2:",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tdpbf16ps tmm1, tmm4, tmm7",
@@ -315,7 +324,7 @@ fn tiles() -> Option<(&'static str, Kernel)> {
                 "jnz 2b",
                 "tilerelease",
                 configuration = in(reg) CONFIGURATION.as_ptr(),
-                ones = in(reg) ONES.as_ptr(),
+                numbers = in(reg) NUMBERS.as_ptr(),
                 row = in(reg) 64usize,
                 iterations = inout(reg) iterations.max(1) => _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
