@@ -156,7 +156,8 @@ impl attention::Attention for PlanBackend {
     ) -> Result<attention::Gradients> {
         let like = |x: &Tensor| output(x, spec.dtype, *x.shape());
         let gradients = attention::Gradients { dq: like(inputs.q)?, dk: like(inputs.k)?, dv: like(inputs.v)? };
-        let _scratch = self.on_cpu(|threads| [scratch::attention_backward(spec, inputs.seq_k, threads)])?;
+        let _scratch =
+            self.on_cpu(|threads| [scratch::attention_backward(spec, (inputs.seq_q, inputs.seq_k), threads)])?;
         let _row_sums = self.on_kernels(|_| [spec.num_heads * inputs.seq_q.num_tokens()])?;
         Ok(gradients)
     }

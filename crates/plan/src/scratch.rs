@@ -72,16 +72,16 @@ fn columns(rows: usize, d: usize) -> usize {
     (d * stride(rows)).max(packed(rows, d))
 }
 
-/// Room for scores as a factor.
-fn scores() -> usize {
-    (K_BLOCK / 2 * stride(Q_BLOCK)).max(packed(K_BLOCK, Q_BLOCK))
+/// Room for scores `[keys, queries]` as a factor.
+fn scores(k: usize, q: usize) -> usize {
+    (k.div_ceil(2) * stride(q)).max(packed(k, q)).max(packed(q, k))
 }
 
 /// Tiles of a task of the forward pass in which so many blocks of queries visit keys together.
 fn forward_slab(spec: &ops::attention::Spec, num_units: usize) -> usize {
     let (d, width) = (spec.head_dim, stride(Q_BLOCK));
     let own = columns(Q_BLOCK, d) + d * width + 3 * Q_BLOCK;
-    Q_BLOCK * stride(d) + 2 * factor(K_BLOCK, d) + K_BLOCK * width + scores() + num_units * own
+    Q_BLOCK * stride(d) + 2 * factor(K_BLOCK, d) + K_BLOCK * width + scores(K_BLOCK, Q_BLOCK) + num_units * own
 }
 
 fn forward_tiles(spec: &ops::attention::Spec, lengths: impl Iterator<Item = usize>, num_threads: usize) -> usize {
@@ -100,12 +100,16 @@ pub(crate) fn attention_forward(spec: &ops::attention::Spec, seq_q: &Sequences, 
     forward_tiles(spec, lengths(seq_q), num_threads)
 }
 
-pub(crate) fn attention_backward(spec: &ops::attention::Spec, seq_k: &Sequences, num_threads: usize) -> usize {
-    let (d, wide, width) = (spec.head_dim, stride(spec.head_dim), stride(Q_BLOCK));
-    let rows = (Q_BLOCK + 2 * seq_k.max_seqlen()) * wide + 2 * K_BLOCK * width;
-    let shared = rows + factors(K_BLOCK, d) + factor(K_BLOCK, d) + scores();
-    let own = 2 * (factor(Q_BLOCK, d) + columns(Q_BLOCK, d) + Q_BLOCK) + d * width;
-    let slab = shared + UNITS[1] * own;
+pub(crate) fn attention_backward(
+    spec: &ops::attention::Spec,
+    (seq_q, seq_k): (&Sequences, &Sequences),
+    num_threads: usize,
+) -> usize {
+    let (d, wide) = (spec.head_dim, stride(spec.head_dim));
+    let (q, k) = (seq_q.max_seqlen().min(Q_BLOCK), seq_k.max_seqlen().min(K_BLOCK));
+    let shared = (q + 2 * seq_k.max_seqlen()) * wide + 2 * k * stride(q) + factors(k, d) + factor(k, d) + scores(k, q);
+    let own = 2 * (factor(q, d) + columns(q, d) + q.next_multiple_of(16)) + d * stride(q);
+    let slab = shared + seq_q.max_seqlen().div_ceil(Q_BLOCK).min(UNITS[1]) * own;
     slabs(seq_k.num_seqs() * spec.num_kv_heads, num_threads) * slab
 }
 

@@ -63,24 +63,26 @@ struct Scratch<'a> {
 }
 
 impl<'a> Scratch<'a> {
-    fn len(d: usize, seq_k: usize) -> usize {
-        let (wide, width) = (stride(d), stride(Q_BLOCK));
-        let factors = both_len(K_BLOCK, d) + factor_len(K_BLOCK, d) + tile_len(K_BLOCK, Q_BLOCK);
-        let shared = factors + (Q_BLOCK + 2 * seq_k) * wide + 2 * K_BLOCK * width;
-        let own = 2 * (factor_len(Q_BLOCK, d) + columns_len(Q_BLOCK, d) + Q_BLOCK) + d * width;
-        shared + NUM_UNITS * own
+    fn len(d: usize, seq_q: usize, seq_k: usize) -> usize {
+        let (q, k) = (seq_q.min(Q_BLOCK), seq_k.min(K_BLOCK));
+        let (wide, width) = (stride(d), stride(q));
+        let factors = both_len(k, d) + factor_len(k, d) + tile_len(k, q);
+        let shared = factors + (q + 2 * seq_k) * wide + 2 * k * width;
+        let own = 2 * (factor_len(q, d) + columns_len(q, d) + padded(q)) + d * width;
+        shared + seq_q.div_ceil(Q_BLOCK).min(NUM_UNITS) * own
     }
 
-    fn new(mut slab: &'a mut [f32], d: usize, seq_k: usize) -> Self {
+    fn new(mut slab: &'a mut [f32], d: usize, seq_q: usize, seq_k: usize) -> Self {
         let slab = &mut slab;
-        let (wide, width) = (stride(d), stride(Q_BLOCK));
+        let (q, k) = (seq_q.min(Q_BLOCK), seq_k.min(K_BLOCK));
+        let (wide, width) = (stride(d), stride(q));
         Self {
-            rows: take(slab, Q_BLOCK * wide),
-            k: take(slab, both_len(K_BLOCK, d)),
-            v: take(slab, factor_len(K_BLOCK, d)),
-            p: take(slab, K_BLOCK * width),
-            ds: take(slab, K_BLOCK * width),
-            pairs: take(slab, tile_len(K_BLOCK, Q_BLOCK)),
+            rows: take(slab, q * wide),
+            k: take(slab, both_len(k, d)),
+            v: take(slab, factor_len(k, d)),
+            p: take(slab, k * width),
+            ds: take(slab, k * width),
+            pairs: take(slab, tile_len(k, q)),
             dk: take(slab, seq_k * wide),
             dv: take(slab, seq_k * wide),
             units: std::mem::take(slab),
@@ -128,11 +130,11 @@ pub(super) fn run<T: FloatElement>(
     let heads = |&sequence| (0..spec.num_kv_heads).map(move |kv_head| Task { sequence, kv_head });
     let tasks: Vec<Task> = sequences.iter().flat_map(heads).collect();
     let d = spec.head_dim;
-    let scratch_len = Scratch::len(d, inputs.seq_k.max_seqlen());
+    let scratch_len = Scratch::len(d, inputs.seq_q.max_seqlen(), inputs.seq_k.max_seqlen());
     backend.for_each_task(&tasks, scratch_len, |&Task { sequence, kv_head }, slab| {
         let Sequence { first_q, first_k, visible } = sequence;
         let path = Path::new::<T>(backend.isa(), d, visible.seq_q);
-        let scratch = &mut Scratch::new(slab, d, visible.seq_k);
+        let scratch = &mut Scratch::new(slab, d, visible.seq_q, visible.seq_k);
         scratch.dk.fill(0.0);
         scratch.dv.fill(0.0);
         let group = spec.num_heads / spec.num_kv_heads;
