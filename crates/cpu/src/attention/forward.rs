@@ -341,3 +341,51 @@ impl<'a> Running<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use unsloth_core::{Category, Device, Sequences, ops::attention};
+
+    use super::super::K_BLOCK;
+    use crate::{CpuBackend, CpuOptions, Isa};
+
+    /// Scores that grow from tile to tile, by more than the slack and by less, or fall, where the factor is negative, or are all the same.
+    #[test]
+    fn maxima_that_grow_leave_the_sums_right() {
+        const TOKENS: usize = 3 * K_BLOCK + 5;
+        for isa in Isa::available() {
+            let options = CpuOptions { isa: Some(isa), num_threads: Some(2), ..CpuOptions::default() };
+            let device = Device::new(CpuBackend::new(options).unwrap());
+            let tensor = |values: &[f32]| device.from_slice(values, [TOKENS, 1, 2], Category::Activations).unwrap();
+            let column = |i: usize| (i * 7 % 13) as f32 / 13.0 - 0.5;
+            // Steps of a tile: 16 in a score of a query whose first channel is 1.
+            let q: Vec<f32> = (0..TOKENS).flat_map(|i| [(i % 5) as f32 / 4.0, column(i)]).collect();
+            let k: Vec<f32> = (0..TOKENS).flat_map(|j| [j as f32 / 8.0, column(j + 3)]).collect();
+            let v: Vec<f32> = (0..TOKENS).flat_map(|j| [column(j + 1), (j % 11) as f32]).collect();
+            let seqs = Sequences::from_lengths(&device, &[TOKENS]).unwrap();
+            let (q_tensor, k_tensor, v_tensor) = (tensor(&q), tensor(&k), tensor(&v));
+            let inputs = attention::Inputs { q: &q_tensor, k: &k_tensor, v: &v_tensor, seq_q: &seqs, seq_k: &seqs };
+            for scale in [1.0, 0.25, 0.0, -1.0] {
+                let options = attention::Options { scale, ..attention::Options::causal(2) };
+                let found = attention::forward(inputs, options).unwrap();
+                let (out, lse) = (found.out.to_vec::<f32>().unwrap(), found.lse.to_vec::<f32>().unwrap());
+                for i in 0..TOKENS {
+                    let at = |x: &[f32], row: usize, c: usize| f64::from(x[2 * row + c]);
+                    let score =
+                        |j: usize| f64::from(scale) * (at(&q, i, 0) * at(&k, j, 0) + at(&q, i, 1) * at(&k, j, 1));
+                    let max = (0..=i).map(score).fold(f64::NEG_INFINITY, f64::max);
+                    let sum: f64 = (0..=i).map(|j| (score(j) - max).exp()).sum();
+                    let close = |actual: f32, expected: f64| {
+                        (f64::from(actual) - expected).abs() <= 3e-5 * (1.0 + expected.abs())
+                    };
+                    assert!(close(lse[i], max + sum.ln()), "{} {scale} {i}: {}", isa.name(), lse[i]);
+                    for c in 0..2 {
+                        let expected = (0..=i).map(|j| (score(j) - max).exp() * at(&v, j, c)).sum::<f64>() / sum;
+                        let actual = out[2 * i + c];
+                        assert!(close(actual, expected), "{} {scale} {i} {c}: {actual} {expected}", isa.name());
+                    }
+                }
+            }
+        }
+    }
+}
