@@ -59,15 +59,17 @@ fn packed(lines: usize, depth: usize) -> usize {
     3 * lines.next_multiple_of(16) * depth.div_ceil(2).next_multiple_of(16)
 }
 
-/// Room for a tile's rows of `d` channels as a factor, for either of two factors of them, and for their columns.
+/// Room for rows of `d` channels as a factor that sums over channels or over rows.
 fn factor(rows: usize, d: usize) -> usize {
     (rows * stride(d)).max(packed(rows, d)).max(packed(d, rows))
 }
 
+/// Room for one of either kind.
 fn factors(rows: usize, d: usize) -> usize {
     (rows * stride(d)).max(packed(rows, d) + packed(d, rows))
 }
 
+/// Room for their columns as a factor.
 fn columns(rows: usize, d: usize) -> usize {
     (d * stride(rows)).max(packed(rows, d))
 }
