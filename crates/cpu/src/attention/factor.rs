@@ -14,10 +14,10 @@ use super::{
 #[cfg(target_arch = "x86_64")]
 use crate::{
     avx512,
-    matmul::{Parts, Side},
+    matmul::{Elements, Mat, Parts, Side},
 };
 use crate::{
-    matmul::{Elements, Isa, Mat},
+    matmul::Isa,
     simd::{self, vectorised},
 };
 
@@ -82,7 +82,7 @@ impl Path {
             _ => Form::F32,
         };
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = num_queries;
+        let _ = (num_queries, MANY_QUERIES);
         Self { isa, form }
     }
 

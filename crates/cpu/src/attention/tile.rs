@@ -6,10 +6,12 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::factor::{Form, Left, Path};
 #[cfg(target_arch = "x86_64")]
-use crate::avx512;
-use crate::matmul::{Into, Isa};
+use super::factor::Form;
+use super::factor::{Left, Path};
+use crate::matmul::Into;
+#[cfg(target_arch = "x86_64")]
+use crate::{avx512, matmul::Isa};
 
 /// Every vector width divides it.
 pub(super) const PAD: usize = 16;
@@ -166,11 +168,12 @@ impl WithSimd for Product<'_> {
 mod tests {
     use super::{
         super::factor::{
-            bits,
+            Form, bits,
             tests::{paths, values},
         },
         *,
     };
+    use crate::matmul::Isa;
 
     #[test]
     fn products_of_every_remainder_equal_plain_loops() {
